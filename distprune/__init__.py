@@ -1,0 +1,14 @@
+"""distprune: distributed, offline structured pruning of large language models on Ray.
+
+Importing it lets transformers' Auto classes open pruned checkpoints without ``trust_remote_code``.
+"""
+
+from distprune.api import calibrate, evaluate, inspect, prune
+from distprune.errors import InputError
+from distprune.modeling import register_auto_classes
+
+__version__ = "0.1.0"
+
+register_auto_classes()
+
+__all__ = ["InputError", "__version__", "calibrate", "evaluate", "inspect", "prune"]

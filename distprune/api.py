@@ -1,0 +1,128 @@
+"""The Python API: one function a command, with the command line's names and defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distprune.calibration import Calibration
+    from distprune.engine import RunRecord
+    from distprune.engine.progress import Progress
+    from distprune.evaluation import PerplexityResult
+
+# Ray and the rest are imported when a function needs them, so that `import distprune` only registers the model class.
+
+
+def calibrate(
+    model: str,
+    output: str | Path,
+    *,
+    text: Sequence[str] = (),
+    field: str | None = None,
+    samples: int = 128,
+    sequence_length: int = 128,
+    seed: int = 0,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Calibration:
+    """Make a calibration set in Arrow, from texts in equal shares or, without any, from the model's own samples.
+
+    Args:
+        model: local Hugging Face folder, hub id or .gguf file.
+        output: the Arrow file to write.
+        text: text, JSONL or Parquet files, or names of Hugging Face datasets.
+        field: the field of a record that holds its text.
+        samples: windows in all.
+        sequence_length: tokens of each.
+        seed: seed of the choice of windows, or of the model's own samples.
+
+    Raises:
+        InputError: an option, file or text is unusable; names it and the mend.
+    """
+    from distprune.calibration import build_calibration
+    from distprune.checkpoint import resolve_model
+
+    return build_calibration(
+        resolve_model(model, revision=revision),
+        texts=text,
+        field=field,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        output=Path(output),
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def prune(
+    model: str | None = None,
+    output: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> RunRecord:
+    """Prune a model on Ray and write the result to ``output``.
+
+    Args:
+        model: local Hugging Face folder, hub id or .gguf file.
+        output: the folder to make.
+        config: a YAML file of options; those given here count more.
+        progress: what to tell how far it is; silent by default.
+        options: fields of :class:`distprune.config.PruneConfig`.
+
+    Raises:
+        InputError: the input is unusable; names it and the mend, and the output path is untouched.
+    """
+    from distprune.config import load_config
+    from distprune.engine import prune as run
+
+    path = None if config is None else Path(config)
+    return run(load_config(path, {"model": model, "output": output, **options}), progress)
+
+
+def evaluate(
+    model: str,
+    text: str | Path,
+    *,
+    sequence_length: int = 128,
+    max_tokens: int | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PerplexityResult:
+    """Perplexity of a model, pruned or not, on a text file, in windows of ``sequence_length`` tokens.
+
+    Raises:
+        InputError: the model or the text is unusable.
+    """
+    from distprune.checkpoint import resolve_model
+    from distprune.evaluation import evaluate_perplexity
+
+    return evaluate_perplexity(
+        resolve_model(model, revision=revision),
+        Path(text),
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def inspect(directory: str | Path) -> RunRecord:
+    """What was taken from which layer of a pruned checkpoint.
+
+    Raises:
+        InputError: the folder is not the result of a pruning run.
+    """
+    from distprune.engine import load_record
+
+    return load_record(Path(directory))

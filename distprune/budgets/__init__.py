@@ -1,0 +1,18 @@
+"""How much to take from which layer and module."""
+
+from distprune.budgets.accounting import (
+    ParameterTarget,
+    decoder_parameters,
+    layer_parameters,
+    outer_parameters,
+)
+from distprune.budgets.uniform import aligned, fill_with_ffn
+
+__all__ = [
+    "ParameterTarget",
+    "aligned",
+    "decoder_parameters",
+    "fill_with_ffn",
+    "layer_parameters",
+    "outer_parameters",
+]

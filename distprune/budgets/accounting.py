@@ -1,0 +1,56 @@
+"""Counting the parameters that decoder layers hold, and how many a sparsity asks to remove."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distprune.modeling import LayerShape, PrunedConfig, layer_tensor_shapes
+
+
+def layer_parameters(config: PrunedConfig, index: int, shape: LayerShape) -> int:
+    """Parameters of layer ``index`` if it had ``shape``, norms and biases included."""
+    return sum(map(math.prod, layer_tensor_shapes(config, index, shape).values()))
+
+
+def decoder_parameters(config: PrunedConfig, shapes: Sequence[LayerShape]) -> int:
+    """Parameters of all decoder layers if they had ``shapes``."""
+    return sum(layer_parameters(config, index, shape) for index, shape in enumerate(shapes))
+
+
+def outer_parameters(config: PrunedConfig) -> int:
+    """Parameters outside the decoder layers: embeddings, final norm and an untied head."""
+    tables = 1 if config.tie_word_embeddings else 2
+    return tables * config.vocab_size * config.hidden_size + config.hidden_size
+
+
+@dataclass(frozen=True)
+class ParameterTarget:
+    """How many decoder parameters may remain.
+
+    Args:
+        config: the dense model.
+        sparsity: the fraction to remove, in [0, 1).
+        count_embeddings: whether the fraction is of all parameters (embeddings, final norm and head included) or of
+            the decoder layers alone. What is removed comes from the decoder layers either way.
+    """
+
+    config: PrunedConfig
+    sparsity: float
+    count_embeddings: bool = False
+
+    @property
+    def dense(self) -> int:
+        shapes = [self.config.layer_shape(index) for index in range(self.config.num_hidden_layers)]
+        return decoder_parameters(self.config, shapes)
+
+    @property
+    def remaining(self) -> int:
+        counted = self.dense + (outer_parameters(self.config) if self.count_embeddings else 0)
+        return self.dense - round(self.sparsity * counted)
+
+    @property
+    def decoder_sparsity(self) -> float:
+        """The fraction to remove of the decoder layers' parameters."""
+        return 1 - self.remaining / self.dense

@@ -1,0 +1,105 @@
+"""Calibration data: text, or the model's own samples -> packed token ids that every worker maps from one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from distprune.calibration.arrow import (
+    Calibration,
+    CalibrationMetadata,
+    open_calibration,
+    prepare_output,
+    write_calibration,
+)
+from distprune.calibration.model import check_sequence_length, load_config
+from distprune.calibration.own_samples import generate_own_samples
+from distprune.calibration.packing import draw_windows, equal_shares, interleave
+from distprune.calibration.sources import TextSource, read_source
+from distprune.calibration.tokenizer import load_tokenizer, tokenizer_fingerprint
+from distprune.errors import InputError
+
+__all__ = [
+    "Calibration",
+    "CalibrationMetadata",
+    "build_calibration",
+    "load_tokenizer",
+    "open_calibration",
+    "tokenizer_fingerprint",
+    "write_calibration",
+]
+
+
+def build_calibration(
+    model_path: str | Path,
+    *,
+    texts: Sequence[str | Path] = (),
+    field: str | None = None,
+    samples: int = 128,
+    sequence_length: int = 128,
+    seed: int = 0,
+    output: str | Path,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Make a calibration set of `samples` windows of `sequence_length` tokens, write it and open it.
+
+    Each of `texts` (see `sources.read_source`) gives an equal share of the windows, the first ones one more
+    where it doesn't come out even; rows take the sources in turn. Without texts the model writes its own
+    samples on `device`, and `on_progress(tokens done, tokens in all)` is called. Raises InputError.
+    """
+    _check_counts(samples, seed, len(texts))
+    config = load_config(model_path, trust_remote_code)
+    check_sequence_length(sequence_length, config, model_path)
+    output = prepare_output(output)
+    tokenizer = load_tokenizer(model_path, trust_remote_code)
+    sources = [read_source(text, field) for text in texts]
+    if sources:
+        tokens = _windows_of(sources, tokenizer, samples, sequence_length, seed)
+    else:
+        tokens = generate_own_samples(
+            model_path, samples, sequence_length, seed,
+            device=device, on_progress=on_progress, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    metadata = CalibrationMetadata(
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocab_size=config.vocab_size,
+        sequence_length=sequence_length,
+        sources=tuple(source.name for source in sources),
+        seed=seed,
+        self_generated=not sources,
+    )
+    _check_vocabulary(tokens, config.vocab_size, model_path)
+    write_calibration(output, tokens, metadata)
+    return open_calibration(output)
+
+
+def _windows_of(sources: Sequence[TextSource], tokenizer, samples: int, length: int, seed: int) -> np.ndarray:
+    shares = equal_shares(samples, len(sources))
+    parts = [
+        draw_windows(
+            source.documents, tokenizer, share, length, seed, from_start=source.from_start, name=source.name
+        )
+        for source, share in zip(sources, shares)
+    ]
+    return interleave(parts)
+
+
+def _check_counts(samples: int, seed: int, texts: int) -> None:
+    if samples < 1:
+        raise InputError(f"--samples {samples}: at least 1 is needed.")
+    if samples < texts:
+        raise InputError(f"--samples {samples}: fewer than the {texts} texts; each has to give at least one.")
+    if seed < 0:
+        raise InputError(f"--seed {seed}: must not be negative.")
+
+
+def _check_vocabulary(tokens: np.ndarray, vocab_size: int, model_path: str | Path) -> None:
+    if tokens.max() >= vocab_size:
+        raise InputError(
+            f"{model_path}: its tokenizer gives the token id {tokens.max()}, outside the model's vocabulary of "
+            f"{vocab_size}; tokenizer and model don't belong together."
+        )

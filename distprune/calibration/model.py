@@ -1,0 +1,87 @@
+"""The dense or pruned model, whole, for the two jobs that need one: sampling from it and evaluating it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from distprune.errors import InputError
+
+
+def load_config(model_path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of the model's text decoder. Raises InputError when there is none."""
+    try:
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise _unreadable(model_path, error) from error
+    return config.get_text_config(decoder=True)
+
+
+def load_model(
+    model_path: str | Path,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model, ready for inference.
+
+    `device` "auto" takes the GPUs when there are any and the CPU otherwise. On "cuda" the model is spread
+    over all GPUs, then host memory, then disk, so that one larger than a GPU runs as well; "cuda:1" means
+    that GPU alone. `dtype` "auto" keeps the checkpoint's. Raises InputError.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {device!r}: PyTorch sees no CUDA device here; use device 'cpu' or 'auto'.")
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    try:
+        if device == "cuda":
+            return _load_spread(model_path, options).eval()
+        return AutoModelForCausalLM.from_pretrained(model_path, **options).to(device).eval()
+    except (OSError, ValueError, ImportError) as error:
+        raise _unreadable(model_path, error) from error
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model's token ids must lie."""
+    device = model.get_input_embeddings().weight.device
+    # An embedding that is offloaded lies on "meta" between calls; accelerate's hooks then move the inputs.
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def check_sequence_length(sequence_length: int, config: PretrainedConfig, model_path: str | Path) -> None:
+    """Raise InputError unless windows of this many tokens can be predicted by the model."""
+    if sequence_length < 2:
+        raise InputError(f"--sequence-length {sequence_length}: a window needs at least 2 tokens.")
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise InputError(
+            f"--sequence-length {sequence_length}: {model_path} takes at most {longest} tokens "
+            "(max_position_embeddings)."
+        )
+
+
+def _load_spread(model_path: str | Path, options: dict) -> PreTrainedModel:
+    offload = tempfile.mkdtemp(prefix="distprune-offload-")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, device_map="auto", offload_folder=offload, **options
+        )
+    except BaseException:
+        shutil.rmtree(offload, ignore_errors=True)
+        raise
+    weakref.finalize(model, shutil.rmtree, offload, ignore_errors=True)
+    return model
+
+
+def _unreadable(model_path: str | Path, error: Exception) -> InputError:
+    reason = str(error).strip().partition("\n")[0]
+    return InputError(
+        f"{model_path}: no causal language model could be loaded ({reason}). "
+        "Give a directory that holds config.json and the weights, or the name of a model on the Hugging Face Hub."
+    )

@@ -1,0 +1,94 @@
+"""Calibration without any text: sequences that the model itself writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distprune.calibration.model import input_device, load_model
+from distprune.calibration.tokenizer import load_tokenizer
+from distprune.errors import InputError
+
+
+def generate_own_samples(
+    model_path: str | Path,
+    count: int,
+    sequence_length: int,
+    seed: int,
+    batch_size: int = 128,
+    device: str = "cpu",
+    temperature: float = 1.0,
+    on_progress: Callable[[int, int], None] | None = None,
+    trust_remote_code: bool = False,
+) -> np.ndarray:
+    """Sample from the model -> int32 (count, sequence_length).
+
+    Pure sampling from the whole distribution, opened by the token that begins a document. The opening token
+    itself is left out, as windows of text carry no special tokens either. Where the model ends a document
+    it goes on to the next. Global random state is neither used nor changed. `on_progress(done, total)`
+    counts tokens. Raises InputError when the model can't be loaded or has no opening token.
+    """
+    tokenizer = load_tokenizer(model_path, trust_remote_code)
+    opening = opening_token(tokenizer, str(model_path))
+    model = load_model(model_path, device, trust_remote_code=trust_remote_code)
+    # One number decides one token, so a sample is the same in whatever batch it is drawn.
+    uniform = torch.from_numpy(np.random.default_rng(seed).random((count, sequence_length)))
+    samples, total = [], count * sequence_length
+    for batch in uniform.split(batch_size):
+        done = sum(map(torch.numel, samples))
+        report = (lambda tokens: on_progress(done + tokens, total)) if on_progress else (lambda tokens: None)
+        samples.append(_sample(model, opening, batch, temperature, report))
+    return torch.cat(samples).to(torch.int32).numpy()
+
+
+def opening_token(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
+    """The id of the token that stands before a new document.
+
+    `<|endoftext|>` where the vocabulary has it: chat models often call another token their beginning, the
+    one that opens a turn of conversation, though they were trained on documents between these. Otherwise
+    the beginning-of-sequence token, otherwise the end-of-sequence token. Raises InputError, under `name`.
+    """
+    separator = tokenizer.get_vocab().get("<|endoftext|>")
+    for token in (separator, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise InputError(f"{name}: its tokenizer has no token to begin a sample with; give text with --text.")
+
+
+@torch.inference_mode()
+def _sample(
+    model: PreTrainedModel,
+    opening: int,
+    uniform: torch.Tensor,
+    temperature: float,
+    report: Callable[[int], None],
+) -> torch.Tensor:
+    """Turn uniform numbers in [0, 1), float64 (batch, length), into token ids (batch, length) of the same shape."""
+    batch, length = uniform.shape
+    device = input_device(model)
+    uniform = uniform.to(device)
+    tokens = torch.full((batch, length + 1), opening, device=device)
+    cache = None
+    for position in range(length):
+        output = model(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        tokens[:, position + 1] = _invert_cdf(
+            output.logits[:, -1].to(device), uniform[:, position], temperature
+        )
+        report(batch * (position + 1))
+    return tokens[:, 1:].cpu()
+
+
+def _invert_cdf(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Sample one token a row: the first whose cumulative probability exceeds the row's uniform number.
+
+    It needs one random number a row, where torch.multinomial draws one for every word of the vocabulary,
+    which would take as long as a small model's forward pass.
+    """
+    cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    target = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)

@@ -1,0 +1,32 @@
+"""Reading any Hugging Face checkpoint tensor by tensor, and writing one as its layers stream in.
+
+Knows files and tensors only: no mathematics, no Ray, and no model family's tensor names.
+"""
+
+from distprune.checkpoint.disk import check_free_space
+from distprune.checkpoint.gguf import import_gguf
+from distprune.checkpoint.headers import TensorInfo
+from distprune.checkpoint.publish import (
+    copy_side_files,
+    hold_lock,
+    partial_directory,
+    prepare_output,
+    publish,
+)
+from distprune.checkpoint.reader import Checkpoint
+from distprune.checkpoint.sources import resolve_model
+from distprune.checkpoint.writer import ShardWriter
+
+__all__ = [
+    "Checkpoint",
+    "ShardWriter",
+    "TensorInfo",
+    "check_free_space",
+    "copy_side_files",
+    "hold_lock",
+    "import_gguf",
+    "partial_directory",
+    "prepare_output",
+    "publish",
+    "resolve_model",
+]

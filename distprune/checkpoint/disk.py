@@ -1,0 +1,32 @@
+"""Is there room for what is about to be written?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from distprune.errors import InputError
+
+GB = 1_000_000_000
+
+
+def check_free_space(path: Path, needed_bytes: int) -> None:
+    """Raise InputError unless `needed_bytes` can be written at `path`, which need not exist yet."""
+    existing = _nearest_existing(Path(path))
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise InputError(
+            f"{path} needs {needed_bytes / GB:.2f} GB, but the file system {_mount_point(existing)} "
+            f"has {free_bytes / GB:.2f} GB free. Free some space or choose a path on another file system."
+        )
+
+
+def _nearest_existing(path: Path) -> Path:
+    absolute = path.absolute()
+    return next(folder for folder in (absolute, *absolute.parents) if folder.exists())
+
+
+def _mount_point(path: Path) -> Path:
+    real = path.resolve()
+    return next(folder for folder in (real, *real.parents) if os.path.ismount(folder))

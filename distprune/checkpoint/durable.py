@@ -1,0 +1,79 @@
+"""Files that are either wholly there or not there at all, also after a crash or a power cut."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder`, and `folder` itself."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(root, name))
+        sync(Path(root))
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a flushed file another name, replacing `target`; copied only where the file systems differ."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with replacing(target) as temporary:
+            shutil.copyfile(source, temporary)
+        source.unlink()
+    sync(target.parent)
+
+
+@contextmanager
+def replacing(target: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path to write; it becomes `target` at the block's end, and is removed if that raises.
+
+    The temporary file lies in `scratch`, by default beside the target.
+    """
+    temporary = (scratch or target.parent) / f"{target.name}.tmp"
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        sync(temporary)
+        move(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a UTF-8 file durably and atomically."""
+    with replacing(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(target: Path, tensors: Mapping[str, torch.Tensor], scratch: Path | None = None) -> None:
+    """Write a safetensors file durably and atomically. Its bytes depend on the names and values alone.
+
+    `tensors` are contiguous CPU tensors that share no memory.
+    """
+    with replacing(target, scratch) as temporary:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)  # save_file ignores the umask and leaves 0600, which shuts out everyone else

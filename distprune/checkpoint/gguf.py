@@ -1,0 +1,116 @@
+"""A GGUF file turned, once, into a checkpoint folder of safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from distprune.checkpoint.durable import sync_tree
+from distprune.errors import InputError
+
+CACHE_VARIABLE = "DISTPRUNE_CACHE"
+SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+
+
+def import_gguf(path: Path, cache_dir: Path | None = None) -> Path:
+    """A folder with the GGUF file's weights as bf16 safetensors, its config, tokenizer and generation config.
+
+    It lies at `CACHE/gguf/<name>-<start of the file's sha256>`, where CACHE is `cache_dir`, else
+    $DISTPRUNE_CACHE, else ~/.cache/distprune. It is made the first time, in memory for the whole model, and
+    found again after that. InputError: no such file, one piece of a split file, a broken file, or no `gguf`
+    package.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist. Give the path of a .gguf file.")
+    if SPLIT_NAME.search(path.name):
+        raise InputError(
+            f"{path} is one piece of a split file. Join the pieces with `llama-gguf-split --merge`."
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"{path} needs the gguf package to be read. Install it with `pip install gguf`.")
+    folder = _cache_root(cache_dir) / "gguf" / f"{path.stem}-{_sha256(path)[:16]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            _convert(path, folder)
+    return folder
+
+
+def _cache_root(cache_dir: Path | None) -> Path:
+    return Path(cache_dir or os.environ.get(CACHE_VARIABLE) or "~/.cache/distprune").expanduser()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _convert(path: Path, folder: Path) -> None:
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with _quiet_transformers():
+        model, tokenizer = _load(path)
+        # The GGUF file's free-text title, which transformers would take for the name of a model on the hub.
+        vars(model.config).pop("_model_name_or_path", None)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    sync_tree(partial)
+    partial.rename(folder)
+
+
+def _load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.bfloat16,
+            # Without it the weights stay packed, and packed weights can't be saved.
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # the parser raises whatever the broken bytes lead to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{path} can't be read as GGUF ({reason}). Download it again, or use the model's safetensors release."
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{path} lacks {len(missing)} of the model's tensors ({', '.join(missing[:4])}). "
+            "Download it again, or use the model's safetensors release."
+        )
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    # Progress bars and warnings go to stderr and have no common switch; what matters is an exception.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,157 @@
+"""A Hugging Face checkpoint, read tensor by tensor without building the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PretrainedConfig
+
+from distprune.checkpoint.fingerprint import compute_fingerprint
+from distprune.checkpoint.headers import TensorInfo, read_header
+from distprune.checkpoint.layout import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    find_weight_files,
+    read_json,
+    read_weight_map,
+    require_checkpoint,
+)
+from distprune.errors import InputError
+
+LISTED = 5
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint: its configuration and what is known of its tensors from the files' headers.
+
+    Opening is cheap, so a worker is given the path and opens it itself.
+    """
+
+    path: Path
+    config: PretrainedConfig
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: Path | str, trust_remote_code: bool = False) -> Checkpoint:
+        """Open a local checkpoint folder: config.json and one safetensors file, or an index and its shards.
+
+        InputError: a file is missing, broken or not what the index says; the checkpoint is quantized;
+        transformers does not know the architecture.
+        """
+        path = Path(path)
+        require_checkpoint(path)
+        return cls(path, _read_config(path, trust_remote_code), _read_tensor_infos(path))
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files that hold the tensors, sorted."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    def read(self, names: Iterable[str], device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+        """The named tensors as stored, on `device`, in the order asked for.
+
+        On the CPU a tensor is a private mapping of its file: its pages are read when they are first touched.
+        """
+        names = list(names)
+        by_file = sorted(names, key=lambda name: self._info(name).file)
+        found = {}
+        for file, in_file in groupby(by_file, key=lambda name: self._info(name).file):
+            with safe_open(file, framework="pt", device=str(device)) as opened:
+                found.update((name, opened.get_tensor(name)) for name in in_file)
+        return {name: found[name] for name in names}
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (first dimension) of one tensor on the CPU, such as some tokens' embeddings.
+
+        `rows` holds int64 indices of any shape, repeats allowed; the result has shape
+        (*rows.shape, *tensor.shape[1:]). Only the pages that hold those rows are read.
+        """
+        return self.read([name])[name][rows.cpu()]
+
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise InputError unless every tensor in `expected` is there with that shape."""
+        missing = [name for name in expected if name not in self.tensors]
+        if missing:
+            raise InputError(
+                f"{self.path} lacks {len(missing)} tensor(s) that its config.json calls for: "
+                f"{_listed(missing)}. Check that config.json belongs to these weights and that "
+                "the download is complete."
+            )
+        wrong = [
+            f"{name} in {info.file} has shape {info.shape}, expected {tuple(shape)}"
+            for name, shape in expected.items()
+            if (info := self.tensors[name]).shape != tuple(shape)
+        ]
+        if wrong:
+            raise InputError(
+                f"{len(wrong)} tensor(s) have other shapes than config.json calls for: "
+                f"{_listed(wrong, '; ')}. Check that config.json belongs to these weights."
+            )
+
+    def check_finite(self, names: Iterable[str]) -> None:
+        """Read the named tensors, one at a time, and raise InputError where one holds NaN or infinity."""
+        for name in names:
+            if not _is_finite(self.read([name])[name]):
+                raise InputError(
+                    f"{self._info(name).file}: tensor {name} holds NaN or infinite values. "
+                    "Download the file again, or use a release of the model without them."
+                )
+
+    def fingerprint(self) -> str:
+        """The checkpoint's identity; see `compute_fingerprint` for what it catches and what it misses."""
+        return compute_fingerprint(self.path, self.weight_files)
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise InputError(
+                f"{self.path} holds no tensor {name}. Check that config.json belongs to these weights."
+            )
+        return self.tensors[name]
+
+
+def _read_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
+    file = path / CONFIG_FILE
+    content = read_json(file)
+    for part in (content, content.get("text_config") or {}):
+        if part.get("quantization_config") or part.get("compression_config"):
+            raise InputError(
+                f"{file} describes a quantized checkpoint. Quantized checkpoints must be dequantized first: "
+                "use the model's bf16 or fp16 release."
+            )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and a checkpoint's own code raise all kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"transformers can't read {file}: {reason}") from error
+
+
+def _read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
+    headers = {file.name: read_header(file) for file in find_weight_files(path)}
+    weight_map = read_weight_map(path)
+    if not weight_map:
+        return {name: info for header in headers.values() for name, info in header.items()}
+    absent = [f"{name} in {shard}" for name, shard in weight_map.items() if name not in headers[shard]]
+    if absent:
+        raise InputError(
+            f"{path / INDEX_FILE} names {len(absent)} tensor(s) that their shard does not hold: "
+            f"{_listed(absent)}. The index and the shards are of different downloads: download them again."
+        )
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    # NaN and infinity both reach the extremes, which are found ten times as fast as isfinite is done.
+    return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor))
+
+
+def _listed(items: list[str], separator: str = ", ") -> str:
+    return separator.join(items[:LISTED]) + (f"{separator}..." if len(items) > LISTED else "")

@@ -1,0 +1,143 @@
+"""Writing a checkpoint's weights as its layers stream in, with no more than one shard in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from distprune.checkpoint.assembly import Assembly, plan_assembly
+from distprune.checkpoint.disk import GB
+from distprune.checkpoint.durable import move, write_tensors, write_text
+from distprune.checkpoint.headers import read_header
+from distprune.checkpoint.layout import INDEX_FILE
+
+SUFFIX = ".safetensors"
+
+
+class ShardWriter:
+    """Collects parts (one decoder layer each, say) in `work_dir/parts/` and assembles them into shards.
+
+    Every file appears wholly or not at all, so after a crash at any moment `done()` tells what need not be
+    made again, and `assemble` goes on where it stopped. The bytes written depend on names, values and order
+    alone. A work folder has one writer at a time: opening it removes what a killed one left unfinished.
+    """
+
+    def __init__(self, work_dir: Path) -> None:
+        self._parts = Path(work_dir) / "parts"
+        self._plan_file = self._parts / "assembly.json"
+        self._parts.mkdir(parents=True, exist_ok=True)
+        for unfinished in (*self._parts.glob("*.tmp"), *self._parts.glob(".tmp*")):
+            unfinished.unlink()
+
+    def put(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write one part durably. The same part written again replaces the first.
+
+        Tensors may lie on any device, be views of each other or not be contiguous; each is stored in full.
+        """
+        write_tensors(self._part_file(part), _separate_in_memory(tensors))
+
+    def done(self) -> set[str]:
+        """The parts that are safely on disk, in a file of their own or in a finished shard."""
+        return self._waiting() | {part for parts in self._built_shards().values() for part in parts}
+
+    def assemble(self, order: Sequence[str], destination: Path, max_shard_bytes: int = 5 * GB) -> None:
+        """Make `destination` hold all parts as shards, in that order, and their index if there are several.
+
+        A shard of one part is the part's file, moved; only a shard of several is written anew. May be called
+        again after a crash, or when it has finished. ValueError: `order` does not name each part once, two
+        parts hold a tensor of the same name, `destination` holds other weights, or an assembly begun earlier
+        had another order, destination or shard size.
+        """
+        destination = Path(destination)
+        destination.mkdir(parents=True, exist_ok=True)
+        plan = self._plan(list(order), destination, max_shard_bytes)
+        for shard, parts in plan.shards.items():
+            self._build_shard(destination / shard, parts)
+        if len(plan.shards) > 1:
+            _write_index(destination, list(plan.shards))
+
+    def discard(self) -> None:
+        """Remove the parts folder, and with it the knowledge of what is done: for a finished checkpoint."""
+        shutil.rmtree(self._parts)
+
+    def _part_file(self, part: str) -> Path:
+        return self._parts / (part + SUFFIX)
+
+    def _waiting(self) -> set[str]:
+        return {file.name.removesuffix(SUFFIX) for file in self._parts.glob("*" + SUFFIX)}
+
+    def _built_shards(self) -> dict[str, list[str]]:
+        plan = Assembly.load(self._plan_file)
+        return plan.built(self._plan_file) if plan else {}
+
+    def _plan(self, order: list[str], destination: Path, max_shard_bytes: int) -> Assembly:
+        if self._built_shards():
+            return self._resumed_plan(order, destination, max_shard_bytes)
+        if len(set(order)) != len(order) or set(order) != self._waiting():
+            differing = sorted(set(order) ^ self._waiting())
+            raise ValueError(f"order must name each part in {self._parts} once; it differs in {differing}")
+        if any(destination.glob("*" + SUFFIX)):
+            raise ValueError(f"{destination} holds safetensors files of something else")
+        self._refuse_repeated_tensors(order)
+        sizes = {part: self._part_file(part).stat().st_size for part in order}
+        plan = plan_assembly(self._plan_file, destination, order, sizes, max_shard_bytes)
+        plan.save(self._plan_file)
+        return plan
+
+    def _resumed_plan(self, order: list[str], destination: Path, max_shard_bytes: int) -> Assembly:
+        plan = Assembly.load(self._plan_file)
+        same_place = (self._plan_file.parent / plan.destination).resolve() == destination.resolve()
+        if not same_place or (plan.order, plan.max_shard_bytes) != (order, max_shard_bytes):
+            raise ValueError(
+                f"{self._plan_file} is an assembly begun with another order, destination or shard size"
+            )
+        return plan
+
+    def _refuse_repeated_tensors(self, order: list[str]) -> None:
+        owner: dict[str, str] = {}
+        for part in order:
+            for name in read_header(self._part_file(part)):
+                if name in owner:
+                    raise ValueError(f"tensor {name} is both in part {owner[name]} and in part {part}")
+                owner[name] = part
+
+    def _build_shard(self, shard: Path, parts: list[str]) -> None:
+        files = [self._part_file(part) for part in parts]
+        if not shard.is_file():
+            if len(files) == 1:
+                move(files[0], shard)
+            else:
+                tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+                write_tensors(shard, tensors, scratch=self._parts)
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def _separate_in_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous CPU tensors of which no two share memory, as safetensors demands."""
+    separate: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        stored = tensor.detach().cpu().contiguous()
+        storage = stored.untyped_storage().data_ptr()
+        separate[name] = stored.clone() if storage in storages else stored
+        storages.add(storage)
+    return separate
+
+
+def _write_index(folder: Path, shards: list[str]) -> None:
+    infos = {(name, shard): info for shard in shards for name, info in read_header(folder / shard).items()}
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(info.shape) for info in infos.values()),
+            "total_size": sum(info.nbytes for info in infos.values()),
+        },
+        "weight_map": dict(sorted(infos)),
+    }
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")

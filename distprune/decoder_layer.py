@@ -1,0 +1,163 @@
+"""One decoder layer as a value: its tensors by their role, and the geometry that follows from them.
+
+Everything that prunes is a function from one ``DecoderLayer`` to another. The roles carry no tensor names: those are
+known to the model families (what a checkpoint calls them) and to :func:`state_of` (what our module calls them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+
+from torch import Tensor
+
+from distprune.modeling.configuration_distprune import LayerShape
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x (.., in) -> x Wᵀ + b. ``weight`` is (out, in) as PyTorch stores it, ``bias`` (out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """x (.., in) -> x Rᵀ Lᵀ + b with ``right`` R (rank, in), ``left`` L (out, rank) and ``bias`` (out,) or None."""
+
+    right: Tensor
+    left: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.right.shape[0]
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """A pre-norm decoder layer with grouped-query attention and a gated FFN.
+
+    d is the hidden size, h and g the numbers of query heads and KV groups, p and v the widths per head of queries and
+    keys and of values, f the FFN width.
+    """
+
+    query_heads: int
+    kv_heads: int
+    attention_norm: Tensor  # (d,)
+    query: Linear | LowRank  # d -> h·p
+    key: Linear | LowRank  # d -> g·p
+    value: Linear  # d -> g·v
+    output: Linear  # h·v -> d
+    ffn_norm: Tensor  # (d,)
+    gate: Linear  # d -> f
+    up: Linear  # d -> f
+    down: Linear  # f -> d
+    query_norm: Tensor | None = None  # (p,), RMS norm of each query head where the family has one
+    key_norm: Tensor | None = None  # (p,)
+    calibration: LowRank | None = None  # d -> d, added to the FFN's output
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape(
+            query_heads=self.query_heads,
+            kv_heads=self.kv_heads,
+            query_key_dim=_width(self.query) // self.query_heads,
+            value_dim=self.value.weight.shape[0] // self.kv_heads,
+            ffn_width=self.down.weight.shape[1],
+            query_rank=_rank(self.query),
+            key_rank=_rank(self.key),
+            calibration_rank=_rank(self.calibration),
+        )
+
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in state_of(self).values())
+
+    def to(self, *args, **kwargs) -> DecoderLayer:
+        """The same layer with every tensor moved or cast as ``torch.Tensor.to`` does."""
+        return _map_tensors(self, lambda tensor: tensor.to(*args, **kwargs))
+
+
+def _map_tensors(value, change: Callable[[Tensor], Tensor]):
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (Linear, LowRank, DecoderLayer)):
+        return replace(value, **{f.name: _map_tensors(getattr(value, f.name), change) for f in fields(value)})
+    return value
+
+
+def _width(projection: Linear | LowRank) -> int:
+    return (projection.weight if isinstance(projection, Linear) else projection.left).shape[0]
+
+
+def _rank(projection: Linear | LowRank | None) -> int | None:
+    return projection.rank if isinstance(projection, LowRank) else None
+
+
+# Role -> name inside our decoder-layer module (distprune.modeling), whose state this converts from and to.
+_PROJECTIONS = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "calibration": "mlp.calibration",
+}
+_NORMS = {
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "query_norm": "self_attn.q_norm",
+    "key_norm": "self_attn.k_norm",
+}
+
+
+def state_of(layer: DecoderLayer) -> dict[str, Tensor]:
+    """The layer's tensors under the names of our decoder-layer module's state dict."""
+    state = {f"{name}.weight": getattr(layer, role) for role, name in _NORMS.items()}
+    for role, name in _PROJECTIONS.items():
+        match getattr(layer, role):
+            case Linear(weight, bias):
+                state |= {f"{name}.weight": weight, f"{name}.bias": bias}
+            case LowRank(right, left, bias):
+                state |= {
+                    f"{name}.right.weight": right,
+                    f"{name}.left.weight": left,
+                    f"{name}.left.bias": bias,
+                }
+    return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+
+def layer_from_state(state: Mapping[str, Tensor], shape: LayerShape) -> DecoderLayer:
+    """The inverse of :func:`state_of` for a layer with ``shape``'s head counts."""
+
+    def projection(name: str) -> Linear | LowRank | None:
+        if f"{name}.right.weight" in state:
+            bias = state.get(f"{name}.left.bias")
+            return LowRank(state[f"{name}.right.weight"], state[f"{name}.left.weight"], bias)
+        if f"{name}.weight" in state:
+            return Linear(state[f"{name}.weight"], state.get(f"{name}.bias"))
+        return None
+
+    return DecoderLayer(
+        query_heads=shape.query_heads,
+        kv_heads=shape.kv_heads,
+        **{role: state.get(f"{name}.weight") for role, name in _NORMS.items()},
+        **{role: projection(name) for role, name in _PROJECTIONS.items()},
+    )
+
+
+def slice_linear(linear: Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> Linear:
+    """Keep the given output ``rows`` (with their biases) and input ``columns``, each a 1-D index tensor."""
+    weight, bias = linear.weight, linear.bias
+    if rows is not None:
+        weight = weight.index_select(0, rows)
+        bias = None if bias is None else bias.index_select(0, rows)
+    if columns is not None:
+        weight = weight.index_select(1, columns)
+    return Linear(weight.contiguous(), bias)
+
+
+__all__ = ["DecoderLayer", "LayerShape", "Linear", "LowRank", "layer_from_state", "slice_linear", "state_of"]

@@ -1,0 +1,87 @@
+"""From pruned layers to a checkpoint that opens with ``from_pretrained``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from distprune.checkpoint import Checkpoint, ShardWriter, copy_side_files
+from distprune.decoder_layer import LayerShape
+from distprune.engine.preflight import Job
+from distprune.modeling import AUTO_MAP, copy_modeling_files, layer_tensor_shapes
+
+
+def layer_part(index: int) -> str:
+    """The name under which a pruned layer waits on disk."""
+    return f"layer-{index:05}"
+
+
+def write_outer_tensors(job: Job, writer: ShardWriter) -> tuple[list[str], list[str]]:
+    """Copy embedding, final norm and head through, one tensor at a time.
+
+    Returns:
+        The names of the parts that come before and after the decoder layers.
+    """
+    parts = []
+    for number, name in enumerate(job.family.outer_shapes(job.dense)):
+        parts.append(f"outer-{number}")
+        writer.put(parts[-1], job.checkpoint.read([name]))
+    return parts[:1], parts[1:]
+
+
+def is_stock(dense: LayerShape, shapes: Sequence[LayerShape]) -> bool:
+    """Whether a plain configuration of the original architecture can describe the shapes: all equal, no factors."""
+    first = shapes[0]
+    plain = first.query_rank is None and first.key_rank is None and first.calibration_rank is None
+    return plain and first.value_dim == dense.value_dim and all(shape == first for shape in shapes)
+
+
+def write_config(job: Job, shapes: Sequence[LayerShape], folder: Path) -> str:
+    """Write config.json, and the modeling files where the checkpoint needs them.
+
+    Returns:
+        The layout: "stock" (the original architecture) or "per-layer" (our class).
+    """
+    if is_stock(job.dense.dense_shape(), shapes):
+        job.family.stock_config(job.checkpoint.config, shapes[0]).save_pretrained(folder)
+        return "stock"
+    config = pruned_config(job, shapes)
+    config.save_pretrained(folder)
+    copy_modeling_files(folder)
+    return "per-layer"
+
+
+def pruned_config(job: Job, shapes: Sequence[LayerShape]) -> PreTrainedConfig:
+    config = type(job.dense)(**{**job.dense.to_dict(), "layer_shapes": [asdict(shape) for shape in shapes]})
+    config.architectures = ["PrunedForCausalLM"]
+    config.auto_map = AUTO_MAP
+    return config
+
+
+def verify(job: Job, shapes: Sequence[LayerShape], folder: Path) -> None:
+    """See that the finished folder opens and holds every tensor in its planned shape.
+
+    Raises:
+        InputError: it does not; names the file and tensor.
+    """
+    expected = job.family.outer_shapes(job.dense)
+    for index, shape in enumerate(shapes):
+        prefix = job.family.layer_prefix.format(index=index)
+        expected |= {
+            prefix + name: size for name, size in layer_tensor_shapes(job.dense, index, shape).items()
+        }
+    Checkpoint.open(folder).check_shapes(expected)
+
+
+def assemble(job: Job, shapes: Sequence[LayerShape], writer: ShardWriter, folder: Path) -> str:
+    """Turn the written parts into a verified checkpoint in ``folder``. Returns the layout."""
+    before, after = write_outer_tensors(job, writer)
+    order = [*before, *(layer_part(index) for index in range(len(shapes))), *after]
+    copy_side_files(job.model_path, folder)
+    layout = write_config(job, shapes, folder)
+    writer.assemble(order, folder, job.config.max_shard_size)
+    verify(job, shapes, folder)
+    return layout

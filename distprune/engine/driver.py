@@ -1,0 +1,134 @@
+"""A run from beginning to end: check, dense pass, plan, prune, assemble, verify, publish."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from distprune.calibration import build_calibration, open_calibration
+from distprune.checkpoint import ShardWriter, hold_lock, partial_directory, publish
+from distprune.config import PruneConfig
+from distprune.decoder_layer import DecoderLayer
+from distprune.engine.assembly import assemble, layer_part
+from distprune.engine.cluster import WorkerPlan, connected, plan_workers
+from distprune.engine.memory import peak_memory
+from distprune.engine.pool import WorkerPool
+from distprune.engine.preflight import Job, check_job
+from distprune.engine.progress import Progress
+from distprune.engine.record import RunRecord, layer_records, parameter_counts
+from distprune.engine.stages import check_weights, prune_blocks, sweep
+from distprune.engine.transport import unpack_all
+
+
+def prune(config: PruneConfig, progress: Progress | None = None) -> RunRecord:
+    """Prune a model and publish the result at ``config.output``.
+
+    Work happens in ``OUTPUT.partial`` and becomes visible by one rename at the end; on an error nothing of it stays.
+
+    Raises:
+        InputError: something about the input is wrong; the output path is untouched.
+    """
+    progress = progress or Progress()
+    job = check_job(config)
+    with progress, work_directory(config.output) as folder:
+        calibration = config.calibration or make_own_calibration(job, folder, progress)
+        record = run_on_workers(job, calibration, folder, progress)
+        record.save(folder, config)
+        publish(folder, config.output, config.overwrite)
+    return record
+
+
+@contextmanager
+def work_directory(output: Path) -> Iterator[Path]:
+    """A fresh ``OUTPUT.partial``, locked against other runs, that is gone afterwards unless it was published."""
+    folder = partial_directory(output)
+    with hold_lock(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_own_calibration(job: Job, folder: Path, progress: Progress) -> Path:
+    """Let the model write its own calibration set, which stays in the result."""
+    config, path = job.config, folder / "calibration.arrow"
+    progress.stage("Own samples", config.samples)
+    build_calibration(
+        job.model_path,
+        texts=(),
+        samples=config.samples,
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+        output=path,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return path
+
+
+def run_on_workers(job: Job, calibration: Path, folder: Path, progress: Progress) -> RunRecord:
+    """Everything that needs the workers, up to a verified checkpoint in ``folder``."""
+    config, layers = job.config, job.dense.num_hidden_layers
+    writer = ShardWriter(folder)
+    layer_seconds: dict[int, dict[str, float]] = {}
+    stage_seconds: dict[str, float] = {}
+
+    def keep_layer(index: int, layer: DecoderLayer, seconds: dict[str, float]) -> None:
+        writer.put(layer_part(index), job.family.layer_to_checkpoint(layer, index))
+        layer_seconds[index] = seconds
+
+    with connected(config), worker_pool(job, calibration) as (workers, pool):
+        with timed(stage_seconds, "check"):
+            check_weights(pool, layers, progress)
+        with timed(stage_seconds, "dense pass"):
+            boundaries, profiles = sweep(pool, layers, config.block_length(layers), progress)
+        plan = job.method.plan(job.target, [unpack_all(profile) for profile in profiles], config.align)
+        with timed(stage_seconds, "prune"):
+            prune_blocks(pool, boundaries, plan, profiles, keep_layer, progress)
+        peaks = pool.peak_memory()
+
+    progress.stage("Assembling", 1)
+    with timed(stage_seconds, "assemble"):
+        layout = assemble(job, plan, writer, folder)
+        writer.discard()
+    progress.advance()
+    return RunRecord(
+        model=config.model,
+        method=config.method,
+        options=job.method.model_dump(),
+        layout=layout,
+        sparsity_asked=config.sparsity,
+        **parameter_counts(job.dense, plan),
+        fingerprint=config.fingerprint(
+            job.checkpoint.fingerprint(), open_calibration(calibration).fingerprint
+        ),
+        workers=workers.count,
+        device=workers.device,
+        peak_memory_driver=peak_memory(),
+        peak_memory_workers=peaks,
+        seconds=stage_seconds,
+        layers=layer_records(job.dense, plan, layer_seconds),
+    )
+
+
+@contextmanager
+def worker_pool(job: Job, calibration: Path) -> Iterator[tuple[WorkerPlan, WorkerPool]]:
+    plan = plan_workers(job.config, ray.cluster_resources(), job.dense.num_hidden_layers)
+    pool = WorkerPool(plan, job.config, job.model_path.resolve(), calibration.resolve())
+    try:
+        yield plan, pool
+    finally:
+        pool.shutdown()
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 3)

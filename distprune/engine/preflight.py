@@ -1,0 +1,77 @@
+"""Everything that can be known to be wrong before a weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distprune.budgets import ParameterTarget
+from distprune.calibration import Calibration, load_tokenizer, open_calibration, tokenizer_fingerprint
+from distprune.checkpoint import Checkpoint, check_free_space, prepare_output, resolve_model
+from distprune.config import PruneConfig
+from distprune.errors import InputError
+from distprune.families import Family, family_of
+from distprune.methods import Method, make_method
+from distprune.modeling import PrunedConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose input has been found sound: what to prune, how and to what size."""
+
+    config: PruneConfig
+    model_path: Path
+    checkpoint: Checkpoint
+    family: Family
+    dense: PrunedConfig
+    method: Method
+    target: ParameterTarget
+
+
+def check_job(config: PruneConfig) -> Job:
+    """Validate a run from its configuration, the checkpoint's headers and the calibration set's metadata.
+
+    Raises:
+        InputError: names what is wrong and how to mend it. Nothing has been written by then.
+    """
+    prepare_output(config.output, config.overwrite)
+    method = make_method(config.method, config.options)
+    model_path = resolve_model(config.model, revision=config.revision)
+    checkpoint = Checkpoint.open(model_path, trust_remote_code=config.trust_remote_code)
+    family = family_of(checkpoint.config)
+    dense = family.dense_config(checkpoint.config)
+    check_tensors(checkpoint, family, dense)
+    target = ParameterTarget(dense, config.sparsity, config.count_embeddings)
+    method.check_target(target, config.align)
+    if config.calibration is not None:
+        check_calibration(open_calibration(config.calibration), model_path, dense)
+    # Parts and the shards merged from them lie side by side for a moment.
+    check_free_space(config.output, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
+    return Job(config, model_path, checkpoint, family, dense, method, target)
+
+
+def check_tensors(checkpoint: Checkpoint, family: Family, dense: PrunedConfig) -> None:
+    """See that the checkpoint holds just the tensors, in the shapes, that its configuration asks for."""
+    expected = family.outer_shapes(dense)
+    for index in range(dense.num_hidden_layers):
+        expected |= family.layer_shapes(dense, index)
+    checkpoint.check_shapes(expected)
+    unknown = family.unknown_tensors(checkpoint.tensors, dense)
+    if unknown:
+        raise InputError(
+            f"{checkpoint.tensors[unknown[0]].file}: holds tensor '{unknown[0]}', for which a "
+            f"{family.model_type} model with this config.json has no place ({len(unknown)} such tensors). "
+            "Merge adapters and remove extra heads before pruning."
+        )
+
+
+def check_calibration(calibration: Calibration, model_path: Path, dense: PrunedConfig) -> None:
+    """See that the calibration set was made for this model and fits its context."""
+    fingerprint = tokenizer_fingerprint(load_tokenizer(model_path))
+    calibration.check_matches(fingerprint, dense.vocab_size, str(model_path))
+    length = calibration.tokens.shape[1]
+    if length > dense.max_position_embeddings:
+        raise InputError(
+            f"{calibration.path}: its windows of {length} tokens exceed the model's context of "
+            f"{dense.max_position_embeddings}. Make it again with a shorter --sequence-length."
+        )

@@ -1,0 +1,130 @@
+"""What a worker does with one layer: pure functions of checkpoint, input hidden states and configuration.
+
+Because they are pure, any worker may run any of them, twice or again after a crash, and give the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distprune.calibration import open_calibration
+from distprune.checkpoint import Checkpoint
+from distprune.config import PruneConfig
+from distprune.decoder_layer import DecoderLayer, LayerShape, state_of
+from distprune.families import family_of
+from distprune.forward import LayerRunner
+from distprune.methods import Profile, make_method
+from distprune.statistics import LayerStatistics, Moment
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """A layer after pruning: its tensors in the checkpoint's dtype, what reaches the next layer, and the time taken."""
+
+    layer: DecoderLayer
+    output: Tensor | None
+    seconds: dict[str, float]
+
+
+class LayerTasks:
+    """The tasks of one run on one device. Holds the open checkpoint and no weights between calls."""
+
+    def __init__(self, config: PruneConfig, model_path: Path, calibration_path: Path, device: torch.device):
+        self.config, self.device = config, device
+        self.calibration = open_calibration(calibration_path)
+        self.checkpoint = Checkpoint.open(model_path, trust_remote_code=config.trust_remote_code)
+        self.family = family_of(self.checkpoint.config)
+        self.dense = self.family.dense_config(self.checkpoint.config)
+        self.method = make_method(config.method, config.options)
+        self.runner = LayerRunner(self.dense, device, self._compute_dtype(), config.micro_batch)
+
+    def _compute_dtype(self) -> torch.dtype:
+        if self.config.dtype == "auto":
+            return self.checkpoint.tensors[self.family.embedding].dtype
+        return getattr(torch, self.config.dtype)
+
+    def check_layer(self, index: int) -> None:
+        """Read a layer's weights and see that they are finite numbers.
+
+        Raises:
+            InputError: a weight is NaN or infinite; names the tensor and file.
+        """
+        self.checkpoint.check_finite(self.family.layer_shapes(self.dense, index))
+
+    def check_outer(self) -> None:
+        """The same for the tensors outside the decoder layers."""
+        self.checkpoint.check_finite(self.family.outer_shapes(self.dense))
+
+    def embed(self) -> Tensor:
+        """The hidden states at the first layer's input, (samples, length, d)."""
+        tokens = torch.from_numpy(self.calibration.tokens.astype("int64"))
+        ids, positions = tokens.unique(return_inverse=True)
+        rows = self.checkpoint.read_rows(self.family.embedding, ids)
+        return rows.to(self.runner.dtype)[positions]
+
+    def sweep(self, index: int, hidden_states: Tensor) -> tuple[Tensor, Profile]:
+        """The dense layer's output hidden states, and what the method wants to remember of it."""
+        layer = self._read_layer(index)
+        output, statistics = self._observe(
+            layer, index, hidden_states, self.method.dense_moments(layer.shape)
+        )
+        profile = self.method.profile(layer.to(self.device, torch.float32), statistics)
+        return output, {name: value.cpu() for name, value in profile.items()}
+
+    def prune(
+        self, index: int, hidden_states: Tensor, planned: LayerShape, profile: Profile, *, propagate: bool
+    ) -> PrunedLayer:
+        """The layer pruned to the planned shape, and its output hidden states if the next layer needs them."""
+        clock = Stopwatch()
+        layer = self._read_layer(index)
+        clock.lap("read")
+        moments = self.method.pruning_moments(layer.shape, planned)
+        _, statistics = self._observe(layer, index, hidden_states, moments)
+        clock.lap("statistics")
+        profile = {name: value.to(self.device) for name, value in profile.items()}
+        pruned = self.method.prune(layer.to(self.device, torch.float32), planned, statistics, profile)
+        if pruned.shape != planned:
+            raise AssertionError(f"{self.method.name} gave layer {index} {pruned.shape}, planned {planned}")
+        pruned = pruned.to(layer.attention_norm.dtype)
+        check_solution(pruned, index)
+        clock.lap("solve")
+        output = self.runner.run(pruned, index, hidden_states) if propagate else None
+        clock.lap("propagate")
+        return PrunedLayer(pruned.to("cpu"), output, clock.laps)
+
+    def _read_layer(self, index: int) -> DecoderLayer:
+        tensors = self.checkpoint.read(self.family.layer_shapes(self.dense, index))
+        return self.family.layer_from_checkpoint(tensors, self.dense, index)
+
+    def _observe(
+        self, layer: DecoderLayer, index: int, hidden_states: Tensor, moments: Iterable[Moment]
+    ) -> tuple[Tensor, LayerStatistics]:
+        statistics = LayerStatistics(moments)
+        return self.runner.run(layer, index, hidden_states, observe=statistics.update), statistics
+
+
+def check_solution(layer: DecoderLayer, index: int) -> None:
+    """Raises ``ArithmeticError`` when a solve overflowed, rather than write a broken checkpoint."""
+    for name, tensor in state_of(layer).items():
+        if not torch.isfinite(tensor).all():
+            raise ArithmeticError(f"pruning layer {index} gave NaN or infinite values in {name}")
+
+
+class Stopwatch:
+    """Seconds between laps, by name."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now

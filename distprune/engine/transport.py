@@ -1,0 +1,39 @@
+"""Tensors through Ray's object store: as numpy arrays they are read from shared memory without a copy."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A CPU tensor as a numpy array; numpy has no bfloat16, so 16-bit floats travel as their bits."""
+
+    array: np.ndarray
+    dtype: torch.dtype
+
+
+def pack(tensor: Tensor) -> Parcel:
+    tensor = tensor.detach().contiguous().cpu()
+    bits = tensor.view(torch.int16) if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    return Parcel(bits.numpy(), tensor.dtype)
+
+
+def unpack(parcel: Parcel) -> Tensor:
+    """The tensor, sharing the parcel's memory, which is read-only when it came through the object store."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(parcel.array).view(parcel.dtype)
+
+
+def pack_all(tensors: dict[str, Tensor]) -> dict[str, Parcel]:
+    return {name: pack(tensor) for name, tensor in tensors.items()}
+
+
+def unpack_all(parcels: dict[str, Parcel]) -> dict[str, Tensor]:
+    return {name: unpack(parcel) for name, parcel in parcels.items()}

@@ -1,0 +1,75 @@
+"""The worker actor: layer tasks on one device, their inputs and outputs through the object store."""
+
+from __future__ import annotations
+
+import platform
+from functools import cached_property
+from pathlib import Path
+
+import ray
+import torch
+
+from distprune.config import PruneConfig
+from distprune.decoder_layer import LayerShape, state_of
+from distprune.engine.memory import PeakMemory, peak_memory
+from distprune.engine.tasks import LayerTasks
+from distprune.engine.transport import Parcel, pack, pack_all, unpack, unpack_all
+from distprune.errors import InputError
+
+Parcels = dict[str, Parcel]
+
+
+@ray.remote
+class Worker:
+    """One device and the tasks that run on it. It keeps no state that a restarted worker would miss."""
+
+    def __init__(self, config: PruneConfig, model_path: Path, calibration_path: Path, device: str):
+        # Threads are set, not taken from the machine: results may change in the last bit with their number.
+        torch.set_num_threads(config.threads_per_worker)
+        self.config, self.device = config, device
+        self.model_path, self.calibration_path = model_path, calibration_path
+
+    @cached_property
+    def tasks(self) -> LayerTasks:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError(
+                f"device cuda: PyTorch finds no usable GPU on node {platform.node()}. "
+                "Install a CUDA build of torch there, or give --device cpu."
+            )
+        return LayerTasks(self.config, self.model_path, self.calibration_path, torch.device(self.device))
+
+    def ready(self) -> str:
+        """The node's name, once device, checkpoint and calibration set are open.
+
+        Raises:
+            InputError: one of them can't be opened on this node.
+        """
+        assert self.tasks
+        return platform.node()
+
+    def check_layer(self, index: int) -> None:
+        self.tasks.check_layer(index)
+
+    def check_outer(self) -> None:
+        self.tasks.check_outer()
+
+    def embed(self) -> Parcel:
+        return pack(self.tasks.embed())
+
+    @ray.method(num_returns=2)
+    def sweep(self, index: int, hidden_states: Parcel) -> tuple[Parcel, Parcels]:
+        output, profile = self.tasks.sweep(index, unpack(hidden_states))
+        return pack(output), pack_all(profile)
+
+    @ray.method(num_returns=3)
+    def prune(
+        self, index: int, hidden_states: Parcel, planned: LayerShape, profile: Parcels, propagate: bool
+    ) -> tuple[Parcels, Parcel | None, dict[str, float]]:
+        result = self.tasks.prune(
+            index, unpack(hidden_states), planned, unpack_all(profile), propagate=propagate
+        )
+        output = None if result.output is None else pack(result.output)
+        return pack_all(state_of(result.layer)), output, result.seconds
+
+    def peak_memory(self) -> PeakMemory:
+        return peak_memory()

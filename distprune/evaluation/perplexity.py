@@ -1,0 +1,129 @@
+"""Perplexity of a model on a text, in windows that don't overlap."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distprune.calibration.model import check_sequence_length, input_device, load_config, load_model
+from distprune.calibration.tokenizer import load_tokenizer, tokenize
+from distprune.errors import InputError
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """`nll`: mean negative log-likelihood in nats a predicted token; `perplexity` = exp(nll).
+
+    `tokens`: how many were predicted, which is windows * (sequence_length - 1); `seconds`: spent in the
+    forward passes, loading aside.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+    sequence_length: int
+    seconds: float
+
+
+def evaluate_perplexity(
+    model_path: str | Path,
+    text_path: str | Path,
+    sequence_length: int = 128,
+    max_tokens: int | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """Load a model and measure its perplexity on a text file. See `perplexity_of_model`.
+
+    Everything that can be wrong with the text is checked before the weights are read. Raises InputError.
+    """
+    text = _read_text(text_path)
+    check_sequence_length(sequence_length, load_config(model_path, trust_remote_code), model_path)
+    tokenizer = load_tokenizer(model_path, trust_remote_code)
+    windows = _windows(text, tokenizer, sequence_length, max_tokens, str(text_path))
+    model = load_model(model_path, device, dtype, trust_remote_code)
+    return _perplexity_of_windows(model, windows, batch_size, on_progress)
+
+
+def perplexity_of_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    sequence_length: int = 128,
+    max_tokens: int | None = None,
+    batch_size: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """The perplexity of a loaded model on a text.
+
+    The text is tokenized whole and without special tokens, its first `max_tokens` are cut into windows of
+    `sequence_length` (what is left over is not used), and each window's tokens but the first are predicted
+    from those before them in it. Cross entropy in float32, summed in float64. `batch_size` windows run at a
+    time; `on_progress(done, total)` counts windows. Raises InputError when the text is too short.
+    """
+    windows = _windows(text, tokenizer, sequence_length, max_tokens, "the text")
+    return _perplexity_of_windows(model, windows, batch_size, on_progress)
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: the text can't be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it first.") from error
+
+
+def _windows(
+    text: str, tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None, name: str
+) -> torch.Tensor:
+    """int64 (windows, length)"""
+    ids = torch.from_numpy(tokenize(tokenizer, [text])[0][:max_tokens]).long()
+    if len(ids) < length:
+        limit = "" if max_tokens is None else f" within --max-tokens {max_tokens}"
+        raise InputError(
+            f"{name}: has {len(ids)} tokens{limit}, fewer than one window of {length}; "
+            "give a longer text or a shorter --sequence-length."
+        )
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+@torch.inference_mode()
+def _perplexity_of_windows(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    batch_size: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> PerplexityResult:
+    count, length = windows.shape
+    device, start = input_device(model), time.perf_counter()
+    total, done = 0.0, 0
+    for batch in windows.split(batch_size):
+        logits = model(input_ids=batch.to(device), use_cache=False).logits
+        # One window at a time, so that float32 logits are held for one and not for the batch.
+        losses = [F.cross_entropy(row[:-1].float(), ids[1:].to(row.device), reduction="sum")
+                  for row, ids in zip(logits, batch)]  # fmt: skip
+        total += torch.stack(losses).double().sum().item()
+        done += len(batch)
+        if on_progress:
+            on_progress(done, count)
+    tokens = count * (length - 1)
+    nll = total / tokens
+    return PerplexityResult(
+        perplexity=torch.tensor(nll, dtype=torch.float64).exp().item(),
+        nll=nll,
+        tokens=tokens,
+        windows=count,
+        sequence_length=length,
+        seconds=time.perf_counter() - start,
+    )

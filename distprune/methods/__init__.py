@@ -1,0 +1,33 @@
+"""Pruning methods, one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import ValidationError
+
+from distprune.errors import InputError
+from distprune.methods.base import Method, Profile
+from distprune.methods.olica import Olica
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Olica,)}
+
+
+def make_method(name: str, options: Mapping[str, object]) -> Method:
+    """The method called ``name`` with the given hyperparameters, the others at their defaults.
+
+    Raises:
+        InputError: no such method, no such hyperparameter, or a value out of range.
+    """
+    if name not in METHODS:
+        raise InputError(f"method '{name}' does not exist. Choose one of: {', '.join(sorted(METHODS))}.")
+    try:
+        return METHODS[name](**options)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = ".".join(map(str, problem["loc"]))
+        known = ", ".join(METHODS[name].model_fields)
+        raise InputError(f"option '{option}' of method {name}: {problem['msg']}. It has: {known}.") from None
+
+
+__all__ = ["METHODS", "Method", "Profile", "make_method"]

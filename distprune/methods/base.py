@@ -1,0 +1,58 @@
+"""What a pruning method is: statistics in, a plan of shapes, and a pruned layer of the planned shape out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from distprune.budgets import ParameterTarget
+from distprune.decoder_layer import DecoderLayer, LayerShape
+from distprune.statistics import LayerStatistics, Moment
+
+#: What the dense pass leaves of one layer for planning and pruning: small named tensors.
+Profile = Mapping[str, Tensor]
+
+
+class Method(BaseModel):
+    """A pruning method; its fields are its hyperparameters, under the names and with the defaults of its paper.
+
+    A run calls, in this order and each as a pure function: on every layer of the dense model :meth:`profile`, with
+    the moments that :meth:`dense_moments` names; once :meth:`plan`, which sees all profiles; and on every layer
+    :meth:`prune`, with the moments that :meth:`pruning_moments` names, collected on what reaches the layer through
+    the pruned layers before it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: ClassVar[str]
+
+    def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
+        """Moments to collect in the dense pass; with none, the dense pass only carries hidden states."""
+        return ()
+
+    def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
+        """What to remember of a dense layer."""
+        return {}
+
+    def check_target(self, target: ParameterTarget, align: int) -> None:
+        """See, before any weight is read, that the target can be reached.
+
+        Raises:
+            InputError: it can't.
+        """
+
+    def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+        """The shape each layer is to have, the whole meeting ``target`` within one step of ``align``."""
+        raise NotImplementedError
+
+    def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
+        """Moments to collect for pruning a layer of shape ``dense`` to ``planned``."""
+        raise NotImplementedError
+
+    def prune(
+        self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics, profile: Profile
+    ) -> DecoderLayer:
+        """The layer pruned to the ``planned`` shape; tensors in float32 on the layer's device."""
+        raise NotImplementedError

@@ -1,0 +1,289 @@
+"""Olica: Efficient Structured Pruning of Large Language Models without Retraining (He & Lin, ICML 2025).
+
+Attention depends on its weights through two products, W_q W_kᵀ and W_v W_oᵀ, and each is compressed as one entity; the
+FFN loses neurons, and a low-rank linear map of its input repairs part of what was lost. The paper treats multi-head
+attention; here the query heads of a KV group share one value rotation, which for one head a group is the paper's.
+
+Notation (row vectors): x is the attention's or the FFN's input, z the output projection's input, a the FFN's neurons,
+rms(·) the root mean square of each channel over the calibration tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from distprune.budgets import ParameterTarget, aligned, fill_with_ffn
+from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank, slice_linear
+from distprune.errors import InputError
+from distprune.methods.base import Method, Profile
+from distprune.solvers import (
+    factor_input_scaled,
+    factor_output_scaled,
+    most_and_least_important,
+    most_important,
+    neuron_rotation,
+    prediction_correlation,
+    ridge,
+)
+from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Moment, Power
+
+# The published damping is stated for 128 samples of 128 tokens and shrinks as there are more.
+PUBLISHED_TOKENS = 128 * 128
+
+
+class Olica(Method):
+    """Hyperparameters, with the published code's flag in brackets where its name differs."""
+
+    name: ClassVar[str] = "olica"
+
+    k: float = Field(3.0, ge=0, description="ratio of what is taken from queries/keys to values/outputs")
+    calibrated_layers: int = Field(6, ge=0, description="FFNs that get a linear calibration [mlp_num]")
+    calibration_rank_ratio: float = Field(
+        0.03, gt=0, lt=1, description="its rank over the hidden size [ratio]"
+    )
+    percdamp: float = Field(
+        0.5, gt=0, description="ridge penalty over the mean of the Gram matrix's diagonal"
+    )
+    channel_temperature: float = Field(
+        0.05, gt=0, description="softness of the weights of the output channels"
+    )
+    keep_least: float = Field(
+        0.01, ge=0, lt=1, description="fraction of the least important neurons that stays"
+    )
+    decomposition: bool = Field(
+        True, description="rotate value neurons to be orthogonal before choosing among them"
+    )
+
+    # ---------------------------------------------------------------- the dense pass
+
+    def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
+        moments: list[Moment] = [Power("attention_output")]
+        if self.calibrated_layers:
+            x, y = "ffn_input", "ffn_output"
+            moments += [Gram(x), Cross(x, y), Mean(x), Mean(y), Power(y)]
+        return moments
+
+    def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
+        profile = {"attention_output_rms": statistics.rms("attention_output")}
+        if self.calibrated_layers:
+            profile["ffn_linearity"] = self._ffn_linearity(statistics)
+        return profile
+
+    def _ffn_linearity(self, statistics: LayerStatistics) -> Tensor:
+        """How well a linear map of the FFN's input explains its output: the mean correlation over channels, ()."""
+        x, y = "ffn_input", "ffn_output"
+        gram, cross = statistics.gram(x), statistics.cross(x, y)
+        solution = ridge(gram, cross, self._damping(statistics))
+        return prediction_correlation(
+            solution, gram, cross, statistics.mean(x), statistics.mean(y), statistics.power(y)
+        ).mean()
+
+    def _damping(self, statistics: LayerStatistics) -> float:
+        return self.percdamp * PUBLISHED_TOKENS / statistics.tokens
+
+    # ---------------------------------------------------------------- the budget
+
+    def check_target(self, target: ParameterTarget, align: int) -> None:
+        # Which layers are calibrated makes no difference to how many parameters they hold.
+        self._shapes(target, set(range(self.calibrated_layers)), align)
+
+    def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+        return self._shapes(target, self._most_linear(profiles), align)
+
+    def _shapes(self, target: ParameterTarget, calibrated: set[int], align: int) -> list[LayerShape]:
+        config = target.config
+        dense = [config.layer_shape(index) for index in range(config.num_hidden_layers)]
+        if target.sparsity == 0:
+            return dense
+        value_output, query_key = self.attention_sparsities(target.decoder_sparsity)
+        if max(value_output, query_key) >= 1:
+            raise InputError(
+                f"sparsity {target.sparsity:g} can't be reached by olica: with k = {self.k:g} it would take "
+                f"{query_key:.0%} of the queries and keys and {value_output:.0%} of the values. Ask for a lower "
+                "--sparsity, or set k nearer to 1."
+            )
+        rank = aligned(self.calibration_rank_ratio * config.hidden_size, align, most=config.hidden_size)
+
+        def prune_attention(shape: LayerShape, index: int) -> LayerShape:
+            return replace(
+                shape,
+                value_dim=aligned((1 - value_output) * shape.value_dim, align, most=shape.value_dim),
+                query_rank=kept_rank(
+                    shape.query_heads * shape.query_key_dim, config.hidden_size, query_key, align
+                ),
+                key_rank=kept_rank(
+                    shape.kv_heads * shape.query_key_dim, config.hidden_size, query_key, align
+                ),
+                calibration_rank=rank if index in calibrated else None,
+            )
+
+        return fill_with_ffn(
+            target, [prune_attention(shape, index) for index, shape in enumerate(dense)], align
+        )
+
+    def attention_sparsities(self, sparsity: float) -> tuple[float, float]:
+        """The fractions to take from values/outputs and from queries/keys at an overall ``sparsity``."""
+        value_output = 2 * sparsity / (1 + self.k)
+        return value_output, 2 * sparsity if sparsity <= 0.4 else self.k * value_output
+
+    def _most_linear(self, profiles: Sequence[Profile]) -> set[int]:
+        """The FFNs whose output a linear map explains best; never the last layer's."""
+        if not self.calibrated_layers:
+            return set()
+        linearity = torch.stack([profile["ffn_linearity"] for profile in profiles[:-1]])
+        return set(most_important(linearity, self.calibrated_layers).tolist())
+
+    # ---------------------------------------------------------------- the pruning pass
+
+    def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
+        moments: list[Moment] = [
+            Power("attention_input"),
+            HeadGram("attention_values", dense.query_heads),
+            Power("ffn_input"),
+            Power("ffn_neurons"),
+        ]
+        if planned.calibration_rank:
+            x, a = "ffn_input", "ffn_neurons"
+            moments += [Gram(x), Cross(x, a), Gram(a), Mean(x), Mean(a)]
+        return moments
+
+    def prune(
+        self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics, profile: Profile
+    ) -> DecoderLayer:
+        if planned == layer.shape:
+            return layer
+        value_gram = statistics.head_gram("attention_values", layer.query_heads)
+        if self.decomposition:
+            layer, value_gram = decompose_values(layer, value_gram, profile["attention_output_rms"])
+        layer = prune_values(layer, planned.value_dim, statistics.rms("attention_input"), value_gram)
+        layer = factor_queries_and_keys(layer, planned, statistics.rms("attention_input"))
+        return self._prune_ffn(layer, planned, statistics)
+
+    def _prune_ffn(
+        self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics
+    ) -> DecoderLayer:
+        importance = ffn_importance(layer, statistics.rms("ffn_input"), statistics.rms("ffn_neurons"))
+        kept = most_and_least_important(importance, planned.ffn_width, int(self.keep_least * len(importance)))
+        dropped = torch.ones_like(importance, dtype=torch.bool).index_fill(0, kept, False).nonzero().flatten()
+        calibration = None
+        if planned.calibration_rank:
+            calibration = self._calibrate(layer.down.weight, dropped, planned.calibration_rank, statistics)
+        return replace(
+            layer,
+            gate=slice_linear(layer.gate, rows=kept),
+            up=slice_linear(layer.up, rows=kept),
+            down=slice_linear(layer.down, columns=kept),
+            calibration=calibration,
+        )
+
+    def _calibrate(self, down: Tensor, dropped: Tensor, rank: int, statistics: LayerStatistics) -> LowRank:
+        """Linear calibration: what the dropped neurons gave, r = a_dropped W_droppedᵀ, as a low-rank map of x.
+
+        The ridge solution of r on x (Eq. 7), its output channels weighted by how well each is predicted, is truncated
+        by SVD. Everything follows from moments of x and a, without another forward pass.
+        """
+        x, a = "ffn_input", "ffn_neurons"
+        lost = down[:, dropped]
+        gram, cross = statistics.gram(x), statistics.cross(x, a)[:, dropped] @ lost.mT
+        mean = lost @ statistics.mean(a)[dropped]
+        power = ((lost @ statistics.gram(a)[dropped][:, dropped]) * lost).sum(dim=1)
+
+        solution = ridge(gram, cross, self._damping(statistics))
+        correlation = prediction_correlation(solution, gram, cross, statistics.mean(x), mean, power)
+        weights = torch.sigmoid((correlation - correlation.mean()) / self.channel_temperature)
+        left, right = factor_output_scaled(solution.mT, weights, rank)
+        return LowRank(right=right, left=left)
+
+
+def kept_rank(out_features: int, in_features: int, sparsity: float, align: int) -> int:
+    """The rank at which two factors of an (out, in) matrix hold the fraction 1 - ``sparsity`` of its parameters."""
+    rank = ceil((1 - sparsity) * out_features * in_features / (out_features + in_features))
+    return aligned(rank, align, most=min(out_features, in_features))
+
+
+def decompose_values(
+    layer: DecoderLayer, value_gram: Tensor, output_rms: Tensor
+) -> tuple[DecoderLayer, Tensor]:
+    """Orthogonal neuron decomposition, fast form: rotate each KV group's value neurons; the function is unchanged.
+
+    Args:
+        layer: the layer.
+        value_gram: E[z_iᵀz_i] of every query head, (h, v, v).
+        output_rms: rms of the attention's output, (d,).
+
+    Returns:
+        The rotated layer, and ``value_gram`` in the rotated basis.
+    """
+    per_group = output_slices(layer)
+    rotation = neuron_rotation(per_group, output_rms)
+    value, bias = layer.value.weight.unflatten(0, (layer.kv_heads, -1)), layer.value.bias
+    if bias is not None:
+        bias = (bias.unflatten(0, (layer.kv_heads, 1, -1)) @ rotation).flatten()
+    rotated = replace(
+        layer,
+        value=Linear((rotation.mT @ value).flatten(0, 1), bias),
+        output=Linear(join_output_slices(per_group @ rotation[:, None]), layer.output.bias),
+    )
+    per_head = rotation.repeat_interleave(layer.query_heads // layer.kv_heads, dim=0)
+    return rotated, per_head.mT @ value_gram @ per_head
+
+
+def prune_values(layer: DecoderLayer, keep: int, input_rms: Tensor, value_gram: Tensor) -> DecoderLayer:
+    """Keep the ``keep`` most important value neurons of every KV group.
+
+    The importance of a neuron is the norm of its row of W_v, scaled by rms(x), plus the norm of its columns of W_o
+    in all query heads of its group, scaled by rms(z).
+    """
+    groups, per_group = layer.kv_heads, output_slices(layer)
+    values_rms = value_gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().unflatten(0, (groups, -1))
+    value = layer.value.weight.unflatten(0, (groups, -1))
+    importance = (value * input_rms).norm(dim=2) + (per_group * values_rms[:, :, None]).norm(dim=(1, 2))
+    kept = most_important(importance, keep)
+
+    value_rows = (kept + torch.arange(groups, device=kept.device)[:, None] * value.shape[1]).flatten()
+    columns = kept[:, None, None].expand(*per_group.shape[:3], keep)
+    return replace(
+        layer,
+        value=slice_linear(layer.value, rows=value_rows),
+        output=Linear(join_output_slices(per_group.gather(3, columns)), layer.output.bias),
+    )
+
+
+def output_slices(layer: DecoderLayer) -> Tensor:
+    """The output projection cut by KV group and query head, (g, m, d, v) with m = h / g."""
+    heads_per_group = layer.query_heads // layer.kv_heads
+    return layer.output.weight.unflatten(1, (layer.kv_heads, heads_per_group, -1)).permute(1, 2, 0, 3)
+
+
+def join_output_slices(slices: Tensor) -> Tensor:
+    """The inverse of :func:`output_slices`: (g, m, d, v) to (d, g·m·v)."""
+    return slices.permute(2, 0, 1, 3).flatten(1).contiguous()
+
+
+def factor_queries_and_keys(layer: DecoderLayer, planned: LayerShape, input_rms: Tensor) -> DecoderLayer:
+    """Replace W_q and W_k each by its low-rank factors.
+
+    The rotary embedding stands between the two, so their product can't be decomposed; each is, with its input scaled
+    by rms(x).
+    """
+
+    def factor(projection: Linear, rank: int) -> LowRank:
+        left, right = factor_input_scaled(projection.weight, input_rms, rank)
+        return LowRank(right=right, left=left, bias=projection.bias)
+
+    return replace(
+        layer, query=factor(layer.query, planned.query_rank), key=factor(layer.key, planned.key_rank)
+    )
+
+
+def ffn_importance(layer: DecoderLayer, input_rms: Tensor, neuron_rms: Tensor) -> Tensor:
+    """The sum of the norms of a neuron's up row, gate row and down column, each scaled by its input's rms, (f,)."""
+    up, gate = layer.up.weight * input_rms, layer.gate.weight * input_rms
+    return up.norm(dim=1) + gate.norm(dim=1) + layer.down.weight.norm(dim=0) * neuron_rms

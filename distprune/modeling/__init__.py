@@ -1,0 +1,74 @@
+"""The pruned decoder: a configuration and a model class, which also travel inside checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from . import configuration_distprune, modeling_distprune
+from .configuration_distprune import LayerShape, PrunedConfig
+from .modeling_distprune import (
+    LowRankLinear,
+    PrunedAttention,
+    PrunedDecoderLayer,
+    PrunedFeedForward,
+    PrunedForCausalLM,
+    PrunedModel,
+    PrunedPreTrainedModel,
+    RMSNorm,
+    RotaryEmbedding,
+    causal_masks,
+)
+
+# The `auto_map` of config.json: which class of the copied files answers to which Auto class.
+AUTO_MAP = {
+    "AutoConfig": "configuration_distprune.PrunedConfig",
+    "AutoModel": "modeling_distprune.PrunedModel",
+    "AutoModelForCausalLM": "modeling_distprune.PrunedForCausalLM",
+}
+
+
+def register_auto_classes() -> None:
+    """Let the Auto classes open pruned checkpoints, and `save_pretrained` put the code beside the weights."""
+    AutoConfig.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)
+    AutoModel.register(PrunedConfig, PrunedModel, exist_ok=True)
+    AutoModelForCausalLM.register(PrunedConfig, PrunedForCausalLM, exist_ok=True)
+    PrunedConfig.register_for_auto_class("AutoConfig")
+    PrunedModel.register_for_auto_class("AutoModel")
+    PrunedForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+
+def copy_modeling_files(directory: str | Path) -> list[Path]:
+    """Copy the configuration and modeling file into an existing `directory`. Returns the copies' paths."""
+    sources = (Path(module.__file__) for module in (configuration_distprune, modeling_distprune))
+    return [Path(shutil.copyfile(source, Path(directory) / source.name)) for source in sources]
+
+
+def layer_tensor_shapes(config: PrunedConfig, index: int, shape: LayerShape) -> dict[str, tuple[int, ...]]:
+    """Names (within the layer) and shapes of the tensors that layer `index` holds when it has `shape`."""
+    with init_empty_weights():
+        layer = PrunedDecoderLayer(config, index, shape)
+    return {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+
+
+__all__ = [
+    "AUTO_MAP",
+    "LayerShape",
+    "LowRankLinear",
+    "PrunedAttention",
+    "PrunedConfig",
+    "PrunedDecoderLayer",
+    "PrunedFeedForward",
+    "PrunedForCausalLM",
+    "PrunedModel",
+    "PrunedPreTrainedModel",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "causal_masks",
+    "copy_modeling_files",
+    "layer_tensor_shapes",
+    "register_auto_classes",
+]

@@ -1,0 +1,160 @@
+"""Configuration of a pruned decoder. This file travels inside checkpoints, so it stands alone."""
+
+# No `from __future__ import annotations` here: @strict checks each field against its evaluated annotation.
+
+from dataclasses import asdict, dataclass
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Widths and ranks of one decoder layer.
+
+    Attributes:
+        query_heads: query heads, a multiple of `kv_heads`.
+        kv_heads: key/value heads.
+        query_key_dim: width of one query or key head.
+        value_dim: width of one value head; it may be smaller than `query_key_dim`.
+        ffn_width: intermediate width of the feed-forward network.
+        query_rank: rank of the factored query projection, None where it is a dense matrix.
+        key_rank: rank of the factored key projection, None where it is a dense matrix.
+        calibration_rank: rank of the linear branch beside the feed-forward network, None where there is none.
+
+    Raises:
+        ValueError: a width or rank is not positive, or `query_heads` is not a multiple of `kv_heads`.
+    """
+
+    query_heads: int
+    kv_heads: int
+    query_key_dim: int
+    value_dim: int
+    ffn_width: int
+    query_rank: int | None = None
+    key_rank: int | None = None
+    calibration_rank: int | None = None
+
+    def __post_init__(self):
+        for name, size in asdict(self).items():
+            absent = size is None and name.endswith("_rank")
+            if not absent and not (isinstance(size, int) and size > 0):
+                raise ValueError(f"{name} must be a positive integer, got {size!r}.")
+        if self.query_heads % self.kv_heads != 0:
+            raise ValueError(
+                f"query_heads ({self.query_heads}) must be a multiple of kv_heads ({self.kv_heads})."
+            )
+
+
+@strict
+class PrunedConfig(PreTrainedConfig):
+    """A decoder whose layers each have their own widths and ranks.
+
+    `intermediate_size`, `num_attention_heads`, `num_key_value_heads` and `head_dim` describe the original
+    model; `layer_shapes` says what is left of each layer, and defaults to all of it.
+
+    Arguments beyond those of transformers' `LlamaConfig`:
+        base_model_type: `model_type` of the original model, such as "llama".
+        attention_bias: whether the query, key and value projections have a bias.
+        attention_output_bias: whether the attention output projection has a bias.
+        mlp_bias: whether the three feed-forward projections have a bias.
+        query_key_norm: whether each query and key head is RMS-normalized before rotary embedding (Qwen3).
+        sliding_window: attention span, in tokens, of the layers of type "sliding_attention".
+        layer_types: "full_attention" or "sliding_attention" for each layer. By default all layers slide where
+            `sliding_window` is given, and none otherwise.
+        layer_shapes: for each layer a dict of `LayerShape` fields.
+
+    Raises:
+        ValueError: `layer_shapes` does not fit the model; the message names the layer and the field.
+    """
+
+    model_type = "distprune"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    base_model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_dropout: int | float | None = 0.0
+    mlp_bias: bool = False
+    query_key_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    layer_shapes: list[dict] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [layer_type] * self.num_hidden_layers
+        if self.layer_shapes is None:
+            self.layer_shapes = [asdict(self.dense_shape()) for _ in range(self.num_hidden_layers)]
+        # Here and not in a `validate_` method, whose errors @strict wraps in one that is no ValueError.
+        self._check_layer_types()
+        self._check_layer_shapes()
+        super().__post_init__(**kwargs)
+
+    def dense_shape(self) -> LayerShape:
+        """The shape of a layer of the original model, from which nothing was removed."""
+        return LayerShape(
+            query_heads=self.num_attention_heads,
+            kv_heads=self.num_key_value_heads,
+            query_key_dim=self.head_dim,
+            value_dim=self.head_dim,
+            ffn_width=self.intermediate_size,
+        )
+
+    def layer_shape(self, index: int) -> LayerShape:
+        """The shape of layer `index`."""
+        try:
+            return LayerShape(**self.layer_shapes[index])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"layer_shapes[{index}]: {error}") from error
+
+    def _check_layer_types(self):
+        unknown = set(self.layer_types) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise ValueError(f"layer_types: {sorted(unknown)} must be full_attention or sliding_attention.")
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention layers, so sliding_window must be given.")
+
+    def _check_layer_shapes(self):
+        if len(self.layer_shapes) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_shapes has {len(self.layer_shapes)} entries, but num_hidden_layers is "
+                f"{self.num_hidden_layers}: give one shape for each layer."
+            )
+        for index in range(self.num_hidden_layers):
+            shape, name = self.layer_shape(index), f"layer_shapes[{index}]"
+            # Rotary embedding turns every pair of query/key coordinates at its own speed: none can go.
+            if shape.query_key_dim != self.head_dim:
+                raise ValueError(
+                    f"{name}: query_key_dim ({shape.query_key_dim}) must equal head_dim ({self.head_dim})."
+                )
+            if shape.value_dim > self.head_dim:
+                raise ValueError(
+                    f"{name}: value_dim ({shape.value_dim}) must not exceed head_dim ({self.head_dim})."
+                )
+
+
+__all__ = ["LayerShape", "PrunedConfig"]

@@ -1,0 +1,74 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from distprune.engine import RunRecord
+from distprune.engine.record import LayerRecord
+
+GIB = 2**30
+
+
+def parameter_table(record: RunRecord) -> Table:
+    """Parameters before and after: of the decoder layers, and of everything."""
+    table = Table(title=f"{record.method}, {record.layout} layout", title_justify="left")
+    for column in ("parameters", "before", "after", "removed"):
+        table.add_column(column, justify="left" if column == "parameters" else "right")
+    counts = {
+        "decoder layers": (record.decoder_parameters_before, record.decoder_parameters_after),
+        "with embeddings": (record.total_parameters_before, record.total_parameters_after),
+    }
+    for name, (before, after) in counts.items():
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{1 - after / before:.2%}")
+    return table
+
+
+def layer_table(record: RunRecord) -> Table:
+    """One row a layer: what is left of each part, of how much, and the share of its parameters that went."""
+    table = Table(title="what is left of each layer", title_justify="left")
+    columns = (
+        "layer",
+        "query rank",
+        "key rank",
+        "KV groups",
+        "value width",
+        "FFN width",
+        "calibration rank",
+        "removed",
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    for layer in record.layers:
+        table.add_row(*layer_row(layer))
+    return table
+
+
+def layer_row(layer: LayerRecord) -> tuple[str, ...]:
+    dense, pruned = layer.dense, layer.pruned
+
+    def left(width: str) -> str:
+        return f"{getattr(pruned, width)}/{getattr(dense, width)}"
+
+    return (
+        str(layer.index),
+        str(pruned.query_rank or "full"),
+        str(pruned.key_rank or "full"),
+        left("kv_heads"),
+        left("value_dim"),
+        left("ffn_width"),
+        str(pruned.calibration_rank or "-"),
+        f"{1 - layer.parameters_after / layer.parameters_before:.1%}",
+    )
+
+
+def memory_line(record: RunRecord) -> str:
+    """Peak memory of driver and workers, and where the time went."""
+    workers = ", ".join(
+        f"{peak.resident / GIB:.2f} GiB"
+        + (f" (+{peak.device / GIB:.2f} GiB on the GPU)" if peak.device else "")
+        for peak in record.peak_memory_workers
+    )
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record.seconds.items())
+    driver = record.peak_memory_driver.resident / GIB
+    return f"peak memory: driver {driver:.2f} GiB, workers {workers}\ntime: {stages}"

@@ -1,0 +1,23 @@
+"""Choosing which units to keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def most_important(importance: Tensor, keep: int) -> Tensor:
+    """Indices of the ``keep`` largest entries along the last axis, ascending; ties go to the lower index."""
+    order = torch.argsort(importance, dim=-1, descending=True, stable=True)
+    return order[..., :keep].sort(dim=-1).values
+
+
+def most_and_least_important(importance: Tensor, keep: int, keep_least: int) -> Tensor:
+    """Indices of ``keep`` entries, ascending: the ``keep_least`` smallest and the largest for the rest.
+
+    Olica's published code keeps the least important percent of FFN neurons.
+    """
+    order = torch.argsort(importance, descending=True, stable=True)
+    keep_least = min(keep_least, keep)
+    kept = torch.cat([order[: keep - keep_least], order[len(order) - keep_least :]])
+    return kept.sort().values

@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from distprune.checkpoint import Checkpoint
+from distprune.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    content = json.loads(file.read_text())
+    content.update(changes)
+    file.write_text(json.dumps(content))
+
+
+def edit_tensor(file: Path, name: str, tensor: torch.Tensor) -> None:
+    tensors = {key: value.clone() for key, value in load_file(file).items()}
+    tensors[name] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("layout", ["single_file", "sharded"])
+def test_reads_every_tensor_as_the_model_holds_it(layout, tiny_model, request):
+    checkpoint = Checkpoint.open(request.getfixturevalue(layout))
+    expected = tiny_model.state_dict()
+    found = checkpoint.read(expected)
+    assert list(found) == list(expected)
+    assert set(checkpoint.tensors) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_headers_say_dtype_shape_bytes_and_file(sharded, tiny_model):
+    checkpoint = Checkpoint.open(sharded)
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    for name, tensor in tiny_model.state_dict().items():
+        info = checkpoint.tensors[name]
+        assert (info.dtype, info.shape, info.nbytes) == (torch.bfloat16, tuple(tensor.shape), tensor.nbytes)
+        assert info.file == sharded / weight_map[name]
+    assert checkpoint.config.num_hidden_layers == 2
+
+
+def test_opening_reads_no_data(single_file):
+    weights = single_file / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    content[header_end:] = b"\xff" * (len(content) - header_end)
+    weights.write_bytes(content)
+    checkpoint = Checkpoint.open(single_file)
+    assert checkpoint.read(["model.norm.weight"])["model.norm.weight"].isnan().all()
+
+
+def test_a_single_file_of_another_name_is_read(single_file, tiny_model):
+    (single_file / "model.safetensors").rename(single_file / "weights.safetensors")
+    assert set(Checkpoint.open(single_file).tensors) == set(tiny_model.state_dict())
+
+
+def test_a_read_tensor_carries_no_more_than_its_own_bytes(single_file):
+    name = "model.norm.weight"
+    tensor = Checkpoint.open(single_file).read([name])[name]
+    assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert len(pickle.dumps(tensor)) < 4 * tensor.nbytes + 1000
+
+
+def test_changing_a_read_tensor_leaves_the_file_alone(single_file):
+    name = "model.norm.weight"
+    checkpoint = Checkpoint.open(single_file)
+    before = checkpoint.read([name])[name].clone()
+    checkpoint.read([name])[name].zero_()
+    assert torch.equal(checkpoint.read([name])[name], before)
+    assert before.any()
+
+
+def test_rows_come_in_the_order_and_shape_asked_for(sharded, tiny_model):
+    name = "model.embed_tokens.weight"
+    rows = torch.tensor([[5, 0, 5], [127, 1, 2]])
+    found = Checkpoint.open(sharded).read_rows(name, rows)
+    assert torch.equal(found, tiny_model.get_input_embeddings()(rows))
+
+
+def test_reading_an_unknown_tensor_names_it(single_file):
+    with pytest.raises(InputError, match=r"single holds no tensor model\.layers\.9"):
+        Checkpoint.open(single_file).read(["model.layers.9"])
+
+
+def test_an_open_checkpoint_can_be_pickled(sharded):
+    checkpoint = pickle.loads(pickle.dumps(Checkpoint.open(sharded)))
+    assert checkpoint.tensors == Checkpoint.open(sharded).tensors
+
+
+# What is wrong with a folder
+
+
+def test_no_config_is_refused(single_file):
+    (single_file / "config.json").unlink()
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        Checkpoint.open(single_file)
+
+
+def test_no_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="nowhere is not a folder"):
+        Checkpoint.open(tmp_path / "nowhere")
+
+
+def test_pickled_weights_alone_are_refused_with_the_way_to_convert(single_file):
+    (single_file / "model.safetensors").rename(single_file / "pytorch_model.bin")
+    with pytest.raises(InputError, match="save_pretrained"):
+        Checkpoint.open(single_file)
+
+
+def test_gguf_weights_alone_are_refused_with_the_file_to_give(single_file):
+    (single_file / "model.safetensors").rename(single_file / "model.Q4_0.gguf")
+    with pytest.raises(InputError, match=r"give the file: .*model\.Q4_0\.gguf"):
+        Checkpoint.open(single_file)
+
+
+def test_no_weights_at_all_are_refused(single_file):
+    (single_file / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"holds no \*\.safetensors weights"):
+        Checkpoint.open(single_file)
+
+
+def test_several_files_without_an_index_are_refused(sharded):
+    (sharded / INDEX).unlink()
+    with pytest.raises(InputError, match=f"no {INDEX}"):
+        Checkpoint.open(sharded)
+
+
+def test_a_missing_shard_is_named(sharded):
+    shard = sorted(sharded.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(InputError, match=rf"{INDEX} names 1 shard\(s\) that are not there: {shard.name}"):
+        Checkpoint.open(sharded)
+
+
+def test_a_tensor_the_shard_does_not_hold_is_named(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    shard = next(iter(index["weight_map"].values()))
+    index["weight_map"]["model.ghost"] = shard
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match=rf"{INDEX} names 1 tensor.*model\.ghost in {shard}"):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize("content", ["{", '{"metadata": {}}', "[]", '{"weight_map": {"a": 1}}', "\xff"])
+def test_a_broken_index_is_named(sharded, content):
+    (sharded / INDEX).write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=INDEX):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "zork"}', '{"model_type": "llama", "hidden'])
+def test_a_broken_or_unknown_config_is_named(single_file, content):
+    (single_file / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json"):
+        Checkpoint.open(single_file)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-100],
+        lambda data: data[:20],
+        lambda data: b"",
+        lambda data: b"not safetensors" * 100,
+    ],
+    ids=["truncated data", "truncated header", "empty", "another format"],
+)
+def test_a_damaged_weight_file_is_named(sharded, damage):
+    shard = sorted(sharded.glob("model-*.safetensors"))[0]
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(InputError, match=rf"{shard.name} is truncated or is not a safetensors file"):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"compression_config": {"format": "int-quantized"}},
+        {"text_config": {"quantization_config": {"quant_method": "awq"}}},
+    ],
+)
+def test_a_quantized_configuration_is_refused(single_file, where):
+    edit_json(single_file / "config.json", **where)
+    with pytest.raises(InputError, match=r"config\.json describes a quantized checkpoint.*dequantized first"):
+        Checkpoint.open(single_file)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint32])
+def test_quantized_weights_are_refused(single_file, dtype):
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensor(single_file / "model.safetensors", name, torch.zeros(96, 64).to(dtype))
+    with pytest.raises(InputError, match=rf"model\.safetensors: tensor {name} is stored as .*dequantized first"):
+        Checkpoint.open(single_file)
+
+
+def test_an_unsupported_dtype_is_refused(single_file):
+    edit_tensor(single_file / "model.safetensors", "odd", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(InputError, match="odd is stored as C64"):
+        Checkpoint.open(single_file)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.float64, torch.float16])
+def test_buffers_of_plain_dtypes_are_read(single_file, dtype):
+    stored = torch.tensor([0, 1, 1]).to(dtype)
+    edit_tensor(single_file / "model.safetensors", "buffer", stored)
+    checkpoint = Checkpoint.open(single_file)
+    assert checkpoint.tensors["buffer"].dtype == dtype
+    assert torch.equal(checkpoint.read(["buffer"])["buffer"], stored)
+
+
+def test_remote_code_runs_only_when_trusted(single_file):
+    (single_file / "configuration_zork.py").write_text(
+        "from transformers import PretrainedConfig\n\n\nclass ZorkConfig(PretrainedConfig):\n    model_type = 'zork'\n"
+    )
+    edit_json(
+        single_file / "config.json",
+        model_type="zork",
+        auto_map={"AutoConfig": "configuration_zork.ZorkConfig"},
+    )
+    with pytest.raises(InputError, match="trust_remote_code"):
+        Checkpoint.open(single_file)
+    assert Checkpoint.open(single_file, trust_remote_code=True).config.model_type == "zork"
+
+
+# Checks of what the tensors are
+
+
+def test_the_models_own_shapes_pass(sharded, tiny_model):
+    Checkpoint.open(sharded).check_shapes({k: tuple(v.shape) for k, v in tiny_model.state_dict().items()})
+
+
+def test_a_wrong_shape_names_file_tensor_found_and_expected(sharded):
+    checkpoint = Checkpoint.open(sharded)
+    file = checkpoint.tensors["model.norm.weight"].file.name
+    with pytest.raises(InputError, match=rf"model\.norm\.weight in .*{file} has shape \(64,\), expected \(65,\)"):
+        checkpoint.check_shapes({"model.norm.weight": (65,)})
+
+
+def test_missing_tensors_are_counted_and_the_first_are_named(single_file):
+    expected = {f"model.layers.{layer}.w": (1,) for layer in range(8)}
+    with pytest.raises(InputError, match=r"lacks 8 tensor\(s\).*layers\.0\.w, .*layers\.4\.w, \.\.\."):
+        Checkpoint.open(single_file).check_shapes(expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_names_tensor_and_file(single_file, bad):
+    name = "model.layers.1.mlp.down_proj.weight"
+    file = single_file / "model.safetensors"
+    weights = load_file(file)[name].clone()
+    weights[3, 5] = bad
+    edit_tensor(file, name, weights)
+    checkpoint = Checkpoint.open(single_file)
+    checkpoint.check_finite(other for other in checkpoint.tensors if other != name)
+    with pytest.raises(InputError, match=rf"model\.safetensors: tensor {name} holds NaN or infinite"):
+        checkpoint.check_finite(checkpoint.tensors)
+
+
+def test_integers_flags_and_empty_tensors_are_finite(single_file):
+    for name, tensor in {"i": torch.ones(2).long(), "b": torch.ones(2).bool(), "e": torch.ones(0)}.items():
+        edit_tensor(single_file / "model.safetensors", name, tensor)
+    Checkpoint.open(single_file).check_finite("ibe")
+
+
+# The fingerprint
+
+
+@pytest.mark.parametrize("layout", ["single_file", "sharded"])
+def test_a_copy_elsewhere_has_the_same_fingerprint(layout, request, tmp_path):
+    folder = request.getfixturevalue(layout)
+    copy = shutil.copytree(folder, tmp_path / "elsewhere" / "copy", copy_function=shutil.copyfile)
+    fingerprint = Checkpoint.open(folder).fingerprint()
+    assert Checkpoint.open(copy).fingerprint() == fingerprint
+    assert len(fingerprint) == 64
+    assert int(fingerprint, 16)
+
+
+def test_a_file_that_is_no_part_of_the_model_leaves_the_fingerprint(sharded):
+    before = Checkpoint.open(sharded).fingerprint()
+    (sharded / "README.md").write_text("hello")
+    assert Checkpoint.open(sharded).fingerprint() == before
+
+
+def test_a_changed_config_changes_the_fingerprint(single_file):
+    before = Checkpoint.open(single_file).fingerprint()
+    edit_json(single_file / "config.json", rms_norm_eps=1e-3)
+    assert Checkpoint.open(single_file).fingerprint() != before
+
+
+@pytest.mark.parametrize("end", [0, -1])
+def test_a_change_at_either_end_of_any_tensor_changes_the_fingerprint(single_file, end):
+    file = single_file / "model.safetensors"
+    original = file.read_bytes()
+    seen = {Checkpoint.open(single_file).fingerprint()}
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        changed = tensor.clone()
+        changed.view(-1)[end] += 1
+        edit_tensor(file, name, changed)
+        seen.add(Checkpoint.open(single_file).fingerprint())
+        file.write_bytes(original)
+    assert len(seen) == 1 + len(tensors)
+
+
+def test_another_dtype_or_sharding_changes_the_fingerprint(single_file, sharded, tiny_model, tmp_path):
+    tiny_model.to(torch.float16).save_pretrained(tmp_path / "half")
+    tiny_model.to(torch.bfloat16)
+    shutil.copyfile(single_file / "config.json", tmp_path / "half" / "config.json")
+    found = {Checkpoint.open(folder).fingerprint() for folder in (single_file, sharded, tmp_path / "half")}
+    assert len(found) == 3
