@@ -28,13 +28,9 @@ error_console = Console(stderr=True, soft_wrap=True)
 
 BAD_INPUT = 2
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="local Hugging Face folder, hub id or .gguf file")
-]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="local Hugging Face folder, hub id or .gguf file")]
 Revision = Annotated[Optional[str], typer.Option(help="branch, tag or commit of a hub model")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="run code that comes with the model")
-]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
 
 
 def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
@@ -87,23 +83,15 @@ def calibrate(
 @app.command()
 @explains_bad_input
 def prune(
-    model: Annotated[
-        Optional[str], typer.Argument(metavar="MODEL", help="folder, hub id or .gguf file")
-    ] = None,
-    output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", help="folder of the pruned checkpoint")
-    ] = None,
-    config: Annotated[
-        Optional[Path], typer.Option(help="YAML file of options; the command line counts more")
-    ] = None,
+    model: Annotated[Optional[str], typer.Argument(metavar="MODEL", help="folder, hub id or .gguf file")] = None,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="folder of the pruned checkpoint")] = None,
+    config: Annotated[Optional[Path], typer.Option(help="YAML file of options; the command line counts more")] = None,
     method: Annotated[Optional[str], typer.Option(help="pruning method [olica]")] = None,
     option: Annotated[
         Optional[list[str]],
         typer.Option(metavar="NAME=VALUE", help="hyperparameter of the method; repeatable"),
     ] = None,
-    sparsity: Annotated[
-        Optional[float], typer.Option(help="fraction of decoder parameters to remove [0.2]")
-    ] = None,
+    sparsity: Annotated[Optional[float], typer.Option(help="fraction of decoder parameters to remove [0.2]")] = None,
     count_embeddings: Annotated[
         Optional[bool], typer.Option("--count-embeddings", help="a fraction of all parameters instead")
     ] = None,
@@ -122,16 +110,10 @@ def prune(
     device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda [auto]")] = None,
     workers: Annotated[Optional[int], typer.Option(help="worker actors [one a GPU, or a CPU share]")] = None,
     threads_per_worker: Annotated[Optional[int], typer.Option(help="CPU threads of each worker [1]")] = None,
-    gpus_per_worker: Annotated[
-        Optional[float], typer.Option(help="GPUs each worker asks for [1 on cuda]")
-    ] = None,
-    address: Annotated[
-        Optional[str], typer.Option(help="Ray cluster to join [RAY_ADDRESS or a local one]")
-    ] = None,
+    gpus_per_worker: Annotated[Optional[float], typer.Option(help="GPUs each worker asks for [1 on cuda]")] = None,
+    address: Annotated[Optional[str], typer.Option(help="Ray cluster to join [RAY_ADDRESS or a local one]")] = None,
     max_shard_size: Annotated[Optional[int], typer.Option(help="bytes of one safetensors file [5e9]")] = None,
-    overwrite: Annotated[
-        Optional[bool], typer.Option("--overwrite", help="replace an existing output")
-    ] = None,
+    overwrite: Annotated[Optional[bool], typer.Option("--overwrite", help="replace an existing output")] = None,
     revision: Revision = None,
     trust_remote_code: Annotated[
         Optional[bool], typer.Option("--trust-remote-code", help="run code that comes with the model")

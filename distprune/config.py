@@ -26,17 +26,11 @@ class PruneConfig(BaseModel):
     output: Path = Field(description="folder of the pruned checkpoint")
     method: str = Field("olica", description="pruning method")
     options: dict[str, Any] = Field(default_factory=dict, description="hyperparameters of the method")
-    sparsity: float = Field(
-        0.2, ge=0, lt=1, description="fraction of the decoder layers' parameters to remove"
-    )
-    count_embeddings: bool = Field(
-        False, description="the fraction is of all parameters, embeddings included"
-    )
+    sparsity: float = Field(0.2, ge=0, lt=1, description="fraction of the decoder layers' parameters to remove")
+    count_embeddings: bool = Field(False, description="the fraction is of all parameters, embeddings included")
     align: int = Field(8, ge=1, description="widths and ranks are multiples of this")
 
-    calibration: Path | None = Field(
-        None, description="calibration set in Arrow; by default the model's own samples"
-    )
+    calibration: Path | None = Field(None, description="calibration set in Arrow; by default the model's own samples")
     samples: int = Field(128, ge=1, description="own samples to generate when no calibration set is given")
     sequence_length: int = Field(128, ge=2, description="tokens of each own sample")
     seed: int = Field(0, description="seed of the own samples")
@@ -49,20 +43,12 @@ class PruneConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of forward passes; auto takes the checkpoint's"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto takes GPUs where the cluster has any"
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes GPUs where the cluster has any")
 
-    workers: int | None = Field(
-        None, ge=1, description="worker actors; by default one a GPU, or one a CPU share"
-    )
+    workers: int | None = Field(None, ge=1, description="worker actors; by default one a GPU, or one a CPU share")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of each worker")
-    gpus_per_worker: float | None = Field(
-        None, ge=0, description="GPUs a worker asks Ray for; 1 on cuda by default"
-    )
-    address: str | None = Field(
-        None, description="Ray cluster to join; by default RAY_ADDRESS, or a local one"
-    )
+    gpus_per_worker: float | None = Field(None, ge=0, description="GPUs a worker asks Ray for; 1 on cuda by default")
+    address: str | None = Field(None, description="Ray cluster to join; by default RAY_ADDRESS, or a local one")
 
     max_shard_size: int = Field(5 * 10**9, ge=1, description="bytes of one safetensors file at most")
     overwrite: bool = Field(False, description="replace an existing output folder")
@@ -110,9 +96,7 @@ def make_config(settings: Mapping[str, Any], origin: str = "options") -> PruneCo
         }.get(problem["type"], f"is {problem['input']!r}: {problem['msg']}")
         raise InputError(f"{origin}: '{option}' {message}.") from None
     if config.propagation != "full" and config.propagation < 1:
-        raise InputError(
-            f"{origin}: 'propagation' is {config.propagation}: give a number of layers from 1, or 'full'."
-        )
+        raise InputError(f"{origin}: 'propagation' is {config.propagation}: give a number of layers from 1, or 'full'.")
     return config
 
 

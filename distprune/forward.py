@@ -37,9 +37,7 @@ class LayerRunner:
         self.rotary = RotaryEmbedding(config).to(device)
 
     @torch.inference_mode()
-    def run(
-        self, layer: DecoderLayer, index: int, hidden_states: Tensor, *, observe: Observer | None = None
-    ) -> Tensor:
+    def run(self, layer: DecoderLayer, index: int, hidden_states: Tensor, *, observe: Observer | None = None) -> Tensor:
         """The layer's output hidden states, of the input's shape, dtype and on its device.
 
         ``observe`` is called once a micro-batch with the activations at each of :data:`TAPS`.

@@ -25,9 +25,7 @@ def fill_with_ffn(target: ParameterTarget, shapes: Sequence[LayerShape], align: 
     """
     config, layers = target.config, len(shapes)
     narrow = [replace(shape, ffn_width=align) for shape in shapes]
-    step = layer_parameters(config, 0, replace(narrow[0], ffn_width=2 * align)) - layer_parameters(
-        config, 0, narrow[0]
-    )
+    step = layer_parameters(config, 0, replace(narrow[0], ffn_width=2 * align)) - layer_parameters(config, 0, narrow[0])
     steps = layers + round((target.remaining - decoder_parameters(config, narrow)) / step)
     if steps < layers:
         raise InputError(

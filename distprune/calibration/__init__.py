@@ -80,9 +80,7 @@ def build_calibration(
 def _windows_of(sources: Sequence[TextSource], tokenizer, samples: int, length: int, seed: int) -> np.ndarray:
     shares = equal_shares(samples, len(sources))
     parts = [
-        draw_windows(
-            source.documents, tokenizer, share, length, seed, from_start=source.from_start, name=source.name
-        )
+        draw_windows(source.documents, tokenizer, share, length, seed, from_start=source.from_start, name=source.name)
         for source, share in zip(sources, shares)
     ]
     return interleave(parts)

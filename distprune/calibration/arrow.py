@@ -92,9 +92,7 @@ def write_calibration(path: str | Path, tokens: np.ndarray, metadata: Calibratio
     path = prepare_output(path)
     rows, length = tokens.shape
     if not rows or length != metadata.sequence_length or tokens.dtype != np.int32:
-        raise ValueError(
-            f"tokens {tokens.dtype} {tokens.shape} don't fit windows of {metadata.sequence_length} int32"
-        )
+        raise ValueError(f"tokens {tokens.dtype} {tokens.shape} don't fit windows of {metadata.sequence_length} int32")
     schema = _schema(length).with_metadata({_KEY: _encoded(metadata)})
     column = pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), type=schema.field(_COLUMN).type)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -148,9 +146,7 @@ def _decoded(path: Path, schema: pa.Schema) -> CalibrationMetadata:
         fields = json.loads((schema.metadata or {})[_KEY])
         version = fields.pop("format_version")
         if version != FORMAT_VERSION:
-            raise InputError(
-                f"{path}: has format version {version}, this distprune reads {FORMAT_VERSION}; {_MEND}."
-            )
+            raise InputError(f"{path}: has format version {version}, this distprune reads {FORMAT_VERSION}; {_MEND}.")
         return CalibrationMetadata(**{**fields, "sources": tuple(fields["sources"])})
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: is an Arrow file, but not a calibration set; {_MEND}.") from error

@@ -69,9 +69,7 @@ def check_sequence_length(sequence_length: int, config: PretrainedConfig, model_
 def _load_spread(model_path: str | Path, options: dict) -> PreTrainedModel:
     offload = tempfile.mkdtemp(prefix="distprune-offload-")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path, device_map="auto", offload_folder=offload, **options
-        )
+        model = AutoModelForCausalLM.from_pretrained(model_path, device_map="auto", offload_folder=offload, **options)
     except BaseException:
         shutil.rmtree(offload, ignore_errors=True)
         raise

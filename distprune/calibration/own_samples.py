@@ -76,9 +76,7 @@ def _sample(
     for position in range(length):
         output = model(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        tokens[:, position + 1] = _invert_cdf(
-            output.logits[:, -1].to(device), uniform[:, position], temperature
-        )
+        tokens[:, position + 1] = _invert_cdf(output.logits[:, -1].to(device), uniform[:, position], temperature)
         report(batch * (position + 1))
     return tokens[:, 1:].cpu()
 

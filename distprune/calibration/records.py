@@ -33,9 +33,7 @@ def document_fields(present: Collection[str], field: str | None, where: str) -> 
     if field is None and all(name in present for name in _INSTRUCTION):
         return (*_INSTRUCTION, *(name for name in (_INSTRUCTION_INPUT,) if name in present))
     wanted = f"no field {chosen!r}" + ("" if field else ", nor 'instruction' and 'output'")
-    raise InputError(
-        f"{where}: {wanted}. The fields are {', '.join(present) or 'none'}; choose one with --field."
-    )
+    raise InputError(f"{where}: {wanted}. The fields are {', '.join(present) or 'none'}; choose one with --field.")
 
 
 def is_instruction(fields: tuple[str, ...]) -> bool:
@@ -48,9 +46,7 @@ def document(record: Mapping[str, object], fields: tuple[str, ...], where: str) 
     values = {name: record[name] if record[name] is not None else "" for name in fields}
     for name, value in values.items():
         if not isinstance(value, str):
-            raise InputError(
-                f"{where}: field {name!r} holds {type(value).__name__}, not text; choose another."
-            )
+            raise InputError(f"{where}: field {name!r} holds {type(value).__name__}, not text; choose another.")
     if not is_instruction(fields):
         return values[fields[0]]
     prompt = _PROMPT_WITH_INPUT if values.get(_INSTRUCTION_INPUT) else _PROMPT

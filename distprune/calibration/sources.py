@@ -86,9 +86,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, Mapping]]:
         elements = (_parsed(line, where) for where, line in lines)
     for where, element in zip(places, elements):
         if not isinstance(element, dict):
-            raise InputError(
-                f"{where}: holds {type(element).__name__}, where a JSON object with fields is needed."
-            )
+            raise InputError(f"{where}: holds {type(element).__name__}, where a JSON object with fields is needed.")
         yield where, element
 
 
@@ -97,9 +95,7 @@ def _parsed(text: str, where: str):
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise InputError(
-            f"{where}: is not valid JSON ({error.msg} at {place}); mend or delete it."
-        ) from error
+        raise InputError(f"{where}: is not valid JSON ({error.msg} at {place}); mend or delete it.") from error
 
 
 def _parquet_records(path: Path, field: str | None) -> Iterator[tuple[str, Mapping]]:
@@ -130,9 +126,7 @@ def _read_dataset(source: str, field: str | None) -> TextSource:
         ) from error
     columns = document_fields(dataset.column_names, field, source)
     rows = dataset.select_columns(list(columns))
-    return _from_records(
-        source, ((f"{source}, row {number}", row) for number, row in enumerate(rows, 1)), field
-    )
+    return _from_records(source, ((f"{source}, row {number}", row) for number, row in enumerate(rows, 1)), field)
 
 
 def _refuse_missing_file(source: str) -> None:

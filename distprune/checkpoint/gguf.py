@@ -42,9 +42,7 @@ def import_gguf(path: Path, cache_dir: Path | None = None) -> Path:
     if not path.is_file():
         raise InputError(f"{path} does not exist. Give the path of a .gguf file.")
     if SPLIT_NAME.search(path.name):
-        raise InputError(
-            f"{path} is one piece of a split file. Join the pieces with `llama-gguf-split --merge`."
-        )
+        raise InputError(f"{path} is one piece of a split file. Join the pieces with `llama-gguf-split --merge`.")
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"{path} needs the gguf package to be read. Install it with `pip install gguf`.")
     folder = _cache_root(cache_dir) / "gguf" / f"{path.stem}-{_sha256(path)[:16]}"

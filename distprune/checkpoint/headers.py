@@ -45,14 +45,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         with safe_open(file, framework="pt") as opened:
             names = opened.keys()
             slices = {name: opened.get_slice(name) for name in names}
-            return {
-                name: _describe(file, name, found.get_dtype(), found.get_shape())
-                for name, found in slices.items()
-            }
+            return {name: _describe(file, name, found.get_dtype(), found.get_shape()) for name, found in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{file} is truncated or is not a safetensors file ({error}). Download it again."
-        ) from error
+        raise InputError(f"{file} is truncated or is not a safetensors file ({error}). Download it again.") from error
 
 
 def read_byte_ranges(file: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:

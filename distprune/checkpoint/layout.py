@@ -31,9 +31,7 @@ def require_checkpoint(folder: Path) -> None:
             "save_pretrained, which makes safetensors files."
         )
     if gguf := sorted(folder.glob("*.gguf")):
-        raise InputError(
-            f"{folder} holds no *.safetensors weights. To use its GGUF weights give the file: {gguf[0]}"
-        )
+        raise InputError(f"{folder} holds no *.safetensors weights. To use its GGUF weights give the file: {gguf[0]}")
     raise InputError(
         f"{folder} holds no *.safetensors weights. Download the whole model, or write it as safetensors "
         "with save_pretrained."
@@ -74,9 +72,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{file} is not valid JSON ({error}). Download the file again.") from error
     if not isinstance(content, dict):
-        raise InputError(
-            f"{file} should hold a JSON object, not a {type(content).__name__}. Download the file again."
-        )
+        raise InputError(f"{file} should hold a JSON object, not a {type(content).__name__}. Download the file again.")
     return content
 
 

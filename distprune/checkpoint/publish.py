@@ -48,13 +48,9 @@ def prepare_output(output: Path, overwrite: bool) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"{output.parent} can't be made ({error.strerror}). Choose another output."
-        ) from error
+        raise InputError(f"{output.parent} can't be made ({error.strerror}). Choose another output.") from error
     if not os.access(output.parent, os.W_OK | os.X_OK):
-        raise InputError(
-            f"{output.parent} can't be written to. Choose another output, or change its permissions."
-        )
+        raise InputError(f"{output.parent} can't be written to. Choose another output, or change its permissions.")
     if not os.path.lexists(output):
         return
     if output.is_symlink() or not output.is_dir():

@@ -110,9 +110,7 @@ class Checkpoint:
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
-            raise InputError(
-                f"{self.path} holds no tensor {name}. Check that config.json belongs to these weights."
-            )
+            raise InputError(f"{self.path} holds no tensor {name}. Check that config.json belongs to these weights.")
         return self.tensors[name]
 
 

@@ -31,9 +31,7 @@ def resolve_model(source: str, *, revision: str | None = None, cache_dir: Path |
 
 
 def _looks_local(source: str, path: Path) -> bool:
-    return (
-        path.exists() or source.startswith(("./", "../", "/", "~")) or source.count("/") > 1 or _is_gguf(path)
-    )
+    return path.exists() or source.startswith(("./", "../", "/", "~")) or source.count("/") > 1 or _is_gguf(path)
 
 
 def _is_gguf(path: Path) -> bool:
@@ -42,9 +40,7 @@ def _is_gguf(path: Path) -> bool:
 
 def _resolve_local(path: Path, revision: str | None, cache_dir: Path | None) -> Path:
     if not path.exists():
-        raise InputError(
-            f"{path} does not exist. Give a checkpoint folder, a .gguf file or a Hugging Face hub id."
-        )
+        raise InputError(f"{path} does not exist. Give a checkpoint folder, a .gguf file or a Hugging Face hub id.")
     if revision is not None:
         raise InputError(f"{path} is local, so it has no revision {revision}. Leave the revision out.")
     return import_gguf(path, cache_dir) if _is_gguf(path) and path.is_file() else path

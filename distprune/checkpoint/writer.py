@@ -94,9 +94,7 @@ class ShardWriter:
         plan = Assembly.load(self._plan_file)
         same_place = (self._plan_file.parent / plan.destination).resolve() == destination.resolve()
         if not same_place or (plan.order, plan.max_shard_bytes) != (order, max_shard_bytes):
-            raise ValueError(
-                f"{self._plan_file} is an assembly begun with another order, destination or shard size"
-            )
+            raise ValueError(f"{self._plan_file} is an assembly begun with another order, destination or shard size")
         return plan
 
     def _refuse_repeated_tensors(self, order: list[str]) -> None:

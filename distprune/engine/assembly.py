@@ -70,9 +70,7 @@ def verify(job: Job, shapes: Sequence[LayerShape], folder: Path) -> None:
     expected = job.family.outer_shapes(job.dense)
     for index, shape in enumerate(shapes):
         prefix = job.family.layer_prefix.format(index=index)
-        expected |= {
-            prefix + name: size for name, size in layer_tensor_shapes(job.dense, index, shape).items()
-        }
+        expected |= {prefix + name: size for name, size in layer_tensor_shapes(job.dense, index, shape).items()}
     Checkpoint.open(folder).check_shapes(expected)
 
 

@@ -30,9 +30,7 @@ def connected(config: PruneConfig) -> Iterator[None]:
         else:
             ray.init(address=address, **quiet)
     except (ConnectionError, ValueError) as error:
-        raise InputError(
-            f"no Ray cluster answers at {address}: {error}. Check --address and RAY_ADDRESS."
-        ) from None
+        raise InputError(f"no Ray cluster answers at {address}: {error}. Check --address and RAY_ADDRESS.") from None
     try:
         yield
     finally:

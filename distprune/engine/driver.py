@@ -105,9 +105,7 @@ def run_on_workers(job: Job, calibration: Path, folder: Path, progress: Progress
         layout=layout,
         sparsity_asked=config.sparsity,
         **parameter_counts(job.dense, plan),
-        fingerprint=config.fingerprint(
-            job.checkpoint.fingerprint(), open_calibration(calibration).fingerprint
-        ),
+        fingerprint=config.fingerprint(job.checkpoint.fingerprint(), open_calibration(calibration).fingerprint),
         workers=workers.count,
         device=workers.device,
         peak_memory_driver=peak_memory(),

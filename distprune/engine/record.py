@@ -106,9 +106,7 @@ def load_record(folder: Path) -> RunRecord:
     try:
         stored = json.loads(file.read_text())
         layers = [
-            LayerRecord(
-                **{**layer, "dense": LayerShape(**layer["dense"]), "pruned": LayerShape(**layer["pruned"])}
-            )
+            LayerRecord(**{**layer, "dense": LayerShape(**layer["dense"]), "pruned": LayerShape(**layer["pruned"])})
             for layer in stored.pop("layers")
         ]
         driver = PeakMemory(**stored.pop("peak_memory_driver"))

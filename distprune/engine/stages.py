@@ -49,10 +49,11 @@ def sweep(
         if profile:
             profiles.append(fetch(profile[0]))
             progress.advance()
+        if index == layers:
+            break
         if index % block_length == 0:
             boundaries[index] = hidden_states
-        if index < layers:
-            pool.submit(index, "sweep", index, hidden_states)
+        pool.submit(index, "sweep", index, hidden_states)
     return boundaries, profiles
 
 

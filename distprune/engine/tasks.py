@@ -71,9 +71,7 @@ class LayerTasks:
     def sweep(self, index: int, hidden_states: Tensor) -> tuple[Tensor, Profile]:
         """The dense layer's output hidden states, and what the method wants to remember of it."""
         layer = self._read_layer(index)
-        output, statistics = self._observe(
-            layer, index, hidden_states, self.method.dense_moments(layer.shape)
-        )
+        output, statistics = self._observe(layer, index, hidden_states, self.method.dense_moments(layer.shape))
         profile = self.method.profile(layer.to(self.device, torch.float32), statistics)
         return output, {name: value.cpu() for name, value in profile.items()}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from functools import cached_property
 from pathlib import Path
 
 import ray
@@ -28,9 +27,16 @@ class Worker:
         torch.set_num_threads(config.threads_per_worker)
         self.config, self.device = config, device
         self.model_path, self.calibration_path = model_path, calibration_path
+        self._tasks: LayerTasks | None = None
 
-    @cached_property
+    @property
     def tasks(self) -> LayerTasks:
+        # Opened at the first call, not in __init__, so that bad input is an ordinary error and not a dead actor.
+        if self._tasks is None:
+            self._tasks = self._open()
+        return self._tasks
+
+    def _open(self) -> LayerTasks:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError(
                 f"device cuda: PyTorch finds no usable GPU on node {platform.node()}. "
@@ -44,7 +50,7 @@ class Worker:
         Raises:
             InputError: one of them can't be opened on this node.
         """
-        assert self.tasks
+        _ = self.tasks
         return platform.node()
 
     def check_layer(self, index: int) -> None:
@@ -65,9 +71,7 @@ class Worker:
     def prune(
         self, index: int, hidden_states: Parcel, planned: LayerShape, profile: Parcels, propagate: bool
     ) -> tuple[Parcels, Parcel | None, dict[str, float]]:
-        result = self.tasks.prune(
-            index, unpack(hidden_states), planned, unpack_all(profile), propagate=propagate
-        )
+        result = self.tasks.prune(index, unpack(hidden_states), planned, unpack_all(profile), propagate=propagate)
         output = None if result.output is None else pack(result.output)
         return pack_all(state_of(result.layer)), output, result.seconds
 

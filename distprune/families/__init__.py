@@ -8,9 +8,7 @@ from distprune.errors import InputError
 from distprune.families import llama, mistral, qwen2, qwen3
 from distprune.families.base import Family
 
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, qwen2, qwen3)
-}
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, qwen2, qwen3)}
 
 
 def family_of(config: PreTrainedConfig) -> Family:

@@ -63,8 +63,7 @@ class Family:
         """Checkpoint names and shapes of one dense layer's tensors."""
         prefix = self.layer_prefix.format(index=index)
         return {
-            prefix + name: shape
-            for name, shape in layer_tensor_shapes(dense, index, dense.layer_shape(index)).items()
+            prefix + name: shape for name, shape in layer_tensor_shapes(dense, index, dense.layer_shape(index)).items()
         }
 
     def outer_shapes(self, dense: PrunedConfig) -> dict[str, tuple[int, ...]]:
@@ -80,9 +79,7 @@ class Family:
             known.update(self.layer_shapes(dense, index))
         return [name for name in names if name not in known and not name.endswith(self.ignored_suffixes)]
 
-    def layer_from_checkpoint(
-        self, tensors: Mapping[str, Tensor], dense: PrunedConfig, index: int
-    ) -> DecoderLayer:
+    def layer_from_checkpoint(self, tensors: Mapping[str, Tensor], dense: PrunedConfig, index: int) -> DecoderLayer:
         prefix = self.layer_prefix.format(index=index)
         state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         return layer_from_state(state, dense.layer_shape(index))

@@ -45,21 +45,11 @@ class Olica(Method):
 
     k: float = Field(3.0, ge=0, description="ratio of what is taken from queries/keys to values/outputs")
     calibrated_layers: int = Field(6, ge=0, description="FFNs that get a linear calibration [mlp_num]")
-    calibration_rank_ratio: float = Field(
-        0.03, gt=0, lt=1, description="its rank over the hidden size [ratio]"
-    )
-    percdamp: float = Field(
-        0.5, gt=0, description="ridge penalty over the mean of the Gram matrix's diagonal"
-    )
-    channel_temperature: float = Field(
-        0.05, gt=0, description="softness of the weights of the output channels"
-    )
-    keep_least: float = Field(
-        0.01, ge=0, lt=1, description="fraction of the least important neurons that stays"
-    )
-    decomposition: bool = Field(
-        True, description="rotate value neurons to be orthogonal before choosing among them"
-    )
+    calibration_rank_ratio: float = Field(0.03, gt=0, lt=1, description="its rank over the hidden size [ratio]")
+    percdamp: float = Field(0.5, gt=0, description="ridge penalty over the mean of the Gram matrix's diagonal")
+    channel_temperature: float = Field(0.05, gt=0, description="softness of the weights of the output channels")
+    keep_least: float = Field(0.01, ge=0, lt=1, description="fraction of the least important neurons that stays")
+    decomposition: bool = Field(True, description="rotate value neurons to be orthogonal before choosing among them")
 
     # ---------------------------------------------------------------- the dense pass
 
@@ -115,18 +105,12 @@ class Olica(Method):
             return replace(
                 shape,
                 value_dim=aligned((1 - value_output) * shape.value_dim, align, most=shape.value_dim),
-                query_rank=kept_rank(
-                    shape.query_heads * shape.query_key_dim, config.hidden_size, query_key, align
-                ),
-                key_rank=kept_rank(
-                    shape.kv_heads * shape.query_key_dim, config.hidden_size, query_key, align
-                ),
+                query_rank=kept_rank(shape.query_heads * shape.query_key_dim, config.hidden_size, query_key, align),
+                key_rank=kept_rank(shape.kv_heads * shape.query_key_dim, config.hidden_size, query_key, align),
                 calibration_rank=rank if index in calibrated else None,
             )
 
-        return fill_with_ffn(
-            target, [prune_attention(shape, index) for index, shape in enumerate(dense)], align
-        )
+        return fill_with_ffn(target, [prune_attention(shape, index) for index, shape in enumerate(dense)], align)
 
     def attention_sparsities(self, sparsity: float) -> tuple[float, float]:
         """The fractions to take from values/outputs and from queries/keys at an overall ``sparsity``."""
@@ -166,9 +150,7 @@ class Olica(Method):
         layer = factor_queries_and_keys(layer, planned, statistics.rms("attention_input"))
         return self._prune_ffn(layer, planned, statistics)
 
-    def _prune_ffn(
-        self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics
-    ) -> DecoderLayer:
+    def _prune_ffn(self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics) -> DecoderLayer:
         importance = ffn_importance(layer, statistics.rms("ffn_input"), statistics.rms("ffn_neurons"))
         kept = most_and_least_important(importance, planned.ffn_width, int(self.keep_least * len(importance)))
         dropped = torch.ones_like(importance, dtype=torch.bool).index_fill(0, kept, False).nonzero().flatten()
@@ -208,9 +190,7 @@ def kept_rank(out_features: int, in_features: int, sparsity: float, align: int) 
     return aligned(rank, align, most=min(out_features, in_features))
 
 
-def decompose_values(
-    layer: DecoderLayer, value_gram: Tensor, output_rms: Tensor
-) -> tuple[DecoderLayer, Tensor]:
+def decompose_values(layer: DecoderLayer, value_gram: Tensor, output_rms: Tensor) -> tuple[DecoderLayer, Tensor]:
     """Orthogonal neuron decomposition, fast form: rotate each KV group's value neurons; the function is unchanged.
 
     Args:
@@ -278,9 +258,7 @@ def factor_queries_and_keys(layer: DecoderLayer, planned: LayerShape, input_rms:
         left, right = factor_input_scaled(projection.weight, input_rms, rank)
         return LowRank(right=right, left=left, bias=projection.bias)
 
-    return replace(
-        layer, query=factor(layer.query, planned.query_rank), key=factor(layer.key, planned.key_rank)
-    )
+    return replace(layer, query=factor(layer.query, planned.query_rank), key=factor(layer.key, planned.key_rank))
 
 
 def ffn_importance(layer: DecoderLayer, input_rms: Tensor, neuron_rms: Tensor) -> Tensor:

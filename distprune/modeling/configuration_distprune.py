@@ -42,9 +42,7 @@ class LayerShape:
             if not absent and not (isinstance(size, int) and size > 0):
                 raise ValueError(f"{name} must be a positive integer, got {size!r}.")
         if self.query_heads % self.kv_heads != 0:
-            raise ValueError(
-                f"query_heads ({self.query_heads}) must be a multiple of kv_heads ({self.kv_heads})."
-            )
+            raise ValueError(f"query_heads ({self.query_heads}) must be a multiple of kv_heads ({self.kv_heads}).")
 
 
 @strict
@@ -152,9 +150,7 @@ class PrunedConfig(PreTrainedConfig):
                     f"{name}: query_key_dim ({shape.query_key_dim}) must equal head_dim ({self.head_dim})."
                 )
             if shape.value_dim > self.head_dim:
-                raise ValueError(
-                    f"{name}: value_dim ({shape.value_dim}) must not exceed head_dim ({self.head_dim})."
-                )
+                raise ValueError(f"{name}: value_dim ({shape.value_dim}) must not exceed head_dim ({self.head_dim}).")
 
 
 __all__ = ["LayerShape", "PrunedConfig"]

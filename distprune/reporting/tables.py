@@ -65,8 +65,7 @@ def layer_row(layer: LayerRecord) -> tuple[str, ...]:
 def memory_line(record: RunRecord) -> str:
     """Peak memory of driver and workers, and where the time went."""
     workers = ", ".join(
-        f"{peak.resident / GIB:.2f} GiB"
-        + (f" (+{peak.device / GIB:.2f} GiB on the GPU)" if peak.device else "")
+        f"{peak.resident / GIB:.2f} GiB" + (f" (+{peak.device / GIB:.2f} GiB on the GPU)" if peak.device else "")
         for peak in record.peak_memory_workers
     )
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record.seconds.items())

@@ -1,7 +1,7 @@
 """The second moments that methods ask for: each says what one micro-batch adds to its sum over tokens.
 
 Row-vector convention: an activation X is (tokens, width), its Gram matrix XᵀX / T. Products are taken in float32 from
-the activations' own dtype: bfloat16 values are exact in float32, and on a GPU exact in TF32 too.
+the activations' own dtype: a product of bfloat16 values is exact in float32.
 """
 
 from __future__ import annotations
