@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from distprune.calibration.arrow import (
     Calibration,
@@ -58,12 +59,17 @@ def build_calibration(
     tokenizer = load_tokenizer(model_path, trust_remote_code)
     sources = [read_source(text, field) for text in texts]
     if sources:
-        tokens = _windows_of(sources, tokenizer, samples, sequence_length, seed)
+        tokens = _windows_of_texts(texts, sources, tokenizer, samples, sequence_length, seed)
     else:
         tokens = generate_own_samples(
-            model_path, samples, sequence_length, seed,
-            device=device, on_progress=on_progress, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+            model_path,
+            samples,
+            sequence_length,
+            seed,
+            device=device,
+            on_progress=on_progress,
+            trust_remote_code=trust_remote_code,
+        )
     metadata = CalibrationMetadata(
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         vocab_size=config.vocab_size,
@@ -77,11 +83,18 @@ def build_calibration(
     return open_calibration(output)
 
 
-def _windows_of(sources: Sequence[TextSource], tokenizer, samples: int, length: int, seed: int) -> np.ndarray:
-    shares = equal_shares(samples, len(sources))
+def _windows_of_texts(
+    texts: Sequence[str | Path],
+    sources: Sequence[TextSource],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int,
+) -> np.ndarray:
+    """int32 (samples, length): equal shares of all sources, in turn."""
     parts = [
-        draw_windows(source.documents, tokenizer, share, length, seed, from_start=source.from_start, name=source.name)
-        for source, share in zip(sources, shares)
+        draw_windows(source.documents, tokenizer, share, length, seed, from_start=source.from_start, name=str(text))
+        for text, source, share in zip(texts, sources, equal_shares(samples, len(sources)), strict=True)
     ]
     return interleave(parts)
 

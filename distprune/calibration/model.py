@@ -34,11 +34,8 @@ def load_model(
     over all GPUs, then host memory, then disk, so that one larger than a GPU runs as well; "cuda:1" means
     that GPU alone. `dtype` "auto" keeps the checkpoint's. Raises InputError.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {device!r}: PyTorch sees no CUDA device here; use device 'cpu' or 'auto'.")
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    device = _checked_device(device)
+    options = {"dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code}
     try:
         if device == "cuda":
             return _load_spread(model_path, options).eval()
@@ -64,6 +61,25 @@ def check_sequence_length(sequence_length: int, config: PretrainedConfig, model_
             f"--sequence-length {sequence_length}: {model_path} takes at most {longest} tokens "
             "(max_position_embeddings)."
         )
+
+
+def _checked_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"--device {device}: is no device; use 'auto', 'cpu', 'cuda' or 'cuda:1'.") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use 'auto'.")
+    return device
+
+
+def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    found = dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise InputError(f"--dtype {dtype}: is no dtype to compute in; use 'auto', 'bfloat16', 'float16' or 'float32'.")
+    return found
 
 
 def _load_spread(model_path: str | Path, options: dict) -> PreTrainedModel:

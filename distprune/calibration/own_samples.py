@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +35,18 @@ def generate_own_samples(
     tokenizer = load_tokenizer(model_path, trust_remote_code)
     opening = opening_token(tokenizer, str(model_path))
     model = load_model(model_path, device, trust_remote_code=trust_remote_code)
-    # One number decides one token, so a sample is the same in whatever batch it is drawn.
+    # One number decides one token: a sample depends on its own numbers and not, but for rounding, on its batch.
     uniform = torch.from_numpy(np.random.default_rng(seed).random((count, sequence_length)))
-    samples, total = [], count * sequence_length
+    samples, done = [], 0
     for batch in uniform.split(batch_size):
-        done = sum(map(torch.numel, samples))
-        report = (lambda tokens: on_progress(done + tokens, total)) if on_progress else (lambda tokens: None)
-        samples.append(_sample(model, opening, batch, temperature, report))
-    return torch.cat(samples).to(torch.int32).numpy()
+        columns = []
+        for column in _sample(model, opening, batch, temperature):
+            columns.append(column)
+            done += len(column)
+            if on_progress:
+                on_progress(done, count * sequence_length)
+        samples.append(torch.stack(columns, dim=1))
+    return torch.cat(samples).to(torch.int32).cpu().numpy()
 
 
 def opening_token(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
@@ -60,25 +64,16 @@ def opening_token(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
 
 
 @torch.inference_mode()
-def _sample(
-    model: PreTrainedModel,
-    opening: int,
-    uniform: torch.Tensor,
-    temperature: float,
-    report: Callable[[int], None],
-) -> torch.Tensor:
-    """Turn uniform numbers in [0, 1), float64 (batch, length), into token ids (batch, length) of the same shape."""
-    batch, length = uniform.shape
-    device = input_device(model)
-    uniform = uniform.to(device)
-    tokens = torch.full((batch, length + 1), opening, device=device)
+def _sample(model: PreTrainedModel, opening: int, uniform: torch.Tensor, temperature: float) -> Iterator[torch.Tensor]:
+    """Turn uniform numbers in [0, 1), float64 (batch, length), into token ids: `length` times int64 (batch,)."""
+    uniform = uniform.to(input_device(model))
+    tokens = torch.full((len(uniform),), opening, device=uniform.device)
     cache = None
-    for position in range(length):
-        output = model(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+    for numbers in uniform.unbind(dim=1):
+        output = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        tokens[:, position + 1] = _invert_cdf(output.logits[:, -1].to(device), uniform[:, position], temperature)
-        report(batch * (position + 1))
-    return tokens[:, 1:].cpu()
+        tokens = _invert_cdf(output.logits[:, -1].to(uniform.device), numbers, temperature)
+        yield tokens
 
 
 def _invert_cdf(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -29,7 +29,7 @@ def draw_windows(
     Each document that is long enough is cut into windows that don't overlap, on a grid shifted at random.
     Documents come in random order, without replacement, and give one window each, drawn at random; only
     when they run out do they give a second one each, then a third. So many short records give as many
-    different openings of thought as can be had, and one long text gives windows from all over it.
+    different texts as can be had, and one long text gives windows from all over it.
 
     `from_start`: documents are cut from their start and give their windows in order, as instructions need.
     No special tokens are added. The draw depends on the seed alone. Documents are tokenized only until
@@ -65,7 +65,8 @@ def _cut_long_documents(
     order = np.random.default_rng(seed).permutation(len(documents))
     for first in range(0, len(order), _DOCUMENTS_AT_ONCE):
         chosen = order[first : first + _DOCUMENTS_AT_ONCE].tolist()
-        for index, ids in zip(chosen, tokenize(tokenizer, [documents[index] for index in chosen])):
+        tokenized = tokenize(tokenizer, [documents[index] for index in chosen])
+        for index, ids in zip(chosen, tokenized, strict=True):
             if len(ids) >= length:
                 yield _cut_in_order(ids, length) if from_start else _cut_at_random(ids, length, (seed, index))
 

@@ -21,7 +21,7 @@ _PARQUET = (".parquet", ".pq")
 class TextSource:
     """The documents of one source.
 
-    `name` is what errors and records call it. `from_start`: a window should open where its document does,
+    `name` is what the calibration set records. `from_start`: a window should open where its document does,
     as for instructions, instead of at a random place.
     """
 
@@ -39,52 +39,50 @@ def read_source(source: str | Path, field: str | None = None) -> TextSource:
     "train" unless given. Raises InputError when there is no such source, or no text in it.
     """
     path = Path(source).expanduser()
-    try:
-        if path.is_dir():
-            raise InputError(f"{source}: is a directory; name the text files in it one by one.")
-        if not path.exists():
-            found = _read_dataset(str(source), field)
-        elif path.suffix.lower() in _JSON:
-            found = _from_records(path.name, _json_records(path), field)
-        elif path.suffix.lower() in _PARQUET:
-            found = _from_records(path.name, _parquet_records(path, field), field)
-        else:
-            found = TextSource(path.name, [_decoded(path)])
-    except OSError as error:
-        raise InputError(f"{source}: can't be read ({error.strerror or error}).") from error
+    if path.is_dir():
+        raise InputError(f"{source}: is a directory; name the text files in it one by one.")
+    if not path.exists():
+        found = _from_records(str(source), _dataset_records(str(source), field), field)
+    elif path.suffix.lower() in _JSON:
+        found = _from_records(path.name, _json_records(path), field)
+    elif path.suffix.lower() in _PARQUET:
+        found = _from_records(path.name, _parquet_records(path, field), field)
+    else:
+        found = TextSource(path.name, [read_text(path)])
     if not any(text.strip() for text in found.documents):
         raise InputError(f"{source}: holds no text.")
     return found
+
+
+def read_text(path: str | Path) -> str:
+    """The whole of a UTF-8 text file. Raises InputError when it is missing or not such a file."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: the text can't be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it first.") from error
 
 
 def _from_records(name: str, records: Iterable[tuple[str, Mapping]], field: str | None) -> TextSource:
     documents, from_start = [], False
     for where, record in records:
         fields = document_fields(record, field, where)
-        from_start = is_instruction(fields)
+        from_start |= is_instruction(fields)
         documents.append(document(record, fields, where))
     return TextSource(name, documents, from_start)
 
 
-def _decoded(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it first.") from error
-
-
 def _json_records(path: Path) -> Iterator[tuple[str, Mapping]]:
     """The objects of a JSON array, or of one JSON value a line, each with its place for error messages."""
-    text = _decoded(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
-        elements = _parsed(text, str(path))
-        places = (f"{path}, element {number}" for number in range(1, len(elements) + 1))
+        elements = ((f"{path}, element {n}", element) for n, element in enumerate(_parsed(text, str(path)), 1))
     else:
         # Only "\n" ends a line: str.splitlines would also split at separators that JSON strings may hold.
-        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        places = (where for where, _ in lines)
-        elements = (_parsed(line, where) for where, line in lines)
-    for where, element in zip(places, elements):
+        lines = ((f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+        elements = ((where, _parsed(line, where)) for where, line in lines)
+    for where, element in elements:
         if not isinstance(element, dict):
             raise InputError(f"{where}: holds {type(element).__name__}, where a JSON object with fields is needed.")
         yield where, element
@@ -102,13 +100,16 @@ def _parquet_records(path: Path, field: str | None) -> Iterator[tuple[str, Mappi
     try:
         columns = document_fields(pq.read_schema(path).names, field, str(path))
         table = pq.read_table(path, columns=list(columns))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: is not a readable Parquet file ({error}).") from error
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield f"{path}, row {number}", row
+    return _rows(table, str(path))
 
 
-def _read_dataset(source: str, field: str | None) -> TextSource:
+def _rows(table: pa.Table, name: str) -> Iterator[tuple[str, Mapping]]:
+    return ((f"{name}, row {number}", row) for number, row in enumerate(table.to_pylist(), 1))
+
+
+def _dataset_records(source: str, field: str | None) -> Iterator[tuple[str, Mapping]]:
     _refuse_missing_file(source)
     name, config, split = (*source.split(":", 2), "", "")[:3]
     try:
@@ -125,8 +126,7 @@ def _read_dataset(source: str, field: str | None) -> TextSource:
             f"{source}: no such file, and no Hugging Face dataset of that name could be loaded ({reason})."
         ) from error
     columns = document_fields(dataset.column_names, field, source)
-    rows = dataset.select_columns(list(columns))
-    return _from_records(source, ((f"{source}, row {number}", row) for number, row in enumerate(rows, 1)), field)
+    return _rows(dataset.select_columns(list(columns)).with_format("arrow")[:], source)
 
 
 def _refuse_missing_file(source: str) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distprune.calibration.model import check_sequence_length, input_device, load_config, load_model
+from distprune.calibration.sources import read_text
 from distprune.calibration.tokenizer import load_tokenizer, tokenize
 from distprune.errors import InputError
 
@@ -47,7 +48,8 @@ def evaluate_perplexity(
 
     Everything that can be wrong with the text is checked before the weights are read. Raises InputError.
     """
-    text = _read_text(text_path)
+    _check_counts(batch_size, max_tokens)
+    text = read_text(text_path)
     check_sequence_length(sequence_length, load_config(model_path, trust_remote_code), model_path)
     tokenizer = load_tokenizer(model_path, trust_remote_code)
     windows = _windows(text, tokenizer, sequence_length, max_tokens, str(text_path))
@@ -75,13 +77,11 @@ def perplexity_of_model(
     return _perplexity_of_windows(model, windows, batch_size, on_progress)
 
 
-def _read_text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: the text can't be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}); convert it first.") from error
+def _check_counts(batch_size: int, max_tokens: int | None) -> None:
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size}: at least 1 is needed.")
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"--max-tokens {max_tokens}: at least 1 is needed.")
 
 
 def _windows(
@@ -111,8 +111,10 @@ def _perplexity_of_windows(
     for batch in windows.split(batch_size):
         logits = model(input_ids=batch.to(device), use_cache=False).logits
         # One window at a time, so that float32 logits are held for one and not for the batch.
-        losses = [F.cross_entropy(row[:-1].float(), ids[1:].to(row.device), reduction="sum")
-                  for row, ids in zip(logits, batch)]  # fmt: skip
+        losses = [
+            F.cross_entropy(row[:-1].float(), ids[1:].to(row.device), reduction="sum")
+            for row, ids in zip(logits, batch, strict=True)
+        ]
         total += torch.stack(losses).double().sum().item()
         done += len(batch)
         if on_progress:
