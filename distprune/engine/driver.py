@@ -10,13 +10,14 @@ from pathlib import Path
 
 import ray
 
-from distprune.calibration import build_calibration, open_calibration
+from distprune.calibration import open_calibration
 from distprune.checkpoint import ShardWriter, hold_lock, partial_directory, publish
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer
 from distprune.engine.assembly import assemble, layer_part
 from distprune.engine.cluster import WorkerPlan, connected, plan_workers
 from distprune.engine.memory import peak_memory
+from distprune.engine.own_calibration import make_own_calibration
 from distprune.engine.pool import WorkerPool
 from distprune.engine.preflight import Job, check_job
 from distprune.engine.progress import Progress
@@ -35,9 +36,10 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunRecord:
     """
     progress = progress or Progress()
     job = check_job(config)
-    with progress, work_directory(config.output) as folder:
-        calibration = config.calibration or make_own_calibration(job, folder, progress)
-        record = run_on_workers(job, calibration, folder, progress)
+    with progress, work_directory(config.output) as folder, connected(config):
+        workers = plan_workers(config, ray.cluster_resources(), job.dense.num_hidden_layers)
+        calibration = config.calibration or make_own_calibration(job, workers, folder, progress)
+        record = run_on_workers(job, workers, calibration, folder, progress)
         record.save(folder, config)
         publish(folder, config.output, config.overwrite)
     return record
@@ -56,23 +58,7 @@ def work_directory(output: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_own_calibration(job: Job, folder: Path, progress: Progress) -> Path:
-    """Let the model write its own calibration set, which stays in the result."""
-    config, path = job.config, folder / "calibration.arrow"
-    progress.stage("Own samples", config.samples)
-    build_calibration(
-        job.model_path,
-        texts=(),
-        samples=config.samples,
-        sequence_length=config.sequence_length,
-        seed=config.seed,
-        output=path,
-        trust_remote_code=config.trust_remote_code,
-    )
-    return path
-
-
-def run_on_workers(job: Job, calibration: Path, folder: Path, progress: Progress) -> RunRecord:
+def run_on_workers(job: Job, workers: WorkerPlan, calibration: Path, folder: Path, progress: Progress) -> RunRecord:
     """Everything that needs the workers, up to a verified checkpoint in ``folder``."""
     config, layers = job.config, job.dense.num_hidden_layers
     writer = ShardWriter(folder)
@@ -83,7 +69,7 @@ def run_on_workers(job: Job, calibration: Path, folder: Path, progress: Progress
         writer.put(layer_part(index), job.family.layer_to_checkpoint(layer, index))
         layer_seconds[index] = seconds
 
-    with connected(config), worker_pool(job, calibration) as (workers, pool):
+    with worker_pool(job, workers, calibration) as pool:
         with timed(stage_seconds, "check"):
             check_weights(pool, layers, progress)
         with timed(stage_seconds, "dense pass"):
@@ -116,11 +102,10 @@ def run_on_workers(job: Job, calibration: Path, folder: Path, progress: Progress
 
 
 @contextmanager
-def worker_pool(job: Job, calibration: Path) -> Iterator[tuple[WorkerPlan, WorkerPool]]:
-    plan = plan_workers(job.config, ray.cluster_resources(), job.dense.num_hidden_layers)
-    pool = WorkerPool(plan, job.config, job.model_path.resolve(), calibration.resolve())
+def worker_pool(job: Job, workers: WorkerPlan, calibration: Path) -> Iterator[WorkerPool]:
+    pool = WorkerPool(workers, job.config, job.model_path.resolve(), calibration.resolve())
     try:
-        yield plan, pool
+        yield pool
     finally:
         pool.shutdown()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from distprune.budgets import ParameterTarget
 from distprune.calibration import Calibration, load_tokenizer, open_calibration, tokenizer_fingerprint
 from distprune.checkpoint import Checkpoint, check_free_space, prepare_output, resolve_model
@@ -44,7 +46,8 @@ def check_job(config: PruneConfig) -> Job:
     target = ParameterTarget(dense, config.sparsity, config.count_embeddings)
     method.check_target(target, config.align)
     if config.calibration is not None:
-        check_calibration(open_calibration(config.calibration), model_path, dense)
+        tokenizer = load_tokenizer(model_path, config.trust_remote_code)
+        check_calibration(open_calibration(config.calibration), tokenizer, model_path, dense)
     # Parts and the shards merged from them lie side by side for a moment.
     check_free_space(config.output, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
     return Job(config, model_path, checkpoint, family, dense, method, target)
@@ -65,9 +68,11 @@ def check_tensors(checkpoint: Checkpoint, family: Family, dense: PrunedConfig) -
         )
 
 
-def check_calibration(calibration: Calibration, model_path: Path, dense: PrunedConfig) -> None:
+def check_calibration(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, model_path: Path, dense: PrunedConfig
+) -> None:
     """See that the calibration set was made for this model and fits its context."""
-    fingerprint = tokenizer_fingerprint(load_tokenizer(model_path))
+    fingerprint = tokenizer_fingerprint(tokenizer)
     calibration.check_matches(fingerprint, dense.vocab_size, str(model_path))
     length = calibration.tokens.shape[1]
     if length > dense.max_position_embeddings:
