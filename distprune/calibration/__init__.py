@@ -26,6 +26,7 @@ __all__ = [
     "Calibration",
     "CalibrationMetadata",
     "build_calibration",
+    "generate_own_samples",
     "load_tokenizer",
     "open_calibration",
     "tokenizer_fingerprint",

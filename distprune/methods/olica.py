@@ -2,7 +2,7 @@
 
 Attention depends on its weights through two products, W_q W_kᵀ and W_v W_oᵀ, and each is compressed as one entity; the
 FFN loses neurons, and a low-rank linear map of its input repairs part of what was lost. The paper treats multi-head
-attention; here the query heads of a KV group share one value rotation, which for one head a group is the paper's.
+attention; here the query heads of a KV group share one value rotation and lose the same value neurons.
 
 Notation (row vectors): x is the attention's or the FFN's input, z the output projection's input, a the FFN's neurons,
 rms(·) the root mean square of each channel over the calibration tokens.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,9 +28,10 @@ from distprune.solvers import (
     factor_output_scaled,
     most_and_least_important,
     most_important,
-    neuron_rotation,
+    orthogonal_output_rotation,
     prediction_correlation,
     ridge,
+    uncorrelated_rotation,
 )
 from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Moment, Power
 
@@ -49,19 +50,25 @@ class Olica(Method):
     percdamp: float = Field(0.5, gt=0, description="ridge penalty over the mean of the Gram matrix's diagonal")
     channel_temperature: float = Field(0.05, gt=0, description="softness of the weights of the output channels")
     keep_least: float = Field(0.01, ge=0, lt=1, description="fraction of the least important neurons that stays")
-    decomposition: bool = Field(True, description="rotate value neurons to be orthogonal before choosing among them")
+    decomposition: Literal["values", "weights", "none"] = Field(
+        "values", description="what makes value neurons orthogonal before some go: their values, or W_o as published"
+    )
 
     # ---------------------------------------------------------------- the dense pass
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
-        moments: list[Moment] = [Power("attention_output")]
+        moments: list[Moment] = []
+        if self.decomposition == "weights":
+            moments.append(Power("attention_output"))
         if self.calibrated_layers:
             x, y = "ffn_input", "ffn_output"
             moments += [Gram(x), Cross(x, y), Mean(x), Mean(y), Power(y)]
         return moments
 
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
-        profile = {"attention_output_rms": statistics.rms("attention_output")}
+        profile = {}
+        if self.decomposition == "weights":
+            profile["attention_output_rms"] = statistics.rms("attention_output")
         if self.calibrated_layers:
             profile["ffn_linearity"] = self._ffn_linearity(statistics)
         return profile
@@ -144,11 +151,22 @@ class Olica(Method):
         if planned == layer.shape:
             return layer
         value_gram = statistics.head_gram("attention_values", layer.query_heads)
-        if self.decomposition:
-            layer, value_gram = decompose_values(layer, value_gram, profile["attention_output_rms"])
+        if self.decomposition != "none":
+            rotation = self._value_rotation(layer, value_gram, profile)
+            layer, value_gram = rotate_values(layer, value_gram, rotation)
         layer = prune_values(layer, planned.value_dim, statistics.rms("attention_input"), value_gram)
         layer = factor_queries_and_keys(layer, planned, statistics.rms("attention_input"))
         return self._prune_ffn(layer, planned, statistics)
+
+    def _value_rotation(self, layer: DecoderLayer, value_gram: Tensor, profile: Profile) -> Tensor:
+        """Orthogonal neuron decomposition of every KV group's values, (g, v, v).
+
+        The published one makes the columns of W_o orthogonal. Three query heads that share their values can hardly
+        be made so by one rotation, while the values themselves always can, and that costs no more.
+        """
+        if self.decomposition == "weights":
+            return orthogonal_output_rotation(output_slices(layer), profile["attention_output_rms"])
+        return uncorrelated_rotation(value_gram.unflatten(0, (layer.kv_heads, -1)).mean(dim=1))
 
     def _prune_ffn(self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics) -> DecoderLayer:
         importance = ffn_importance(layer, statistics.rms("ffn_input"), statistics.rms("ffn_neurons"))
@@ -190,26 +208,24 @@ def kept_rank(out_features: int, in_features: int, sparsity: float, align: int) 
     return aligned(rank, align, most=min(out_features, in_features))
 
 
-def decompose_values(layer: DecoderLayer, value_gram: Tensor, output_rms: Tensor) -> tuple[DecoderLayer, Tensor]:
-    """Orthogonal neuron decomposition, fast form: rotate each KV group's value neurons; the function is unchanged.
+def rotate_values(layer: DecoderLayer, value_gram: Tensor, rotation: Tensor) -> tuple[DecoderLayer, Tensor]:
+    """Rotate each KV group's value neurons in W_v and W_o; the layer's function is unchanged.
 
     Args:
         layer: the layer.
         value_gram: E[z_iᵀz_i] of every query head, (h, v, v).
-        output_rms: rms of the attention's output, (d,).
+        rotation: (g, v, v), orthogonal.
 
     Returns:
         The rotated layer, and ``value_gram`` in the rotated basis.
     """
-    per_group = output_slices(layer)
-    rotation = neuron_rotation(per_group, output_rms)
     value, bias = layer.value.weight.unflatten(0, (layer.kv_heads, -1)), layer.value.bias
     if bias is not None:
         bias = (bias.unflatten(0, (layer.kv_heads, 1, -1)) @ rotation).flatten()
     rotated = replace(
         layer,
         value=Linear((rotation.mT @ value).flatten(0, 1), bias),
-        output=Linear(join_output_slices(per_group @ rotation[:, None]), layer.output.bias),
+        output=Linear(join_output_slices(output_slices(layer) @ rotation[:, None]), layer.output.bias),
     )
     per_head = rotation.repeat_interleave(layer.query_heads // layer.kv_heads, dim=0)
     return rotated, per_head.mT @ value_gram @ per_head

@@ -2,7 +2,7 @@
 
 from distprune.solvers.low_rank import factor_input_scaled, factor_output_scaled
 from distprune.solvers.ridge import prediction_correlation, ridge
-from distprune.solvers.rotation import neuron_rotation
+from distprune.solvers.rotation import orthogonal_output_rotation, uncorrelated_rotation
 from distprune.solvers.selection import most_and_least_important, most_important
 
 __all__ = [
@@ -10,7 +10,8 @@ __all__ = [
     "factor_output_scaled",
     "most_and_least_important",
     "most_important",
-    "neuron_rotation",
+    "orthogonal_output_rotation",
     "prediction_correlation",
     "ridge",
+    "uncorrelated_rotation",
 ]

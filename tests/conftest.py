@@ -1,0 +1,183 @@
+"""What the tests are made of: a tiny tokenizer, tiny random models on disk, one Ray, and pruning runs on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from distprune import prune
+from distprune.calibration import CalibrationMetadata, tokenizer_fingerprint, write_calibration
+from distprune.engine import RunRecord
+
+SENTENCES = [
+    "The river runs down to the sea, and the sea sends rain back to the hills.",
+    "A pruner takes away what a model can do without, and mends what is left.",
+    "Below is an instruction. Write a response that completes the request.",
+]
+
+DECODER = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Threads only get in each other's way on models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    # As Llama's does, it begins a text with a special token unless told not to.
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    # A short model_max_length: texts longer than it must neither be cut nor warned about.
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=16, bos_token="<s>", eos_token="</s>")
+
+
+# ------------------------------------------------------------------ a model to sample from and to evaluate
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer) + 3,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory, model, tokenizer) -> Path:
+    path = tmp_path_factory.mktemp("tiny-llama")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+# ------------------------------------------------------------------ models to prune
+
+
+@pytest.fixture(scope="session")
+def save_model(tmp_path_factory, tokenizer) -> Callable[..., Path]:
+    """Saves a random decoder of four layers, with its tokenizer, and gives its folder."""
+
+    def save(
+        model_type: str = "llama", dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB", **changes
+    ) -> Path:
+        path = tmp_path_factory.mktemp(model_type)
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer) + 3, **DECODER | ids | changes)
+        randomized(AutoModelForCausalLM.from_config(config)).to(dtype).save_pretrained(
+            path, max_shard_size=max_shard_size
+        )
+        tokenizer.save_pretrained(path)
+        return path
+
+    return save
+
+
+def randomized(model: PreTrainedModel) -> PreTrainedModel:
+    """Norms and biases are random too, so that a mistake in any of them shows."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.copy_(noise + 1 if "norm" in name else noise)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def dense_path(save_model) -> Path:
+    """A Llama in float32 with grouped-query attention."""
+    return save_model()
+
+
+@pytest.fixture(scope="session")
+def calibration_path(tmp_path_factory, tokenizer) -> Path:
+    """Eight windows of sixteen tokens, for every model that `save_model` makes."""
+    path = tmp_path_factory.mktemp("calibration") / "calibration.arrow"
+    vocabulary, length = len(tokenizer) + 3, 16
+    tokens = np.random.default_rng(0).integers(vocabulary, size=(8, length), dtype=np.int32)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    write_calibration(path, tokens, CalibrationMetadata(fingerprint, vocabulary, length, ("random",), 0, False))
+    return path
+
+
+# ------------------------------------------------------------------ runs
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A Ray of four CPUs and two GPUs that exist in its books alone; runs join it."""
+    ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def run(ray_cluster, dense_path, calibration_path, tmp_path) -> Callable[..., tuple[Path, RunRecord]]:
+    """Prunes in the test's own folder, on one worker and the CPU unless told otherwise."""
+
+    def prune_into(name: str = "pruned", model: Path = dense_path, **options) -> tuple[Path, RunRecord]:
+        options = {"calibration": calibration_path, "device": "cpu", "workers": 1, "micro_batch": 3} | options
+        return tmp_path / name, prune(str(model), tmp_path / name, **options)
+
+    return prune_into
+
+
+@pytest.fixture(scope="session")
+def weights_and_config() -> Callable[[Path], dict[str, str]]:
+    """SHA-256 of every file of a checkpoint that decides what the model computes."""
+
+    def digests(folder: Path) -> dict[str, str]:
+        files = [*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.py")]
+        return {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(files)
+            if file.name != "distprune_run.json"
+        }
+
+    return digests

