@@ -19,8 +19,8 @@ from distprune.engine.progress import console_progress
 from distprune.evaluation import generate_sentence, perplexity_of_model
 from distprune.reporting import memory_line
 
-PROMPT = "The capital of France is"
-console = Console()
+PROMPT = "The best way to learn a language is"
+console = Console(soft_wrap=True)
 
 
 def main() -> None:
@@ -46,8 +46,8 @@ def main() -> None:
             progress=console_progress(console),
         )
     console.print(memory_line(record), highlight=False)
-    console.print(comparison(model, output, held_out_text(model), record))
-    console.print(f"\nThe pruned model is in {output}: distprune inspect {output} tells what was taken from where.")
+    show_comparison(model, output, held_out_text(model), record)
+    console.print(f"\nThe pruned model is in {output}. What was taken from where: distprune inspect {output}")
 
 
 def held_out_text(model: Path) -> str:
@@ -56,19 +56,20 @@ def held_out_text(model: Path) -> str:
     return "".join(load_tokenizer(model).batch_decode(samples))
 
 
-def comparison(model: Path, output: Path, text: str, record: distprune.engine.RunRecord) -> Table:
-    table = Table(title="SmolLM2-135M, before and after", title_justify="left")
-    for column in ("", "decoder parameters", "all parameters", "perplexity", "goes on"):
-        table.add_column(column)
+def show_comparison(model: Path, output: Path, text: str, record: distprune.engine.RunRecord) -> None:
+    table = Table("model", "decoder parameters", "all parameters", "perplexity")
+    sentences = {}
     for name, path, decoder, total in (
         ("original", model, record.decoder_parameters_before, record.total_parameters_before),
         ("pruned", output, record.decoder_parameters_after, record.total_parameters_after),
     ):
         network, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         perplexity = perplexity_of_model(network, tokenizer, text, sequence_length=128).perplexity
-        sentence = generate_sentence(network, tokenizer, PROMPT, max_new_tokens=30)
-        table.add_row(name, f"{decoder:,}", f"{total:,}", f"{perplexity:.1f}", sentence)
-    return table
+        table.add_row(name, f"{decoder:,}", f"{total:,}", f"{perplexity:.1f}")
+        sentences[name] = generate_sentence(network, tokenizer, PROMPT, max_new_tokens=30)
+    console.print(table)
+    for name, sentence in sentences.items():
+        console.print(f"{name}: {PROMPT}{sentence}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

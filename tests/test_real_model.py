@@ -56,4 +56,6 @@ def test_the_pruned_model_still_predicts_text(smollm2, pruned):
 def test_the_pruned_model_still_speaks(pruned):
     output, _ = pruned
     model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
-    assert "Paris" in generate_sentence(model, tokenizer, "The capital of France is", max_new_tokens=20)
+    words = generate_sentence(model, tokenizer, "The best way to learn a language is", max_new_tokens=30).split()
+    assert len(words) >= 10
+    assert len(set(words)) >= 6  # it does not stammer
