@@ -37,7 +37,7 @@ console = Console(soft_wrap=True)
 def main() -> None:
     arguments = parse_arguments()
     model = str(resolve_model(arguments.model or bundled_smollm2()))
-    ray.init(num_cpus=arguments.workers, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=arguments.workers, include_dashboard=False, log_to_driver=False)
     with TemporaryDirectory() as scratch:
         bench = Bench(model, arguments, Path(scratch))
         console.print(f"dense: {bench.perplexity(model):.2f}", highlight=False)

@@ -46,11 +46,15 @@ class ParameterTarget:
         return decoder_parameters(self.config, shapes)
 
     @property
+    def counted(self) -> int:
+        """The parameters that ``sparsity`` is a fraction of."""
+        return self.dense + (outer_parameters(self.config) if self.count_embeddings else 0)
+
+    @property
     def remaining(self) -> int:
-        counted = self.dense + (outer_parameters(self.config) if self.count_embeddings else 0)
-        return self.dense - round(self.sparsity * counted)
+        return self.dense - round(self.sparsity * self.counted)
 
     @property
     def decoder_sparsity(self) -> float:
-        """The fraction to remove of the decoder layers' parameters."""
-        return 1 - self.remaining / self.dense
+        """The fraction to remove of the decoder layers' parameters: ``sparsity`` itself where it is of those alone."""
+        return self.sparsity * (self.counted / self.dense)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +14,10 @@ import ray
 
 from distprune.config import PruneConfig
 from distprune.errors import InputError
+
+
+# Ray itself takes minutes to give up on an address where nothing listens.
+CONNECT_SECONDS = 10
 
 
 @contextmanager
@@ -28,13 +34,25 @@ def connected(config: PruneConfig) -> Iterator[None]:
             cpus = max(os.cpu_count() or 1, (config.workers or 1) * config.threads_per_worker)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         else:
+            check_listens(address)
             ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError) as error:
-        raise InputError(f"no Ray cluster answers at {address}: {error}. Check --address and RAY_ADDRESS.") from None
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().rstrip(".")
+        raise InputError(f"no Ray cluster answers at {address}: {reason}. Check --address and RAY_ADDRESS.") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def check_listens(address: str) -> None:
+    """See that something listens at a HOST:PORT; other forms of address are left to Ray.
+
+    Raises:
+        OSError: nothing does.
+    """
+    if match := re.fullmatch(r"(?:ray://)?\[?([^/\]]+)\]?:(\d+)", address):
+        socket.create_connection((match[1], int(match[2])), timeout=CONNECT_SECONDS).close()
 
 
 @dataclass(frozen=True)
@@ -47,23 +65,34 @@ class WorkerPlan:
     gpus: float
 
 
-def plan_workers(config: PruneConfig, resources: dict[str, float], layers: int) -> WorkerPlan:
-    """Workers for a cluster with the given total ``resources`` (as ``ray.cluster_resources()`` gives them).
+def plan_workers(config: PruneConfig, nodes: Sequence[Mapping[str, float]], layers: int) -> WorkerPlan:
+    """Workers for a cluster whose nodes have the given resources, each as ``{"CPU": 16.0, "GPU": 8.0}``.
 
     Raises:
-        InputError: not even one worker fits the cluster.
+        InputError: not even one worker fits on any node.
     """
-    cluster_cpus, cluster_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    device = config.device if config.device != "auto" else "cuda" if cluster_gpus else "cpu"
+    has_gpus = any(node.get("GPU", 0) for node in nodes)
+    device = config.device if config.device != "auto" else "cuda" if has_gpus else "cpu"
     gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(device == "cuda")
-    cpus = config.threads_per_worker
+    asked = {"CPU": float(config.threads_per_worker), "GPU": gpus}
 
-    fitting = int(cluster_cpus // cpus)
-    if gpus:
-        fitting = min(fitting, int(cluster_gpus // gpus))
+    fitting = sum(count_fitting(asked, node) for node in nodes)
     if fitting < 1:
+        found = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise InputError(
-            f"no worker fits the Ray cluster: each asks for {cpus} CPUs and {gpus:g} GPUs, the cluster has "
-            f"{cluster_cpus:g} and {cluster_gpus:g}. Lower --threads-per-worker, or give --device cpu."
+            f"no worker fits on any node of the Ray cluster: each asks for {asked['CPU']:g} CPUs and {gpus:g} GPUs, "
+            f"and the nodes have {found or 'not been found'}. Lower --threads-per-worker or --gpus-per-worker, or give "
+            "--device cpu."
         )
-    return WorkerPlan(min(config.workers or fitting, layers), device, cpus, gpus)
+    return WorkerPlan(min(config.workers or fitting, layers), device, asked["CPU"], gpus)
+
+
+def count_fitting(asked: Mapping[str, float], node: Mapping[str, float]) -> int:
+    """How many workers a node can hold."""
+    # Ray counts in ten-thousandths; as floats, ten tenths of a GPU would not fit on one.
+    return min(int(node.get(name, 0) * 10_000) // int(amount * 10_000) for name, amount in asked.items() if amount)
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """The resources of every node of the cluster that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
+import ray
 from ray import ObjectRef
 
 from distprune.decoder_layer import DecoderLayer, LayerShape, layer_from_state
-from distprune.engine.pool import WorkerPool, fetch
+from distprune.engine.pool import WorkerPool
 from distprune.engine.progress import Progress
 from distprune.engine.transport import Parcel, unpack_all
 from distprune.methods import Profile
@@ -23,12 +25,14 @@ def check_weights(pool: WorkerPool, layers: int, progress: Progress) -> None:
         InputError: names the first bad tensor found and its file.
     """
     progress.stage("Checking weights", layers + 1)
-    pool.submit("outer", "check_outer")
-    for index in range(layers):
-        pool.submit(index, "check_layer", index)
-    for _, (result,) in pool.completed():
-        fetch(result)
+
+    def receive(_: None) -> None:
         progress.advance()
+
+    pool.submit(receive, "check_outer")
+    for index in range(layers):
+        pool.submit(receive, "check_layer", index)
+    pool.run()
 
 
 def sweep(
@@ -37,23 +41,27 @@ def sweep(
     """The dense pass: hidden states handed from layer to layer, and what the method remembers of each.
 
     Returns:
-        The hidden states at the input of every block, by the block's first layer, in the object store; and the
-        profiles of all layers.
+        The hidden states at the input of every block, by the block's first layer, in the object store of the driver's
+        node, which spills them to disk where they are many; and the profiles of all layers.
     """
     progress.stage("Dense pass", layers)
     boundaries: dict[int, ObjectRef] = {}
     profiles: list[dict[str, Parcel]] = []
-    pool.submit("embedding", "embed")
-    for key, (hidden_states, *profile) in pool.completed():
-        index = 0 if key == "embedding" else key + 1
-        if profile:
-            profiles.append(fetch(profile[0]))
-            progress.advance()
-        if index == layers:
-            break
+
+    def submit(index: int, hidden_states: Parcel) -> None:
+        stored = ray.put(hidden_states)
         if index % block_length == 0:
-            boundaries[index] = hidden_states
-        pool.submit(index, "sweep", index, hidden_states)
+            boundaries[index] = stored
+        pool.submit(partial(receive, index), "sweep", index, stored)
+
+    def receive(index: int, hidden_states: Parcel, profile: dict[str, Parcel]) -> None:
+        if index + 1 < layers:
+            submit(index + 1, hidden_states)
+        profiles.append(profile)
+        progress.advance()
+
+    pool.submit(partial(submit, 0), "embed")
+    pool.run()
     return boundaries, profiles
 
 
@@ -67,21 +75,25 @@ def prune_blocks(
 ) -> None:
     """The pruning pass: blocks in parallel, and inside a block each layer on its pruned predecessors' output.
 
-    A task is one layer, so a lost worker costs no more than that. Each pruned layer goes to ``sink`` before the next
-    result is fetched: no more than one is held here, and no more than one a worker waits in the object store.
+    A call is one layer, so a lost worker costs no more than that. Each pruned layer goes to ``sink`` before the next
+    result is fetched: one at a time is held here, and no more than one a worker waits in the object store.
     """
     progress.stage("Pruning", len(plan))
     starts = set(boundaries)
 
+    def ends_block(index: int) -> bool:
+        return index + 1 == len(plan) or index + 1 in starts
+
     def submit(index: int, hidden_states: ObjectRef) -> None:
-        propagate = index + 1 < len(plan) and index + 1 not in starts
-        pool.submit(index, "prune", index, hidden_states, plan[index], profiles[index], propagate)
+        arguments = index, hidden_states, plan[index], profiles[index], not ends_block(index)
+        pool.submit(partial(receive, index), "prune", *arguments)
+
+    def receive(index: int, tensors: dict[str, Parcel], output: Parcel | None, seconds: dict[str, float]) -> None:
+        if not ends_block(index):
+            submit(index + 1, ray.put(output))
+        sink(index, layer_from_state(unpack_all(tensors), plan[index]), seconds)
+        progress.advance()
 
     for index in sorted(starts):
         submit(index, boundaries.pop(index))
-    for index, (tensors, output, seconds) in pool.completed():
-        layer = layer_from_state(unpack_all(fetch(tensors)), plan[index])
-        if index + 1 < len(plan) and index + 1 not in starts:
-            submit(index + 1, output)
-        sink(index, layer, fetch(seconds))
-        progress.advance()
+    pool.run()

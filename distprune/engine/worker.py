@@ -44,14 +44,14 @@ class Worker:
             )
         return LayerTasks(self.config, self.model_path, self.calibration_path, torch.device(self.device))
 
-    def ready(self) -> str:
-        """The node's name, once device, checkpoint and calibration set are open.
+    @ray.method(max_task_retries=-1)
+    def ready(self) -> None:
+        """Device, checkpoint and calibration set are open. Asked again after every restart.
 
         Raises:
             InputError: one of them can't be opened on this node.
         """
         _ = self.tasks
-        return platform.node()
 
     def check_layer(self, index: int) -> None:
         self.tasks.check_layer(index)

@@ -11,7 +11,8 @@ def factor_input_scaled(weight: Tensor, input_scale: Tensor, rank: int) -> tuple
     """The rank-``rank`` factors L R that minimize ‖(W - L R) diag(input_scale)‖.
 
     With M = W diag(s) = U Σ Vᵀ the minimizer is U_r U_rᵀ W: U_r holds the leading eigenvectors of M Mᵀ, and since the
-    projection acts on the left, the scaling need not be undone (so channels of zero scale do no harm).
+    projection acts on the left, the scaling need not be undone (so channels of zero scale do no harm). The product
+    M Mᵀ is taken in float64: it squares the singular values, and beside an outlier channel float32 loses the others.
 
     Args:
         weight: W, (out, in).
@@ -20,8 +21,8 @@ def factor_input_scaled(weight: Tensor, input_scale: Tensor, rank: int) -> tuple
     Returns:
         left (out, rank), with orthonormal columns, and right (rank, in).
     """
-    scaled = weight * input_scale
-    left = leading_eigenvectors(scaled @ scaled.mT, rank)
+    scaled = (weight * input_scale).double()
+    left = leading_eigenvectors(scaled @ scaled.mT, rank).to(weight.dtype)
     return left, left.mT @ weight
 
 

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from distprune.solvers.factorization import in_float64_on_failure
 
+# A variance below this fraction of the second moment is what float32 sums give a channel that never varies.
+ROUNDING = 1e-5
+
 
 def ridge(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
     """argmin_B E‖y - xB‖² + λ‖B‖² with λ = damping · mean(diag E[xᵀx]), (in, out).
@@ -38,6 +41,8 @@ def prediction_correlation(
 ) -> Tensor:
     """Pearson's correlation between the prediction xB and y for every output channel, (out,), from moments alone.
 
+    It is zero where the prediction or y does not vary.
+
     Args:
         solution: B, (in, out).
         gram: E[xᵀx], (in, in).
@@ -48,7 +53,12 @@ def prediction_correlation(
     """
     prediction_mean = input_mean @ solution
     covariance = (solution * cross).sum(dim=0) - prediction_mean * output_mean
-    prediction_variance = (solution * (gram @ solution)).sum(dim=0) - prediction_mean.square()
-    output_variance = output_power - output_mean.square()
-    spread = prediction_variance.clamp(min=0).sqrt() * output_variance.clamp(min=0).sqrt()
+    prediction_variance = _variance((solution * (gram @ solution)).sum(dim=0), prediction_mean)
+    spread = prediction_variance.sqrt() * _variance(output_power, output_mean).sqrt()
     return torch.where(spread > 0, covariance / spread, 0.0).clamp(-1, 1)
+
+
+def _variance(power: Tensor, mean: Tensor) -> Tensor:
+    """E[v²] - E[v]², and zero where float32 sums leave nothing but rounding of it."""
+    variance = power - mean.square()
+    return torch.where(variance > ROUNDING * power, variance, 0.0)
