@@ -103,8 +103,9 @@ class PrunedAttention(nn.Module):
     def _attend(self, query, key, value, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The configured kernel's output (batch, tokens, heads, value_dim), and its weights if any."""
         implementation = self.config._attn_implementation
-        # Flash kernels want values as wide as keys: zero columns change nothing and are cut off again.
-        if "flash" in (implementation or ""):
+        # Fused kernels, SDPA's among them, want values as wide as keys (or take a path several times slower): zero
+        # columns change nothing and are cut off again.
+        if implementation != "eager" and self.value_dim < self.query_key_dim:
             value = nn.functional.pad(value, (0, self.query_key_dim - self.value_dim))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
