@@ -18,7 +18,8 @@ def aligned(width: float, align: int, most: int) -> int:
 def fill_with_ffn(target: ParameterTarget, shapes: Sequence[LayerShape], align: int) -> list[LayerShape]:
     """Give every layer the FFN width at which the whole decoder meets the target, all else in ``shapes`` standing.
 
-    Widths differ by at most one step of ``align`` between layers, and the sum is the one nearest to the target.
+    Widths differ by at most one step of ``align`` between layers, and the sum is the one nearest to the target. No FFN
+    becomes wider than the dense one, even where the rest of ``shapes`` has lost more than the target asks for.
 
     Raises:
         InputError: what ``shapes`` hold besides FFN neurons already exceeds the target.

@@ -89,7 +89,8 @@ class Olica(Method):
 
     def check_target(self, target: ParameterTarget, align: int) -> None:
         # Which layers are calibrated makes no difference to how many parameters they hold.
-        self._shapes(target, set(range(self.calibrated_layers)), align)
+        possible = target.config.num_hidden_layers - 1
+        self._shapes(target, set(range(min(self.calibrated_layers, possible))), align)
 
     def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
         return self._shapes(target, self._most_linear(profiles), align)
@@ -126,7 +127,7 @@ class Olica(Method):
 
     def _most_linear(self, profiles: Sequence[Profile]) -> set[int]:
         """The FFNs whose output a linear map explains best; never the last layer's."""
-        if not self.calibrated_layers:
+        if not self.calibrated_layers or len(profiles) == 1:
             return set()
         linearity = torch.stack([profile["ffn_linearity"] for profile in profiles[:-1]])
         return set(most_important(linearity, self.calibrated_layers).tolist())

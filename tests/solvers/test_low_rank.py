@@ -1,0 +1,96 @@
+"""Scaled low-rank factors against numpy's float64 singular value decomposition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from distprune.solvers import factor_input_scaled, factor_output_scaled
+
+
+def randn(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def f64(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.double().numpy()
+
+
+SHAPES = {"tall": (48, 32), "wide": (32, 48), "square": (32, 32)}
+
+
+def decaying(out_features: int, in_features: int) -> torch.Tensor:
+    """Singular values over six orders of magnitude."""
+    inner = min(out_features, in_features)
+    return randn(out_features, inner) * torch.logspace(0, -6, inner) @ randn(inner, in_features, seed=1)
+
+
+WEIGHTS = {
+    "random": randn,
+    "rank 7": lambda out, inp: randn(out, 7) @ randn(7, inp, seed=1),
+    "decaying": decaying,
+    "zero": torch.zeros,
+}
+
+SCALES = {
+    "equal": torch.ones,
+    "spanning 1e4": lambda width: torch.logspace(-2, 2, width)[torch.randperm(width, generator=torch.manual_seed(0))],
+    "some zero": lambda width: (torch.rand(width, generator=torch.manual_seed(0)) - 0.3).clamp(min=0),
+    "one outlier": lambda width: torch.ones(width).index_fill(0, torch.tensor(5), 1e4),
+}
+
+
+def assert_near_optimal(scaled_weight: np.ndarray, scaled_error: np.ndarray, rank: int) -> None:
+    """The error's norm is that of Eckart and Young's optimum, to 1e-5 of the whole."""
+    optimum = np.linalg.norm(np.linalg.svd(scaled_weight, compute_uv=False)[rank:])
+    assert np.linalg.norm(scaled_error) - optimum <= 1e-5 * np.linalg.norm(scaled_weight)
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 7, 20, 31])
+def test_input_scaled_factors_are_as_near_as_any_of_their_rank(shape, weights, scales, rank):
+    out_features, in_features = SHAPES[shape]
+    weight, scale = WEIGHTS[weights](out_features, in_features), SCALES[scales](in_features)
+    left, right = factor_input_scaled(weight, scale, rank)
+    assert (left.shape, right.shape) == ((out_features, rank), (rank, in_features))
+    assert left.dtype == right.dtype == torch.float32
+    error = f64(weight) - f64(left) @ f64(right)
+    assert_near_optimal(f64(weight) * f64(scale), error * f64(scale), rank)
+    np.testing.assert_allclose(f64(left).T @ f64(left), np.eye(rank), atol=1e-5)
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 7, 20, 31])
+def test_output_scaled_factors_are_as_near_as_any_of_their_rank(shape, weights, scales, rank):
+    out_features, in_features = SHAPES[shape]
+    weight, scale = WEIGHTS[weights](out_features, in_features), SCALES[scales](out_features)
+    left, right = factor_output_scaled(weight, scale, rank)
+    assert (left.shape, right.shape) == ((out_features, rank), (rank, in_features))
+    error = f64(weight) - f64(left) @ f64(right)
+    assert_near_optimal(f64(scale)[:, None] * f64(weight), f64(scale)[:, None] * error, rank)
+    np.testing.assert_allclose(f64(right) @ f64(right).T, np.eye(rank), atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [factor_input_scaled, factor_output_scaled])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_full_rank_reproduces_the_weight(factor, shape):
+    out_features, in_features = SHAPES[shape]
+    weight = randn(out_features, in_features)
+    scale = 0.5 + torch.rand(in_features if factor is factor_input_scaled else out_features)
+    left, right = factor(weight, scale, min(out_features, in_features))
+    torch.testing.assert_close(left @ right, weight, atol=1e-5, rtol=1e-5)
+
+
+def test_the_scale_decides_which_channels_are_kept_near():
+    """A test of the tests above: without its scale the factorization is another one."""
+    weight, scale = randn(32, 48), SCALES["spanning 1e4"](48)
+    plain, scaled = (
+        np.linalg.norm((f64(weight) - f64(left @ right)) * f64(scale))
+        for left, right in (factor_input_scaled(weight, torch.ones(48), 7), factor_input_scaled(weight, scale, 7))
+    )
+    assert scaled < 0.5 * plain

@@ -1,0 +1,117 @@
+"""Moments over uneven micro-batches, against numpy in float64 on all activations at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Power
+
+MICRO_BATCHES = [7, 1, 30, 12]
+WIDTHS = {"ffn_input": 12, "ffn_output": 8}
+X, Y = WIDTHS
+EVERYTHING = [Mean(X), Power(X), Gram(X), Cross(X, Y), HeadGram(X, 3)]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def activations(request) -> dict[str, torch.Tensor]:
+    """(50, width) at two taps, not centred, and no two channels of one size."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(width: int) -> torch.Tensor:
+        return (torch.randn(50, width, generator=generator) + 0.5) * torch.arange(1, width + 1)
+
+    return {tap: draw(width).to(request.param) for tap, width in WIDTHS.items()}
+
+
+@pytest.fixture
+def samples(activations) -> dict[str, np.ndarray]:
+    return {tap: values.double().numpy() for tap, values in activations.items()}
+
+
+def collect(moments, activations: dict[str, torch.Tensor]) -> LayerStatistics:
+    statistics = LayerStatistics(moments)
+    batches = {tap: values.split(MICRO_BATCHES) for tap, values in activations.items()}
+    for number in range(len(MICRO_BATCHES)):
+        statistics.update({tap: batch[number] for tap, batch in batches.items()})
+    return statistics
+
+
+def assert_equal(actual: torch.Tensor, expected: np.ndarray) -> None:
+    assert actual.dtype == torch.float32
+    np.testing.assert_allclose(actual.double().numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_tokens_are_counted_over_all_micro_batches(activations):
+    assert collect([], activations).tokens == 50
+
+
+def test_mean(activations, samples):
+    assert_equal(collect([Mean(X)], activations).mean(X), samples[X].mean(axis=0))
+
+
+def test_power_and_rms(activations, samples):
+    statistics = collect([Power(X)], activations)
+    assert_equal(statistics.power(X), (samples[X] ** 2).mean(axis=0))
+    assert_equal(statistics.rms(X), np.sqrt((samples[X] ** 2).mean(axis=0)))
+
+
+def test_gram(activations, samples):
+    assert_equal(collect([Gram(X)], activations).gram(X), samples[X].T @ samples[X] / 50)
+
+
+def test_cross(activations, samples):
+    assert_equal(collect([Cross(X, Y)], activations).cross(X, Y), samples[X].T @ samples[Y] / 50)
+
+
+def test_head_gram_holds_the_gram_matrix_of_every_heads_own_slice(activations, samples):
+    heads = np.split(samples[X], 3, axis=1)
+    expected = np.stack([head.T @ head / 50 for head in heads])
+    assert_equal(collect([HeadGram(X, 3)], activations).head_gram(X, 3), expected)
+
+
+def test_moments_collected_together_are_those_collected_alone(activations):
+    together = collect(EVERYTHING, activations)
+    assert torch.equal(together.mean(X), collect([Mean(X)], activations).mean(X))
+    assert torch.equal(together.gram(X), collect([Gram(X)], activations).gram(X))
+    assert torch.equal(together.head_gram(X, 3), collect([HeadGram(X, 3)], activations).head_gram(X, 3))
+
+
+def test_reading_a_moment_does_not_change_it(activations):
+    statistics = collect([Gram(X)], activations)
+    before = statistics.gram(X).clone()
+    statistics.gram(X).mul_(2)
+    assert torch.equal(statistics.gram(X), before)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda statistics: statistics.mean(Y),
+        lambda statistics: statistics.power(Y),
+        lambda statistics: statistics.rms(Y),
+        lambda statistics: statistics.gram(Y),
+        lambda statistics: statistics.cross(Y, X),
+        lambda statistics: statistics.head_gram(X, 2),
+    ],
+    ids=["mean", "power", "rms", "gram", "cross the other way round", "another number of heads"],
+)
+def test_asking_for_a_moment_that_was_not_collected_raises(activations, ask):
+    statistics = collect(EVERYTHING, activations)
+    with pytest.raises(KeyError):
+        ask(statistics)
+
+
+@pytest.mark.parametrize("asked", EVERYTHING, ids=repr)
+def test_only_the_asked_for_moment_is_computed(activations, asked, monkeypatch):
+    computed = []
+    for kind in {type(moment) for moment in EVERYTHING}:
+
+        def count(moment, batch, compute=kind.sum):
+            computed.append(moment)
+            return compute(moment, batch)
+
+        monkeypatch.setattr(kind, "sum", count)
+    collect([asked], activations)
+    assert computed == [asked] * len(MICRO_BATCHES)

@@ -1,0 +1,112 @@
+"""Decoder layers as values: to and from the state of the module that runs them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, layer_from_state, slice_linear, state_of
+from distprune.modeling import PrunedConfig, PrunedDecoderLayer
+
+SHAPES = {
+    "dense": LayerShape(4, 2, 8, 8, ffn_width=20),
+    "narrow": LayerShape(3, 1, 8, 5, ffn_width=7),
+    "low-rank": LayerShape(4, 2, 8, 6, ffn_width=20, query_rank=9, key_rank=4),
+    "low-rank keys": LayerShape(4, 2, 8, 8, ffn_width=20, key_rank=4),
+    "calibrated": LayerShape(4, 2, 8, 8, ffn_width=12, query_rank=9, key_rank=4, calibration_rank=3),
+}
+FLAGS = {
+    "plain": {},
+    "biases": {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+    "query and key norms": {"query_key_norm": True},
+}
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request) -> LayerShape:
+    return SHAPES[request.param]
+
+
+@pytest.fixture(params=FLAGS)
+def module(request, shape) -> PrunedDecoderLayer:
+    config = PrunedConfig(
+        hidden_size=24,
+        intermediate_size=20,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_shapes=[asdict(shape)],
+        **FLAGS[request.param],
+    )
+    return PrunedDecoderLayer(config, 0)
+
+
+@pytest.fixture
+def layer(module, shape) -> DecoderLayer:
+    return layer_from_state(module.state_dict(), shape)
+
+
+def test_a_layers_state_is_its_modules(layer, module):
+    state, expected = state_of(layer), module.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(state[name].data_ptr() == expected[name].data_ptr() for name in state)
+
+
+def test_a_layer_made_from_its_own_state_is_the_same(layer):
+    again = state_of(layer_from_state(state_of(layer), layer.shape))
+    assert all(again[name] is tensor for name, tensor in state_of(layer).items())
+
+
+def test_the_shape_follows_from_the_tensors(layer, shape):
+    assert layer.shape == shape
+
+
+def test_parameters_are_those_of_the_module(layer, module):
+    assert layer.parameters() == sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_to_casts_every_tensor_and_nothing_else(layer, shape):
+    cast = layer.to(torch.bfloat16)
+    assert {tensor.dtype for tensor in state_of(cast).values()} == {torch.bfloat16}
+    assert state_of(cast).keys() == state_of(layer).keys()
+    assert cast.shape == shape
+    for name, tensor in state_of(layer).items():
+        assert torch.equal(state_of(cast)[name], tensor.bfloat16())
+
+
+def test_to_moves_every_tensor(layer):
+    moved = layer.to("meta", torch.float16)
+    assert {(tensor.device.type, tensor.dtype) for tensor in state_of(moved).values()} == {("meta", torch.float16)}
+
+
+def test_casting_leaves_the_layer_as_it_was(layer):
+    layer.to(torch.bfloat16)
+    assert {tensor.dtype for tensor in state_of(layer).values()} == {torch.float32}
+
+
+@pytest.fixture
+def linear() -> Linear:
+    return Linear(torch.arange(30.0).reshape(5, 6), torch.arange(5.0))
+
+
+ROWS, COLUMNS = [3, 0], [5, 1, 2]
+
+
+@pytest.mark.parametrize("rows", [None, ROWS])
+@pytest.mark.parametrize("columns", [None, COLUMNS])
+def test_slicing_keeps_rows_with_their_biases_and_columns(linear, rows, columns):
+    chosen = {name: torch.tensor(index) for name, index in {"rows": rows, "columns": columns}.items() if index}
+    sliced = slice_linear(linear, **chosen)
+    weight, bias = linear.weight.numpy(), linear.bias.numpy()
+    expected_rows, expected_columns = rows or range(5), columns or range(6)
+    np.testing.assert_array_equal(sliced.weight.numpy(), weight[np.ix_(expected_rows, expected_columns)])
+    np.testing.assert_array_equal(sliced.bias.numpy(), bias[list(expected_rows)])
+    assert sliced.weight.is_contiguous()
+
+
+def test_slicing_without_a_bias_gives_none(linear):
+    assert slice_linear(Linear(linear.weight), rows=torch.tensor(ROWS)).bias is None
