@@ -93,7 +93,8 @@ def prune(
     ] = None,
     sparsity: Annotated[Optional[float], typer.Option(help="fraction of decoder parameters to remove [0.2]")] = None,
     count_embeddings: Annotated[
-        Optional[bool], typer.Option("--count-embeddings", help="a fraction of all parameters instead")
+        Optional[bool],
+        typer.Option("--count-embeddings/--no-count-embeddings", help="a fraction of all parameters instead"),
     ] = None,
     align: Annotated[Optional[int], typer.Option(help="widths and ranks are multiples of this [8]")] = None,
     calibration: Annotated[
@@ -112,11 +113,14 @@ def prune(
     threads_per_worker: Annotated[Optional[int], typer.Option(help="CPU threads of each worker [1]")] = None,
     gpus_per_worker: Annotated[Optional[float], typer.Option(help="GPUs each worker asks for [1 on cuda]")] = None,
     address: Annotated[Optional[str], typer.Option(help="Ray cluster to join [RAY_ADDRESS or a local one]")] = None,
-    max_shard_size: Annotated[Optional[int], typer.Option(help="bytes of one safetensors file [5e9]")] = None,
-    overwrite: Annotated[Optional[bool], typer.Option("--overwrite", help="replace an existing output")] = None,
+    max_shard_size: Annotated[Optional[int], typer.Option(help="bytes of one safetensors file [5000000000]")] = None,
+    overwrite: Annotated[
+        Optional[bool], typer.Option("--overwrite/--no-overwrite", help="replace an existing output")
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Annotated[
-        Optional[bool], typer.Option("--trust-remote-code", help="run code that comes with the model")
+        Optional[bool],
+        typer.Option("--trust-remote-code/--no-trust-remote-code", help="run code that comes with the model"),
     ] = None,
 ) -> None:
     """Prune a model on Ray. Every option can also stand in the YAML file, with underscores."""
@@ -125,8 +129,6 @@ def prune(
     from distprune.engine.progress import console_progress
     from distprune.reporting import memory_line, parameter_table
 
-    if propagation is not None:
-        given["propagation"] = int(propagation) if propagation.lstrip("-").isdigit() else propagation
     if option:
         given["options"] = dict(parse_option(text) for text in option)
     record = api.prune(config=config, progress=console_progress(error_console), **given)
@@ -139,7 +141,10 @@ def parse_option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"--option {text}: write NAME=VALUE.")
-    return name, yaml.safe_load(value)
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"--option {text}: '{value}' is no value; quote it as in YAML.") from None
 
 
 @app.command()

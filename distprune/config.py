@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -33,9 +33,9 @@ class PruneConfig(BaseModel):
     calibration: Path | None = Field(None, description="calibration set in Arrow; by default the model's own samples")
     samples: int = Field(128, ge=1, description="own samples to generate when no calibration set is given")
     sequence_length: int = Field(128, ge=2, description="tokens of each own sample")
-    seed: int = Field(0, description="seed of the own samples")
+    seed: int = Field(0, ge=0, description="seed of the own samples")
 
-    propagation: int | Literal["full"] = Field(
+    propagation: Annotated[int, Field(ge=1)] | Literal["full"] = Field(
         "full",
         description="layers pruned on each other's outputs in a row; 1 takes the dense model's activations",
     )
@@ -78,34 +78,36 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> PruneConfig:
     """
     settings = {} if path is None else _read_yaml(path)
     given = {name: value for name, value in overrides.items() if value is not None}
-    if "options" in given:
-        given["options"] = {**(settings.get("options") or {}), **given["options"]}
-    return make_config({**settings, **given}, origin=str(path) if path else "options")
-
-
-def make_config(settings: Mapping[str, Any], origin: str = "options") -> PruneConfig:
-    """Validate ``settings``; ``origin`` is named in the error message."""
+    hyperparameters = settings.get("options"), given.get("options")
+    merged = {**settings, **given}
+    if all(isinstance(options, Mapping) for options in hyperparameters):
+        merged["options"] = {**hyperparameters[0], **hyperparameters[1]}
     try:
-        config = PruneConfig(**settings)
+        return PruneConfig.model_validate(merged)
     except ValidationError as error:
         problem = error.errors()[0]
-        option = str(problem["loc"][0]) if problem["loc"] else "?"
-        message = {
-            "missing": "must be given",
-            "extra_forbidden": f"is not an option. Options: {', '.join(PruneConfig.model_fields)}",
-        }.get(problem["type"], f"is {problem['input']!r}: {problem['msg']}")
-        raise InputError(f"{origin}: '{option}' {message}.") from None
-    if config.propagation != "full" and config.propagation < 1:
-        raise InputError(f"{origin}: 'propagation' is {config.propagation}: give a number of layers from 1, or 'full'.")
-    return config
+        origin = f"{path}: " if problem["loc"][0] in settings.keys() - given.keys() else ""
+        raise InputError(origin + _explain(problem)) from None
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    option, known = problem["loc"][0], ", ".join(PruneConfig.model_fields)
+    match problem["type"]:
+        case "missing":
+            return f"option '{option}' must be given."
+        case "extra_forbidden" | "invalid_key":
+            return f"'{option}' is not an option. Options: {known}."
+    if option == "propagation":
+        return f"option 'propagation' is {problem['input']!r}: give a number of layers from 1, or 'full'."
+    return f"option '{option}' is {problem['input']!r}: {problem['msg']}."
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}). Check --config.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is not valid YAML: {error}") from None
     if not isinstance(settings, dict):
         raise InputError(f"{path}: must be a mapping of option names to values.")

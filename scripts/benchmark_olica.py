@@ -22,13 +22,12 @@ import distprune
 from distprune.checkpoint import resolve_model
 
 SPARSITIES = (0.2, 0.3, 0.4)
+ABLATED = 0.3
 ABLATIONS = {
-    "all parts": {},
     "value neurons decomposed by W_o (as published)": {"options": {"decomposition": "weights"}},
     "without decomposition": {"options": {"decomposition": "none"}},
     "without linear calibration": {"options": {"calibrated_layers": 0}},
     "without keeping the least important 1%": {"options": {"keep_least": 0.0}},
-    "propagation 4": {"propagation": 4},
     "dense propagation (1)": {"propagation": 1},
 }
 console = Console(soft_wrap=True)
@@ -37,14 +36,15 @@ console = Console(soft_wrap=True)
 def main() -> None:
     arguments = parse_arguments()
     model = str(resolve_model(arguments.model or bundled_smollm2()))
-    ray.init(address="local", num_cpus=arguments.workers, include_dashboard=False, log_to_driver=False)
+    cpus = arguments.workers * arguments.threads_per_worker
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     with TemporaryDirectory() as scratch:
         bench = Bench(model, arguments, Path(scratch))
         console.print(f"dense: {bench.perplexity(model):.2f}", highlight=False)
-        by_sparsity = {f"{sparsity:.0%}": bench.measure(sparsity=sparsity) for sparsity in SPARSITIES}
-        show("Olica", "sparsity", by_sparsity)
-        ablations = {name: bench.measure(sparsity=arguments.sparsity, **change) for name, change in ABLATIONS.items()}
-        show(f"Ablation at {arguments.sparsity:.0%}", "variant", ablations)
+        complete = {sparsity: bench.measure(sparsity=sparsity) for sparsity in SPARSITIES}
+        show("Olica", "sparsity", {f"{sparsity:.0%}": values for sparsity, values in complete.items()})
+        changed = {name: bench.measure(sparsity=ABLATED, **change) for name, change in ABLATIONS.items()}
+        show(f"Ablation at {ABLATED:.0%}", "variant", {"all parts": complete[ABLATED], **changed})
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,9 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=30_000)
-    parser.add_argument("--sparsity", type=float, default=0.3, help="of the ablation")
     parser.add_argument("--seeds", type=int, default=1, help="calibration seeds to average over")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--threads-per-worker", type=int, default=2)
     return parser.parse_args()
 
 
@@ -87,8 +87,11 @@ class Bench:
         perplexities = []
         for calibration in self.calibrations:
             output = self.scratch / "pruned"
-            workers = self.arguments.workers
-            distprune.prune(self.model, output, calibration=calibration, workers=workers, overwrite=True, **options)
+            place = {
+                "workers": self.arguments.workers,
+                "threads_per_worker": self.arguments.threads_per_worker,
+            }
+            distprune.prune(self.model, output, calibration=calibration, overwrite=True, **place, **options)
             perplexities.append(self.perplexity(str(output)))
         console.print(f"{options}: {', '.join(f'{value:.2f}' for value in perplexities)}", highlight=False)
         return perplexities

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.actor import ActorHandle
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -22,8 +22,12 @@ from transformers import (
 )
 
 from distprune import prune
-from distprune.calibration import CalibrationMetadata, tokenizer_fingerprint, write_calibration
+from distprune.calibration import CalibrationMetadata, load_tokenizer, tokenizer_fingerprint, write_calibration
 from distprune.engine import RunRecord
+from distprune.engine.pool import Call, WorkerPool
+from distprune.engine.worker import Worker
+
+SHUTDOWN = WorkerPool.shutdown
 
 SENTENCES = [
     "The river runs down to the sea, and the sea sends rain back to the hills.",
@@ -136,48 +140,121 @@ def dense_path(save_model) -> Path:
 
 
 @pytest.fixture(scope="session")
-def calibration_path(tmp_path_factory, tokenizer) -> Path:
-    """Eight windows of sixteen tokens, for every model that `save_model` makes."""
-    path = tmp_path_factory.mktemp("calibration") / "calibration.arrow"
-    vocabulary, length = len(tokenizer) + 3, 16
-    tokens = np.random.default_rng(0).integers(vocabulary, size=(8, length), dtype=np.int32)
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    write_calibration(path, tokens, CalibrationMetadata(fingerprint, vocabulary, length, ("random",), 0, False))
-    return path
+def calibrate(tmp_path_factory) -> Callable[[Path], Path]:
+    """Eight random windows of sixteen tokens for a model that `save_model` made."""
+
+    def write(model: Path) -> Path:
+        path = tmp_path_factory.mktemp("calibration") / "calibration.arrow"
+        vocabulary, length = AutoConfig.from_pretrained(model).vocab_size, 16
+        tokens = np.random.default_rng(0).integers(vocabulary, size=(8, length), dtype=np.int32)
+        fingerprint = tokenizer_fingerprint(load_tokenizer(model))
+        write_calibration(path, tokens, CalibrationMetadata(fingerprint, vocabulary, length, ("random",), 0, False))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def calibration_path(calibrate, dense_path) -> Path:
+    return calibrate(dense_path)
 
 
 # ------------------------------------------------------------------ runs
 
 
+class Recycled:
+    """Stands in for `Worker`: hands out actors that earlier runs have left, made anew with the new run's arguments.
+
+    A worker keeps no state between calls, and importing torch takes a new process seconds.
+    """
+
+    def __init__(self):
+        self.left: dict[tuple, list[ActorHandle]] = {}
+        self.asked: dict[ActorHandle, tuple] = {}
+
+    def options(self, **options) -> Recycled:
+        # The node is another in another Ray, whose actors are of no use here.
+        self.wanted = (ray.get_runtime_context().get_node_id(), *options.items())
+        return self
+
+    def remote(self, *arguments) -> ActorHandle:
+        if left := self.left.get(self.wanted):
+            worker = left.pop()
+            worker.__ray_call__.remote(lambda self, arguments: self.__init__(*arguments), arguments)
+        else:
+            worker = Worker.options(**dict(self.wanted[1:])).remote(*arguments)
+        self.asked[worker] = self.wanted
+        return worker
+
+    def take_back(self, pool: WorkerPool) -> None:
+        for worker in pool.workers:
+            self.left.setdefault(self.asked[worker], []).append(worker)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """A Ray of four CPUs and two GPUs that exist in its books alone; runs join it."""
-    ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
+    """A Ray whose CPUs and two GPUs exist in its books alone; runs join it and share worker processes."""
+    ray.init("local", num_cpus=6, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with pytest.MonkeyPatch.context() as patch:
+        recycled = Recycled()
+        patch.setattr("distprune.engine.pool.Worker", recycled)
+        patch.setattr(WorkerPool, "shutdown", lambda pool: recycled.take_back(pool))
+        yield
     ray.shutdown()
 
 
 @pytest.fixture
-def run(ray_cluster, dense_path, calibration_path, tmp_path) -> Callable[..., tuple[Path, RunRecord]]:
-    """Prunes in the test's own folder, on one worker and the CPU unless told otherwise."""
-
-    def prune_into(name: str = "pruned", model: Path = dense_path, **options) -> tuple[Path, RunRecord]:
-        options = {"calibration": calibration_path, "device": "cpu", "workers": 1, "micro_batch": 3} | options
-        return tmp_path / name, prune(str(model), tmp_path / name, **options)
-
-    return prune_into
+def new_workers(ray_cluster, monkeypatch):
+    """Runs of this test start and end their own worker processes."""
+    monkeypatch.setattr("distprune.engine.pool.Worker", Worker)
+    monkeypatch.setattr(WorkerPool, "shutdown", SHUTDOWN)
 
 
 @pytest.fixture(scope="session")
-def weights_and_config() -> Callable[[Path], dict[str, str]]:
-    """SHA-256 of every file of a checkpoint that decides what the model computes."""
+def run(ray_cluster, dense_path, calibrate, tmp_path_factory) -> Callable[..., tuple[Path, RunRecord]]:
+    """Prunes the Llama into a new folder, on one worker and the CPU unless told otherwise."""
 
-    def digests(folder: Path) -> dict[str, str]:
-        files = [*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.py")]
-        return {
-            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(files)
-            if file.name != "distprune_run.json"
-        }
+    def prune_one(model: Path = dense_path, output: Path | None = None, **options) -> tuple[Path, RunRecord]:
+        defaults = {"device": "cpu", "workers": 1, "micro_batch": 3}
+        if "calibration" not in options:
+            defaults["calibration"] = calibrate(model)
+        output = output or tmp_path_factory.mktemp("run") / "pruned"
+        return output, prune(str(model), output, **{**defaults, **options})
 
-    return digests
+    return prune_one
+
+
+@pytest.fixture(scope="session")
+def pruned(run) -> tuple[Path, RunRecord]:
+    """The Llama at a sparsity of 0.3, in several shards, by one worker."""
+    return run(sparsity=0.3, max_shard_size=60_000)
+
+
+@pytest.fixture(scope="session")
+def digests() -> Callable[[Path], dict[str, str]]:
+    """SHA-256 of every weight file and of config.json, by name."""
+
+    def digest(folder: Path) -> dict[str, str]:
+        files = [*folder.glob("*.safetensors"), *folder.glob("*.index.json"), folder / "config.json"]
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+
+    return digest
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[str, ActorHandle]]:
+    """Method and worker of every call, in order; the runs' first call waits until all workers are up."""
+    made: list[tuple[str, ActorHandle]] = []
+    start, init = WorkerPool._start, WorkerPool.__init__
+
+    def init_and_wait(pool: WorkerPool, *arguments) -> None:
+        init(pool, *arguments)
+        ray.get(list(pool._starting))
+
+    def note_and_start(pool: WorkerPool, worker: ActorHandle, call: Call) -> None:
+        start(pool, worker, call)
+        made.append((call.method, worker))
+
+    monkeypatch.setattr(WorkerPool, "__init__", init_and_wait)
+    monkeypatch.setattr(WorkerPool, "_start", note_and_start)
+    return made

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from distprune.checkpoint import Checkpoint, ShardWriter, copy_side_files
+from distprune.checkpoint import Checkpoint, ShardWriter
 from distprune.decoder_layer import LayerShape
 from distprune.engine.preflight import Job
 from distprune.modeling import AUTO_MAP, copy_modeling_files, layer_tensor_shapes
@@ -78,7 +78,6 @@ def assemble(job: Job, shapes: Sequence[LayerShape], writer: ShardWriter, folder
     """Turn the written parts into a verified checkpoint in ``folder``. Returns the layout."""
     before, after = write_outer_tensors(job, writer)
     order = [*before, *(layer_part(index) for index in range(len(shapes))), *after]
-    copy_side_files(job.model_path, folder)
     layout = write_config(job, shapes, folder)
     writer.assemble(order, folder, job.config.max_shard_size)
     verify(job, shapes, folder)

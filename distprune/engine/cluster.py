@@ -15,7 +15,6 @@ import ray
 from distprune.config import PruneConfig
 from distprune.errors import InputError
 
-
 # Ray itself takes minutes to give up on an address where nothing listens.
 CONNECT_SECONDS = 10
 
@@ -90,7 +89,7 @@ def plan_workers(config: PruneConfig, nodes: Sequence[Mapping[str, float]], laye
 def count_fitting(asked: Mapping[str, float], node: Mapping[str, float]) -> int:
     """How many workers a node can hold."""
     # Ray counts in ten-thousandths; as floats, ten tenths of a GPU would not fit on one.
-    return min(int(node.get(name, 0) * 10_000) // int(amount * 10_000) for name, amount in asked.items() if amount)
+    return min(round(node.get(name, 0) * 10_000) // round(amount * 10_000) for name, amount in asked.items() if amount)
 
 
 def alive_nodes() -> list[dict[str, float]]:

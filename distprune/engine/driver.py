@@ -8,22 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import ray
-
 from distprune.calibration import open_calibration
-from distprune.checkpoint import ShardWriter, hold_lock, partial_directory, publish
+from distprune.checkpoint import ShardWriter, copy_side_files, hold_lock, partial_directory, publish
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer
 from distprune.engine.assembly import assemble, layer_part
-from distprune.engine.cluster import WorkerPlan, connected, plan_workers
+from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers
 from distprune.engine.memory import peak_memory
 from distprune.engine.own_calibration import make_own_calibration
 from distprune.engine.pool import WorkerPool
 from distprune.engine.preflight import Job, check_job
 from distprune.engine.progress import Progress
-from distprune.engine.record import RunRecord, layer_records, parameter_counts
+from distprune.engine.record import OWN_FILES, RunRecord, layer_records, parameter_counts
 from distprune.engine.stages import check_weights, prune_blocks, sweep
 from distprune.engine.transport import unpack_all
+
+# Seconds until a run says that it waits for its first worker.
+PATIENCE = 30
 
 
 def prune(config: PruneConfig, progress: Progress | None = None) -> RunRecord:
@@ -37,7 +38,8 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunRecord:
     progress = progress or Progress()
     job = check_job(config)
     with progress, work_directory(config.output) as folder, connected(config):
-        workers = plan_workers(config, ray.cluster_resources(), job.dense.num_hidden_layers)
+        workers = plan_workers(config, alive_nodes(), job.dense.num_hidden_layers)
+        copy_model_files(job, folder)
         calibration = config.calibration or make_own_calibration(job, workers, folder, progress)
         record = run_on_workers(job, workers, calibration, folder, progress)
         record.save(folder, config)
@@ -58,6 +60,13 @@ def work_directory(output: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def copy_model_files(job: Job, folder: Path) -> None:
+    """The model's tokenizer, licence and the like; not what an earlier run left beside a model it made."""
+    copy_side_files(job.model_path, folder)
+    for name in OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
 def run_on_workers(job: Job, workers: WorkerPlan, calibration: Path, folder: Path, progress: Progress) -> RunRecord:
     """Everything that needs the workers, up to a verified checkpoint in ``folder``."""
     config, layers = job.config, job.dense.num_hidden_layers
@@ -69,7 +78,7 @@ def run_on_workers(job: Job, workers: WorkerPlan, calibration: Path, folder: Pat
         writer.put(layer_part(index), job.family.layer_to_checkpoint(layer, index))
         layer_seconds[index] = seconds
 
-    with worker_pool(job, workers, calibration) as pool:
+    with worker_pool(job, workers, calibration, progress) as pool:
         with timed(stage_seconds, "check"):
             check_weights(pool, layers, progress)
         with timed(stage_seconds, "dense pass"):
@@ -102,9 +111,12 @@ def run_on_workers(job: Job, workers: WorkerPlan, calibration: Path, folder: Pat
 
 
 @contextmanager
-def worker_pool(job: Job, workers: WorkerPlan, calibration: Path) -> Iterator[WorkerPool]:
+def worker_pool(job: Job, workers: WorkerPlan, calibration: Path, progress: Progress) -> Iterator[WorkerPool]:
     pool = WorkerPool(workers, job.config, job.model_path.resolve(), calibration.resolve())
     try:
+        if not pool.is_up(PATIENCE):
+            wanted = f"{workers.cpus:g} CPUs and {workers.gpus:g} GPUs"
+            progress.note(f"Waiting until the Ray cluster has {wanted} free for a worker ...")
         yield pool
     finally:
         pool.shutdown()

@@ -13,6 +13,7 @@ from distprune.engine.cluster import WorkerPlan
 from distprune.engine.pool import fetch
 from distprune.engine.preflight import Job
 from distprune.engine.progress import Progress
+from distprune.engine.record import CALIBRATION_FILE
 
 
 def make_own_calibration(job: Job, workers: WorkerPlan, folder: Path, progress: Progress) -> Path:
@@ -22,7 +23,7 @@ def make_own_calibration(job: Job, workers: WorkerPlan, folder: Path, progress: 
         The Arrow file, in ``folder``: it stays in the result.
     """
     progress.stage("Own samples", 1)
-    path = folder.resolve() / "calibration.arrow"
+    path = folder.resolve() / CALIBRATION_FILE
     place = sample_model.options(num_cpus=workers.cpus, num_gpus=workers.gpus)
     fetch(place.remote(job.config, job.model_path.resolve(), workers.device, path))
     progress.advance()

@@ -38,7 +38,7 @@ LOST = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerC
 
 @dataclass
 class Call:
-    """A worker's method, its arguments and who takes its results. ``losses`` counts the workers that were lost in it."""
+    """A worker's method, its arguments and who takes its results; ``losses`` counts the workers lost in it."""
 
     method: str
     arguments: tuple
@@ -138,6 +138,8 @@ class WorkerPool:
         return peaks
 
     def shutdown(self) -> None:
+        for ready in self._starting:
+            ray.cancel(ready)
         for worker in self.workers:
             ray.kill(worker)
 

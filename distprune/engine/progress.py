@@ -56,7 +56,7 @@ class TerminalProgress(Progress):
         self._bar.advance(self._stage)
 
     def note(self, text: str) -> None:
-        self._bar.console.print(text)
+        self._bar.console.print(text, markup=False, highlight=False)
 
     def __exit__(self, *error) -> None:
         self._bar.stop()
@@ -80,7 +80,7 @@ class PlainProgress(Progress):
             self.note(f"{self._name}: {self._done}/{self._total}")
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def console_progress(console: Console) -> Progress:

@@ -16,6 +16,8 @@ from distprune.modeling import PrunedConfig
 
 RECORD_FILE = "distprune_run.json"
 CONFIG_FILE = "distprune_config.yaml"
+CALIBRATION_FILE = "calibration.arrow"
+OWN_FILES = (RECORD_FILE, CONFIG_FILE, CALIBRATION_FILE)
 
 
 @dataclass(frozen=True)
@@ -112,5 +114,5 @@ def load_record(folder: Path) -> RunRecord:
         driver = PeakMemory(**stored.pop("peak_memory_driver"))
         workers = [PeakMemory(**peak) for peak in stored.pop("peak_memory_workers")]
         return RunRecord(**stored, layers=layers, peak_memory_driver=driver, peak_memory_workers=workers)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file}: is not a run's record ({error}). Prune the model again.") from None

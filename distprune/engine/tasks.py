@@ -17,6 +17,7 @@ from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer, LayerShape, state_of
+from distprune.errors import InputError
 from distprune.families import family_of
 from distprune.forward import LayerRunner
 from distprune.methods import Profile, make_method
@@ -69,9 +70,18 @@ class LayerTasks:
         return rows.to(self.runner.dtype)[positions]
 
     def sweep(self, index: int, hidden_states: Tensor) -> tuple[Tensor, Profile]:
-        """The dense layer's output hidden states, and what the method wants to remember of it."""
+        """The dense layer's output hidden states, and what the method wants to remember of it.
+
+        Raises:
+            InputError: the model's activations exceed the range of the dtype.
+        """
         layer = self._read_layer(index)
         output, statistics = self._observe(layer, index, hidden_states, self.method.dense_moments(layer.shape))
+        if not torch.isfinite(output).all():
+            dtype = str(output.dtype).removeprefix("torch.")
+            raise InputError(
+                f"layer {index}: its hidden states overflow in {dtype}. Give another --dtype, such as float32."
+            )
         profile = self.method.profile(layer.to(self.device, torch.float32), statistics)
         return output, {name: value.cpu() for name, value in profile.items()}
 

@@ -42,7 +42,11 @@ class Worker:
                 f"device cuda: PyTorch finds no usable GPU on node {platform.node()}. "
                 "Install a CUDA build of torch there, or give --device cpu."
             )
-        return LayerTasks(self.config, self.model_path, self.calibration_path, torch.device(self.device))
+        try:
+            return LayerTasks(self.config, self.model_path, self.calibration_path, torch.device(self.device))
+        except InputError as error:
+            # The driver could open them, so it is a node without the shared file system.
+            raise InputError(f"node {platform.node()}: {error}") from None
 
     @ray.method(max_task_retries=-1)
     def ready(self) -> None:

@@ -1,0 +1,117 @@
+"""How many workers a cluster gets, and what becomes of an address where no cluster is."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+import ray
+
+from distprune import InputError
+from distprune.config import PruneConfig
+from distprune.engine.cluster import WorkerPlan, connected, plan_workers
+from distprune.engine.progress import Progress
+
+CPU_NODE, GPU_NODE = {"CPU": 8.0, "memory": 1e9}, {"CPU": 16.0, "GPU": 4.0}
+
+
+def plan(nodes, layers=80, **options) -> WorkerPlan:
+    return plan_workers(PruneConfig(model="m", output="o", **options), nodes, layers)
+
+
+def test_there_is_one_worker_a_cpu_where_there_are_no_gpus():
+    assert plan([CPU_NODE]) == WorkerPlan(8, "cpu", 1, 0)
+
+
+def test_there_is_one_worker_a_gpu_where_there_are_any():
+    assert plan([CPU_NODE, GPU_NODE, GPU_NODE]) == WorkerPlan(8, "cuda", 1, 1)
+
+
+def test_the_device_asked_for_counts_more_than_what_the_cluster_has():
+    assert plan([GPU_NODE], device="cpu") == WorkerPlan(16, "cpu", 1, 0)
+
+
+def test_threads_are_cpus_and_limit_the_workers():
+    assert plan([CPU_NODE], threads_per_worker=3) == WorkerPlan(2, "cpu", 3, 0)
+
+
+def test_cpus_limit_the_workers_of_a_node_with_more_gpus():
+    assert plan([{"CPU": 4.0, "GPU": 8.0}], threads_per_worker=2) == WorkerPlan(2, "cuda", 2, 1)
+
+
+def test_a_worker_is_never_spread_over_nodes():
+    assert plan([{"CPU": 3.0}, {"CPU": 3.0}], threads_per_worker=2).count == 2
+
+
+def test_ten_workers_of_a_tenth_fit_on_one_gpu():
+    assert plan([{"CPU": 16.0, "GPU": 1.0}], gpus_per_worker=0.1) == WorkerPlan(10, "cuda", 1, 0.1)
+
+
+def test_gpus_can_be_asked_for_by_workers_on_the_cpu():
+    assert plan([GPU_NODE], device="cpu", gpus_per_worker=2) == WorkerPlan(2, "cpu", 1, 2)
+
+
+def test_the_number_of_workers_asked_for_counts():
+    assert plan([GPU_NODE], workers=3).count == 3
+    assert plan([CPU_NODE], workers=100).count == 80
+
+
+def test_there_are_no_more_workers_than_layers():
+    assert plan([GPU_NODE] * 4, layers=5).count == 5
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options"),
+    [
+        ([CPU_NODE], {"device": "cuda"}),
+        ([CPU_NODE, CPU_NODE], {"threads_per_worker": 9}),
+        ([GPU_NODE], {"gpus_per_worker": 5}),
+        ([], {}),
+    ],
+)
+def test_a_worker_that_fits_nowhere_is_bad_input(nodes, options):
+    with pytest.raises(InputError, match=r"no worker fits on any node .*: each asks for .* --device cpu"):
+        plan(nodes, **options)
+
+
+def test_workers_take_the_gpus_that_they_ask_for(run, new_workers, calls):
+    free = []
+
+    class Watch(Progress):
+        def stage(self, name, total):
+            if name == "Pruning":
+                free.append(ray.available_resources().get("GPU", 0))
+
+    _, record = run(workers=2, gpus_per_worker=1, progress=Watch())
+    assert free == [0]
+    assert (record.device, record.workers) == ("cpu", 2)
+
+
+def test_cuda_without_a_gpu_is_bad_input(run, new_workers):
+    with pytest.raises(InputError, match=r"device cuda: PyTorch finds no usable GPU on node .* --device cpu"):
+        run(device="cuda")
+
+
+def test_a_closed_port_is_bad_input_within_seconds(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        start = time.monotonic()
+        with (
+            pytest.raises(InputError, match=rf"no Ray cluster answers at {address}: .*refused\. Check --address"),
+            connected(PruneConfig(model="m", output="o", address=address)),
+        ):
+            pass
+        assert time.monotonic() - start < 5
+
+
+def test_an_address_that_is_none_is_bad_input(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+    with (
+        pytest.raises(InputError, match=r"no Ray cluster answers at nonsense: .*Check --address and RAY_ADDRESS"),
+        connected(PruneConfig(model="m", output="o")),
+    ):
+        pass

@@ -1,0 +1,125 @@
+"""The checkpoint depends on model, calibration set and configuration: not on workers, nodes, or who was lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from distprune import InputError
+from distprune.engine import pool
+
+
+@pytest.fixture(scope="module")
+def by_one_worker(run, pruned, digests):
+    """The digests of what one worker makes, for every propagation."""
+    options = {"sparsity": 0.3, "max_shard_size": 60_000}
+    made = {"full": pruned[0]} | {length: run(propagation=length, **options)[0] for length in (1, 2)}
+    return {propagation: digests(folder) for propagation, folder in made.items()}
+
+
+def test_propagation_changes_the_result_which_has_several_shards(by_one_worker):
+    results = list(by_one_worker.values())
+    assert all(len(result) > 4 for result in results)
+    shards = [{name: digest for name, digest in result.items() if name.endswith(".safetensors")} for result in results]
+    assert shards[0] != shards[1] != shards[2] != shards[0]
+
+
+@pytest.mark.parametrize(("workers", "propagation"), [(2, 1), (3, 1), (2, 2), (3, 2), (2, "full"), (3, "full")])
+def test_any_number_of_workers_gives_the_same_bytes(by_one_worker, run, calls, digests, workers, propagation):
+    folder, record = run(sparsity=0.3, max_shard_size=60_000, workers=workers, propagation=propagation)
+    assert digests(folder) == by_one_worker[propagation]
+    assert len({worker for method, worker in calls if method == "prune"}) == workers == record.workers
+
+
+@pytest.fixture
+def lose(new_workers, calls, monkeypatch):
+    """Lets the worker that is given one of the chosen calls die before it gets to it. Gives the calls."""
+    lost = []
+
+    def choose(is_chosen) -> list[pool.Call]:
+        start = pool.WorkerPool._start
+
+        def kill_and_start(self, worker, call):
+            if is_chosen(call):
+                worker.__ray_call__.remote(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+                lost.append(call)
+            start(self, worker, call)
+
+        monkeypatch.setattr(pool.WorkerPool, "_start", kill_and_start)
+        return lost
+
+    return choose
+
+
+def test_losing_workers_in_the_middle_of_calls_gives_the_same_bytes(by_one_worker, run, lose, digests):
+    chosen = {("sweep", 1), ("prune", 2)}
+    lost = lose(lambda call: (call.method, *call.arguments[:1]) in chosen and not call.losses)
+    folder, _ = run(sparsity=0.3, max_shard_size=60_000, workers=2)
+    assert [call.losses for call in lost] == [1, 1]
+    assert digests(folder) == by_one_worker["full"]
+
+
+def test_a_call_that_keeps_losing_its_workers_is_named(run, lose, monkeypatch):
+    monkeypatch.setattr(pool, "LOSSES", 0)
+    lose(lambda call: call.method == "sweep")
+    with pytest.raises(InputError, match=r"'sweep' of layer 0 lost 1 workers in a row.*--micro-batch"):
+        run()
+
+
+ON_TWO_NODES = """
+import json, pathlib, sys
+import ray
+from ray.cluster_utils import Cluster
+import distprune
+from distprune.engine.pool import WorkerPool
+from distprune.engine.progress import Progress
+
+model, calibration, output = sys.argv[1:]
+# One CPU a node and a worker: no node can hold both workers, nor take in one whose node is lost.
+cluster = Cluster(initialize_head=True, head_node_args={
+    "num_cpus": 1,
+    "_system_config": {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200,
+                       "health_check_failure_threshold": 3},
+})
+second = cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+nodes = []
+init = WorkerPool.__init__
+
+def init_and_wait(pool, *arguments):
+    init(pool, *arguments)
+    find_node = lambda worker: ray.get_runtime_context().get_node_id()
+    nodes.append(len({ray.get(worker.__ray_call__.remote(find_node)) for worker in pool.workers}))
+
+WorkerPool.__init__ = init_and_wait
+
+class LosesNode(Progress):
+    def stage(self, name, total):
+        self.name = name
+
+    def advance(self):
+        if self.name == "Pruning":
+            self.name = "Pruning on one node"
+            cluster.remove_node(second, allow_graceful=False)
+
+distprune.prune(model, f"{output}/pruned", calibration=calibration, device="cpu", workers=2, micro_batch=3,
+                sparsity=0.3, max_shard_size=60_000, propagation=1, progress=LosesNode())
+pathlib.Path(output, "nodes.json").write_text(json.dumps(nodes))
+"""
+
+
+def test_two_nodes_one_of_which_is_lost_give_the_same_bytes(
+    by_one_worker, dense_path, calibration_path, digests, tmp_path
+):
+    arguments = map(str, (dense_path, calibration_path, tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", ON_TWO_NODES, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "nodes.json").read_text()) == [2]
+    assert digests(tmp_path / "pruned") == by_one_worker[1]

@@ -1,0 +1,55 @@
+"""Olica from a checkpoint to a checkpoint, for every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distprune.modeling import PrunedForCausalLM
+
+ALIGN = 8
+MODELS = {
+    "llama": {"tie_word_embeddings": True, "dtype": torch.bfloat16, "max_shard_size": "60KB"},
+    "mistral": {"dtype": torch.bfloat16, "sliding_window": 5},
+    "qwen2": {"max_shard_size": "60KB"},
+    "qwen3": {"dtype": torch.bfloat16, "head_dim": 32},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def family_path(request, save_model):
+    return save_model(request.param, **MODELS[request.param])
+
+
+@pytest.mark.parametrize("count_embeddings", [False, True])
+def test_the_result_opens_generates_and_meets_the_target(run, family_path, count_embeddings):
+    folder, record = run(family_path, sparsity=0.3, count_embeddings=count_embeddings, align=ALIGN)
+    dense = AutoModelForCausalLM.from_pretrained(family_path)
+    pruned = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(pruned) is PrunedForCausalLM
+    assert pruned.dtype == dense.dtype
+    assert pruned.config.tie_word_embeddings == dense.config.tie_word_embeddings
+
+    before, after = (sum(p.numel() for p in model.parameters()) for model in (dense, pruned))
+    assert (record.total_parameters_before, record.total_parameters_after) == (before, after)
+    decoders = (model.model.layers for model in (dense, pruned))
+    decoder_before, decoder_after = (sum(p.numel() for p in decoder.parameters()) for decoder in decoders)
+    assert (record.decoder_parameters_before, record.decoder_parameters_after) == (decoder_before, decoder_after)
+
+    counted = before if count_embeddings else decoder_before
+    step = 3 * ALIGN * dense.config.hidden_size  # of one layer's gate, up and down
+    assert abs(before - after - 0.3 * counted) <= step
+
+    prompt = AutoTokenizer.from_pretrained(folder)("The river runs", return_tensors="pt", return_token_type_ids=False)
+    assert pruned.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_widths_are_aligned_and_the_last_layer_is_never_calibrated(pruned):
+    _, record = pruned
+    shapes = [layer.pruned for layer in record.layers]
+    assert [shape.calibration_rank is not None for shape in shapes] == [True, True, True, False]
+    for shape in shapes:
+        widths = shape.value_dim, shape.ffn_width, shape.query_rank, shape.key_rank, shape.calibration_rank or ALIGN
+        assert all(width % ALIGN == 0 for width in widths)
+    assert max(shape.ffn_width for shape in shapes) - min(shape.ffn_width for shape in shapes) <= ALIGN

@@ -1,0 +1,102 @@
+"""The tasks of a worker, run by hand: against transformers' own forward pass, and against what a run writes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from distprune import InputError
+from distprune.budgets import ParameterTarget
+from distprune.checkpoint import Checkpoint
+from distprune.config import PruneConfig
+from distprune.engine.tasks import LayerTasks
+
+LAYERS = 4
+
+
+@pytest.fixture
+def make_tasks(calibration_path):
+    def make(model, **options) -> LayerTasks:
+        config = PruneConfig(model=str(model), output="unused", micro_batch=3, **options)
+        return LayerTasks(config, model, calibration_path, torch.device("cpu"))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {"sliding_window": 5}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+        ("qwen3", {"head_dim": 32}),
+    ],
+)
+@torch.no_grad()
+def test_the_dense_pass_gives_the_hidden_states_of_transformers(save_model, make_tasks, model_type, changes):
+    path = save_model(model_type, **changes)
+    tasks, model = make_tasks(path), AutoModelForCausalLM.from_pretrained(path).eval()
+    ids = torch.from_numpy(tasks.calibration.tokens.astype("int64"))
+    expected = model(ids, output_hidden_states=True).hidden_states
+
+    hidden_states = tasks.embed()
+    torch.testing.assert_close(hidden_states, expected[0], rtol=0, atol=0)
+    for index in range(LAYERS):
+        hidden_states, _ = tasks.sweep(index, hidden_states)
+        if index + 1 < LAYERS:
+            torch.testing.assert_close(hidden_states, expected[index + 1], rtol=1e-5, atol=1e-5)
+    # transformers gives the last hidden states after the final norm.
+    torch.testing.assert_close(model.model.norm(hidden_states), expected[LAYERS], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("propagation", [1, 2, "full"])
+def test_a_run_prunes_each_layer_on_the_outputs_that_propagation_says(run, make_tasks, dense_path, propagation):
+    folder, _ = run(sparsity=0.3, propagation=propagation)
+    written = Checkpoint.open(folder)
+
+    tasks = make_tasks(dense_path)
+    dense, profiles = [tasks.embed()], []
+    for index in range(LAYERS):
+        output, profile = tasks.sweep(index, dense[-1])
+        dense.append(output)
+        profiles.append(profile)
+    plan = tasks.method.plan(ParameterTarget(tasks.dense, 0.3), profiles, align=8)
+
+    block = LAYERS if propagation == "full" else propagation
+    for index in range(LAYERS):
+        hidden_states = dense[index] if index % block == 0 else result.output  # noqa: F821
+        result = tasks.prune(index, hidden_states, plan[index], profiles[index], propagate=True)
+        for name, tensor in tasks.family.layer_to_checkpoint(result.layer, index).items():
+            assert torch.equal(written.read([name])[name], tensor), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_named_with_their_file(save_model, make_tasks, value):
+    path = save_model()
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[5, 3] = value
+        model.lm_head.weight[0, 0] = value
+    model.save_pretrained(path)
+    tasks = make_tasks(path)
+    tasks.check_layer(1)
+    with pytest.raises(
+        InputError, match=r"model\.safetensors: tensor model\.layers\.2\.mlp\.up_proj\.weight holds NaN"
+    ):
+        tasks.check_layer(2)
+    with pytest.raises(InputError, match=r"model\.safetensors: tensor lm_head\.weight holds NaN"):
+        tasks.check_outer()
+
+
+def test_activations_beyond_the_dtype_are_refused_with_the_layer(save_model, make_tasks):
+    path = save_model()
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 1e5
+    model.save_pretrained(path)
+    tasks = make_tasks(path, dtype="float16")
+    hidden_states, _ = tasks.sweep(0, tasks.embed())
+    with pytest.raises(InputError, match=r"layer 1: its hidden states overflow in float16.*--dtype"):
+        tasks.sweep(1, hidden_states)
