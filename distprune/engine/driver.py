@@ -15,12 +15,11 @@ from distprune.decoder_layer import DecoderLayer
 from distprune.engine.assembly import assemble, layer_part
 from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers
 from distprune.engine.memory import peak_memory
-from distprune.engine.own_calibration import make_own_calibration
 from distprune.engine.pool import WorkerPool
 from distprune.engine.preflight import Job, check_job
 from distprune.engine.progress import Progress
-from distprune.engine.record import OWN_FILES, RunRecord, layer_records, parameter_counts
-from distprune.engine.stages import check_weights, prune_blocks, sweep
+from distprune.engine.record import CALIBRATION_FILE, OWN_FILES, RunRecord, layer_records, parameter_counts
+from distprune.engine.stages import check_weights, prune_blocks, sweep, write_own_samples
 from distprune.engine.transport import unpack_all
 
 # Seconds until a run says that it waits for its first worker.
@@ -40,8 +39,7 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunRecord:
     with progress, work_directory(config.output) as folder, connected(config):
         workers = plan_workers(config, alive_nodes(), job.dense.num_hidden_layers)
         copy_model_files(job, folder)
-        calibration = config.calibration or make_own_calibration(job, workers, folder, progress)
-        record = run_on_workers(job, workers, calibration, folder, progress)
+        record = run_on_workers(job, workers, folder, progress)
         record.save(folder, config)
         publish(folder, config.output, config.overwrite)
     return record
@@ -67,9 +65,10 @@ def copy_model_files(job: Job, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def run_on_workers(job: Job, workers: WorkerPlan, calibration: Path, folder: Path, progress: Progress) -> RunRecord:
+def run_on_workers(job: Job, workers: WorkerPlan, folder: Path, progress: Progress) -> RunRecord:
     """Everything that needs the workers, up to a verified checkpoint in ``folder``."""
     config, layers = job.config, job.dense.num_hidden_layers
+    calibration = config.calibration or folder / CALIBRATION_FILE
     writer = ShardWriter(folder)
     layer_seconds: dict[int, dict[str, float]] = {}
     stage_seconds: dict[str, float] = {}
@@ -81,6 +80,9 @@ def run_on_workers(job: Job, workers: WorkerPlan, calibration: Path, folder: Pat
     with worker_pool(job, workers, calibration, progress) as pool:
         with timed(stage_seconds, "check"):
             check_weights(pool, layers, progress)
+        if config.calibration is None:
+            with timed(stage_seconds, "own samples"):
+                write_own_samples(pool, progress)
         with timed(stage_seconds, "dense pass"):
             boundaries, profiles = sweep(pool, layers, config.block_length(layers), progress)
         plan = job.method.plan(job.target, [unpack_all(profile) for profile in profiles], config.align)

@@ -35,6 +35,17 @@ def check_weights(pool: WorkerPool, layers: int, progress: Progress) -> None:
     pool.run()
 
 
+def write_own_samples(pool: WorkerPool, progress: Progress) -> None:
+    """Let the model write its own calibration set: the one step that needs it whole, on one worker."""
+    progress.stage("Own samples", 1)
+
+    def receive(_: None) -> None:
+        progress.advance()
+
+    pool.submit(receive, "write_own_samples")
+    pool.run()
+
+
 def sweep(
     pool: WorkerPool, layers: int, block_length: int, progress: Progress
 ) -> tuple[dict[int, ObjectRef], list[dict[str, Parcel]]]:

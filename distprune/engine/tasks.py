@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distprune.calibration import open_calibration
+from distprune.calibration import build_calibration, open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer, LayerShape, state_of
@@ -38,7 +38,7 @@ class LayerTasks:
 
     def __init__(self, config: PruneConfig, model_path: Path, calibration_path: Path, device: torch.device):
         self.config, self.device = config, device
-        self.calibration = open_calibration(calibration_path)
+        self.model_path, self.calibration_path = model_path, calibration_path
         self.checkpoint = Checkpoint.open(model_path, trust_remote_code=config.trust_remote_code)
         self.family = family_of(self.checkpoint.config)
         self.dense = self.family.dense_config(self.checkpoint.config)
@@ -62,9 +62,21 @@ class LayerTasks:
         """The same for the tensors outside the decoder layers."""
         self.checkpoint.check_finite(self.family.outer_shapes(self.dense))
 
+    def write_own_samples(self) -> None:
+        """Sample the whole model, spread over GPU, host memory and disk if large, and write the calibration set."""
+        build_calibration(
+            self.model_path,
+            samples=self.config.samples,
+            sequence_length=self.config.sequence_length,
+            seed=self.config.seed,
+            output=self.calibration_path,
+            device=self.device.type,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
     def embed(self) -> Tensor:
         """The hidden states at the first layer's input, (samples, length, d)."""
-        tokens = torch.from_numpy(self.calibration.tokens.astype("int64"))
+        tokens = torch.from_numpy(open_calibration(self.calibration_path).tokens.astype("int64"))
         ids, positions = tokens.unique(return_inverse=True)
         rows = self.checkpoint.read_rows(self.family.embedding, ids)
         return rows.to(self.runner.dtype)[positions]

@@ -50,7 +50,7 @@ class Worker:
 
     @ray.method(max_task_retries=-1)
     def ready(self) -> None:
-        """Device, checkpoint and calibration set are open. Asked again after every restart.
+        """Device and checkpoint are open. Asked again after every restart.
 
         Raises:
             InputError: one of them can't be opened on this node.
@@ -62,6 +62,9 @@ class Worker:
 
     def check_outer(self) -> None:
         self.tasks.check_outer()
+
+    def write_own_samples(self) -> None:
+        self.tasks.write_own_samples()
 
     def embed(self) -> Parcel:
         return pack(self.tasks.embed())

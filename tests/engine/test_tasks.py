@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from distprune import InputError
 from distprune.budgets import ParameterTarget
+from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.engine.tasks import LayerTasks
@@ -38,7 +39,7 @@ def make_tasks(calibration_path):
 def test_the_dense_pass_gives_the_hidden_states_of_transformers(save_model, make_tasks, model_type, changes):
     path = save_model(model_type, **changes)
     tasks, model = make_tasks(path), AutoModelForCausalLM.from_pretrained(path).eval()
-    ids = torch.from_numpy(tasks.calibration.tokens.astype("int64"))
+    ids = torch.from_numpy(open_calibration(tasks.calibration_path).tokens.astype("int64"))
     expected = model(ids, output_hidden_states=True).hidden_states
 
     hidden_states = tasks.embed()

@@ -163,9 +163,7 @@ def test_device_map_can_leave_whole_layers_on_disk(checkpoint, tokens, tmp_path)
     model, folder = checkpoint
     in_memory = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
     device_map = dict.fromkeys(in_memory, "cpu") | {"model.layers.1": "disk", "model.layers.2": "disk"}
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, device_map=device_map, offload_folder=tmp_path / "offload"
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
     assert {parameter.device.type for parameter in loaded.model.layers[2].parameters()} == {"meta"}
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
 

@@ -18,9 +18,7 @@ def test_layer_shapes_default_to_the_dense_model(tiny):
     assert [config.layer_shape(index) for index in range(3)] == [DENSE] * 3
 
 
-@pytest.mark.parametrize(
-    ("sliding_window", "layer_type"), [(None, "full_attention"), (8, "sliding_attention")]
-)
+@pytest.mark.parametrize(("sliding_window", "layer_type"), [(None, "full_attention"), (8, "sliding_attention")])
 def test_layers_slide_by_default_only_with_a_window(tiny, sliding_window, layer_type):
     assert PrunedConfig(**tiny, sliding_window=sliding_window).layer_types == [layer_type] * 3
 

@@ -135,9 +135,7 @@ def test_logits_to_keep_gives_only_the_chosen_positions(pruned_model, tokens):
     model = pruned_model()
     everything = model(tokens).logits
     torch.testing.assert_close(model(tokens, logits_to_keep=3).logits, everything[:, -3:])
-    torch.testing.assert_close(
-        model(tokens, logits_to_keep=torch.tensor([4, 9])).logits, everything[:, [4, 9]]
-    )
+    torch.testing.assert_close(model(tokens, logits_to_keep=torch.tensor([4, 9])).logits, everything[:, [4, 9]])
 
 
 @torch.no_grad()
