@@ -13,6 +13,7 @@ from typing import Annotated, Any, Optional
 import typer
 import yaml
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from distprune import api
 from distprune.errors import InputError
@@ -202,6 +203,7 @@ def inspect(
 
 
 def main() -> None:
+    disable_progress_bar()  # transformers' own, which would run through our output
     app(prog_name="distprune")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from distprune.engine import RunRecord
@@ -12,12 +13,12 @@ GIB = 2**30
 
 def parameter_table(record: RunRecord) -> Table:
     """Parameters before and after: of the decoder layers, and of everything."""
-    table = Table(title=f"{record.method}, {record.layout} layout", title_justify="left")
+    table = Table(title=f"{record.method}, {record.layout} layout", title_justify="left", box=SIMPLE_HEAD)
     for column in ("parameters", "before", "after", "removed"):
         table.add_column(column, justify="left" if column == "parameters" else "right")
     counts = {
         "decoder layers": (record.decoder_parameters_before, record.decoder_parameters_after),
-        "with embeddings": (record.total_parameters_before, record.total_parameters_after),
+        "all parameters": (record.total_parameters_before, record.total_parameters_after),
     }
     for name, (before, after) in counts.items():
         table.add_row(name, f"{before:,}", f"{after:,}", f"{1 - after / before:.2%}")
@@ -26,19 +27,15 @@ def parameter_table(record: RunRecord) -> Table:
 
 def layer_table(record: RunRecord) -> Table:
     """One row a layer: what is left of each part, of how much, and the share of its parameters that went."""
-    table = Table(title="what is left of each layer", title_justify="left")
-    columns = (
-        "layer",
-        "query rank",
-        "key rank",
-        "KV groups",
-        "value width",
-        "FFN width",
-        "calibration rank",
-        "removed",
+    table = Table(
+        title="What is left of each layer (of how much)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
     )
-    for column in columns:
-        table.add_column(column, justify="right")
+    for column in ("layer", "Q rank", "K rank", "KV groups", "value", "FFN", "calib.", "removed"):
+        table.add_column(column, justify="right", no_wrap=True)
     for layer in record.layers:
         table.add_row(*layer_row(layer))
     return table
