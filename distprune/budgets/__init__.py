@@ -6,6 +6,7 @@ from distprune.budgets.accounting import (
     layer_parameters,
     outer_parameters,
 )
+from distprune.budgets.outliers import outlier_ratio, outlier_weighted
 from distprune.budgets.uniform import aligned, fill_with_ffn
 
 __all__ = [
@@ -15,4 +16,6 @@ __all__ = [
     "fill_with_ffn",
     "layer_parameters",
     "outer_parameters",
+    "outlier_ratio",
+    "outlier_weighted",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
+from math import ceil
 
 from distprune.budgets.accounting import ParameterTarget, decoder_parameters, layer_parameters
 from distprune.errors import InputError
@@ -15,11 +17,20 @@ def aligned(width: float, align: int, most: int) -> int:
     return min(most, max(align, round(width / align) * align))
 
 
-def fill_with_ffn(target: ParameterTarget, shapes: Sequence[LayerShape], align: int) -> list[LayerShape]:
+def fill_with_ffn(
+    target: ParameterTarget, shapes: Sequence[LayerShape], align: int, wanted: Sequence[float] | None = None
+) -> list[LayerShape]:
     """Give every layer the FFN width at which the whole decoder meets the target, all else in ``shapes`` standing.
 
-    Widths differ by at most one step of ``align`` between layers, and the sum is the one nearest to the target. No FFN
-    becomes wider than the dense one, even where the rest of ``shapes`` has lost more than the target asks for.
+    The sum of the widths is the one nearest to the target, and no FFN becomes wider than the dense one, even where
+    the rest of ``shapes`` has lost more than the target asks for.
+
+    Args:
+        target: how many parameters may remain.
+        shapes: the layers; their FFN widths are not looked at.
+        align: widths are multiples of this.
+        wanted: how wide each layer wants to be, in proportion; by default all the same, and widths then differ by at
+            most one step of ``align``.
 
     Raises:
         InputError: what ``shapes`` hold besides FFN neurons already exceeds the target.
@@ -32,6 +43,20 @@ def fill_with_ffn(target: ParameterTarget, shapes: Sequence[LayerShape], align: 
         raise InputError(
             f"sparsity {target.sparsity:g} can't be reached: it leaves no FFN neurons. Ask for a lower --sparsity."
         )
-    widths = [align * ((index + 1) * steps // layers - index * steps // layers) for index in range(layers)]
     full = config.intermediate_size
-    return [replace(shape, ffn_width=min(width, full)) for shape, width in zip(shapes, widths, strict=True)]
+    widths = share_out(steps, wanted or [1.0] * layers, most=ceil(full / align))
+    return [replace(shape, ffn_width=min(align * width, full)) for shape, width in zip(shapes, widths, strict=True)]
+
+
+def share_out(total: int, wanted: Sequence[float], most: int) -> list[int]:
+    """Whole numbers in proportion to ``wanted`` that sum to ``total``, none below 1 and none above ``most``.
+
+    Where ``most`` stands in the way of the total, every share is ``most``.
+    """
+    low, high = 0.0, total / min(wanted)
+    for _ in range(100):  # the scale at which the capped shares sum to the total
+        scale = (low + high) / 2
+        reached = sum(min(most, max(1.0, scale * share)) for share in wanted) >= total
+        low, high = (low, scale) if reached else (scale, high)
+    ends = [0, *(round(end) for end in accumulate(min(most, max(1.0, high * share)) for share in wanted))]
+    return [end - start for start, end in pairwise(ends)]

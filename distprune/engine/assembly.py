@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -33,10 +33,8 @@ def write_outer_tensors(job: Job, writer: ShardWriter) -> tuple[list[str], list[
 
 
 def is_stock(dense: LayerShape, shapes: Sequence[LayerShape]) -> bool:
-    """Whether a plain configuration of the original architecture can describe the shapes: all equal, no factors."""
-    first = shapes[0]
-    plain = first.query_rank is None and first.key_rank is None and first.calibration_rank is None
-    return plain and first.value_dim == dense.value_dim and all(shape == first for shape in shapes)
+    """Whether a plain configuration of the original architecture can describe the shapes: FFNs all as narrow."""
+    return all(shape == replace(dense, ffn_width=shapes[0].ffn_width) for shape in shapes)
 
 
 def write_config(job: Job, shapes: Sequence[LayerShape], folder: Path) -> str:

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from distprune.errors import InputError
 from distprune.methods.base import Method, Profile
 from distprune.methods.olica import Olica
+from distprune.methods.oops import Oops
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Olica,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Olica, Oops)}
 
 
 def make_method(name: str, options: Mapping[str, object]) -> Method:

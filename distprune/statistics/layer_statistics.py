@@ -6,28 +6,28 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from distprune.statistics.moments import Activations, Cross, Gram, HeadGram, Mean, Moment, Power
+from distprune.statistics.moments import Activations, Cross, Gram, HeadGram, Mean, Moment, Peak, Power
 
 
 class LayerStatistics:
-    """Running sums of the asked-for moments, in float32 on the layer's device; nothing else is computed or kept.
+    """Running totals of the asked-for moments, in float32 on the layer's device; nothing else is computed or kept.
 
     Asking for a moment that was not collected is a mistake in the method and raises ``KeyError``.
     """
 
     def __init__(self, moments: Iterable[Moment]):
-        self._sums: dict[Moment, Tensor | None] = dict.fromkeys(moments)
+        self._totals: dict[Moment, Tensor | None] = dict.fromkeys(moments)
         self.tokens = 0
 
     def update(self, activations: Activations) -> None:
         """Add one micro-batch of activations, each (tokens, width)."""
-        for moment, total in self._sums.items():
-            addend = moment.sum(activations)
-            self._sums[moment] = addend if total is None else total.add_(addend)
+        for moment, total in self._totals.items():
+            batch = moment.measure(activations)
+            self._totals[moment] = batch if total is None else moment.merge(total, batch)
         self.tokens += len(next(iter(activations.values())))
 
     def _average(self, moment: Moment) -> Tensor:
-        return self._sums[moment] / self.tokens
+        return self._totals[moment] / self.tokens
 
     def mean(self, tap: str) -> Tensor:
         return self._average(Mean(tap))
@@ -38,6 +38,10 @@ class LayerStatistics:
     def rms(self, tap: str) -> Tensor:
         """Root mean square of every channel, (width,)."""
         return self.power(tap).sqrt()
+
+    def peak(self, tap: str) -> Tensor:
+        """Largest magnitude of every channel, (width,)."""
+        return self._totals[Peak(tap)]
 
     def gram(self, tap: str) -> Tensor:
         return self._average(Gram(tap))

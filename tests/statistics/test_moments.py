@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Power
+from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power
 
 MICRO_BATCHES = [7, 1, 30, 12]
 WIDTHS = {"ffn_input": 12, "ffn_output": 8}
 X, Y = WIDTHS
-EVERYTHING = [Mean(X), Power(X), Gram(X), Cross(X, Y), HeadGram(X, 3)]
+EVERYTHING = [Mean(X), Power(X), Peak(X), Gram(X), Cross(X, Y), HeadGram(X, 3)]
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
@@ -45,6 +45,10 @@ def assert_equal(actual: torch.Tensor, expected: np.ndarray) -> None:
 
 def test_tokens_are_counted_over_all_micro_batches(activations):
     assert collect([], activations).tokens == 50
+
+
+def test_peak(activations, samples):
+    assert_equal(collect([Peak(X)], activations).peak(X), np.abs(samples[X]).max(axis=0))
 
 
 def test_mean(activations, samples):
@@ -108,10 +112,10 @@ def test_only_the_asked_for_moment_is_computed(activations, asked, monkeypatch):
     computed = []
     for kind in {type(moment) for moment in EVERYTHING}:
 
-        def count(moment, batch, compute=kind.sum):
+        def count(moment, batch, compute=kind.measure):
             computed.append(moment)
             return compute(moment, batch)
 
-        monkeypatch.setattr(kind, "sum", count)
+        monkeypatch.setattr(kind, "measure", count)
     collect([asked], activations)
     assert computed == [asked] * len(MICRO_BATCHES)

