@@ -66,10 +66,10 @@ def show_comparison(model: Path, output: Path, text: str, record: distprune.engi
         network, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         perplexity = perplexity_of_model(network, tokenizer, text, sequence_length=128).perplexity
         table.add_row(name, f"{decoder:,}", f"{total:,}", f"{perplexity:.1f}")
-        sentences[name] = generate_sentence(network, tokenizer, PROMPT, max_new_tokens=30)
+        sentences[name] = " ".join(generate_sentence(network, tokenizer, PROMPT, max_new_tokens=30).split())
     console.print(table)
     for name, sentence in sentences.items():
-        console.print(f"{name}: {PROMPT}{sentence}", highlight=False, markup=False)
+        console.print(f"{name}: {PROMPT} {sentence}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":
