@@ -58,10 +58,8 @@ class Oops(Method):
             projection.weight.abs() * statistics.rms(tap) for tap, group in inputs.items() for projection in group
         ]
         groups = group_energy(layer, statistics.head_gram("attention_values", layer.kv_heads))
+        groups = groups + sum_by_group(self._outlier_energy(layer.output, statistics, "attention_values"), len(groups))
         neurons = layer.down.weight.square().sum(dim=0) * statistics.power("ffn_neurons")
-        groups = groups + self._outlier_energy(layer.output, statistics, "attention_values").unflatten(
-            0, (layer.kv_heads, -1)
-        ).sum(dim=1)
         neurons = neurons + self._outlier_energy(layer.down, statistics, "ffn_neurons")
         return {
             "outlier_ratio": outlier_ratio(magnitudes, self.outlier_multiple),
@@ -148,7 +146,7 @@ class Oops(Method):
     def _prune_groups(self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics) -> DecoderLayer:
         gram, groups = statistics.gram("attention_values"), layer.kv_heads
         outliers = self._outlier_energy(layer.output, statistics, "attention_values")
-        interaction = group_interaction(layer, gram) + outliers.unflatten(0, (groups, -1)).sum(dim=1).diag()
+        interaction = group_interaction(layer, gram) + sum_by_group(outliers, groups).diag()
         kept = self._select(interaction, planned.kv_heads)
 
         def channels(width: int) -> Tensor:
@@ -195,6 +193,11 @@ class Oops(Method):
         radius = self.radius * weight.square().mean(dim=1, keepdim=True).sqrt()
         target = weight @ gram[:, kept]
         return Linear(box_ridge(gram[kept][:, kept], target, start, radius, self.damping).x, projection.bias)
+
+
+def sum_by_group(channels: Tensor, groups: int) -> Tensor:
+    """(g·n,) to (g,)."""
+    return channels.unflatten(0, (groups, -1)).sum(dim=1)
 
 
 def without_groups(shape: LayerShape, gone: int) -> LayerShape:
