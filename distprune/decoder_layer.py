@@ -71,9 +71,6 @@ class DecoderLayer:
             calibration_rank=_rank(self.calibration),
         )
 
-    def parameters(self) -> int:
-        return sum(tensor.numel() for tensor in state_of(self).values())
-
     def to(self, *args, **kwargs) -> DecoderLayer:
         """The same layer with every tensor moved or cast as ``torch.Tensor.to`` does."""
         return _map_tensors(self, lambda tensor: tensor.to(*args, **kwargs))

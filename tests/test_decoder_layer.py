@@ -65,10 +65,6 @@ def test_the_shape_follows_from_the_tensors(layer, shape):
     assert layer.shape == shape
 
 
-def test_parameters_are_those_of_the_module(layer, module):
-    assert layer.parameters() == sum(parameter.numel() for parameter in module.parameters())
-
-
 def test_to_casts_every_tensor_and_nothing_else(layer, shape):
     cast = layer.to(torch.bfloat16)
     assert {tensor.dtype for tensor in state_of(cast).values()} == {torch.bfloat16}

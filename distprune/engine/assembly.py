@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
 from distprune.checkpoint import Checkpoint, ShardWriter
 from distprune.decoder_layer import LayerShape
 from distprune.engine.preflight import Job
-from distprune.modeling import AUTO_MAP, copy_modeling_files, layer_tensor_shapes
+from distprune.modeling import AUTO_MAP, PrunedConfig, copy_modeling_files
 
 
 def layer_part(index: int) -> str:
@@ -52,7 +50,7 @@ def write_config(job: Job, shapes: Sequence[LayerShape], folder: Path) -> str:
     return "per-layer"
 
 
-def pruned_config(job: Job, shapes: Sequence[LayerShape]) -> PreTrainedConfig:
+def pruned_config(job: Job, shapes: Sequence[LayerShape]) -> PrunedConfig:
     config = type(job.dense)(**{**job.dense.to_dict(), "layer_shapes": [asdict(shape) for shape in shapes]})
     config.architectures = ["PrunedForCausalLM"]
     config.auto_map = AUTO_MAP
@@ -65,11 +63,7 @@ def verify(job: Job, shapes: Sequence[LayerShape], folder: Path) -> None:
     Raises:
         InputError: it does not; names the file and tensor.
     """
-    expected = job.family.outer_shapes(job.dense)
-    for index, shape in enumerate(shapes):
-        prefix = job.family.layer_prefix.format(index=index)
-        expected |= {prefix + name: size for name, size in layer_tensor_shapes(job.dense, index, shape).items()}
-    Checkpoint.open(folder).check_shapes(expected)
+    Checkpoint.open(folder).check_shapes(job.family.tensor_shapes(pruned_config(job, shapes)))
 
 
 def assemble(job: Job, shapes: Sequence[LayerShape], writer: ShardWriter, folder: Path) -> str:

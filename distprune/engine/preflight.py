@@ -55,10 +55,7 @@ def check_job(config: PruneConfig) -> Job:
 
 def check_tensors(checkpoint: Checkpoint, family: Family, dense: PrunedConfig) -> None:
     """See that the checkpoint holds just the tensors, in the shapes, that its configuration asks for."""
-    expected = family.outer_shapes(dense)
-    for index in range(dense.num_hidden_layers):
-        expected |= family.layer_shapes(dense, index)
-    checkpoint.check_shapes(expected)
+    checkpoint.check_shapes(family.tensor_shapes(dense))
     unknown = family.unknown_tensors(checkpoint.tensors, dense)
     if unknown:
         raise InputError(

@@ -59,24 +59,30 @@ class Family:
             **self.decoder_flags(config),
         )
 
-    def layer_shapes(self, dense: PrunedConfig, index: int) -> dict[str, tuple[int, ...]]:
-        """Checkpoint names and shapes of one dense layer's tensors."""
+    def layer_shapes(self, config: PrunedConfig, index: int) -> dict[str, tuple[int, ...]]:
+        """Checkpoint names and shapes of the tensors of one layer, in the shape that ``config`` gives it."""
         prefix = self.layer_prefix.format(index=index)
         return {
-            prefix + name: shape for name, shape in layer_tensor_shapes(dense, index, dense.layer_shape(index)).items()
+            prefix + name: shape
+            for name, shape in layer_tensor_shapes(config, index, config.layer_shape(index)).items()
         }
 
-    def outer_shapes(self, dense: PrunedConfig) -> dict[str, tuple[int, ...]]:
+    def outer_shapes(self, config: PrunedConfig) -> dict[str, tuple[int, ...]]:
         """Checkpoint names and shapes of what lies outside the decoder layers: embedding, final norm and head."""
-        table = (dense.vocab_size, dense.hidden_size)
-        shapes = {self.embedding: table, self.final_norm: (dense.hidden_size,)}
-        return shapes if dense.tie_word_embeddings else shapes | {self.head: table}
+        table = (config.vocab_size, config.hidden_size)
+        shapes = {self.embedding: table, self.final_norm: (config.hidden_size,)}
+        return shapes if config.tie_word_embeddings else shapes | {self.head: table}
+
+    def tensor_shapes(self, config: PrunedConfig) -> dict[str, tuple[int, ...]]:
+        """Checkpoint names and shapes of all tensors of a model, dense or pruned."""
+        shapes = self.outer_shapes(config)
+        for index in range(config.num_hidden_layers):
+            shapes |= self.layer_shapes(config, index)
+        return shapes
 
     def unknown_tensors(self, names: Iterable[str], dense: PrunedConfig) -> list[str]:
         """The checkpoint's tensors that this family has no place for; a tied head stored twice is not one."""
-        known = {self.head, *self.outer_shapes(dense)}
-        for index in range(dense.num_hidden_layers):
-            known.update(self.layer_shapes(dense, index))
+        known = {self.head, *self.tensor_shapes(dense)}
         return [name for name in names if name not in known and not name.endswith(self.ignored_suffixes)]
 
     def layer_from_checkpoint(self, tensors: Mapping[str, Tensor], dense: PrunedConfig, index: int) -> DecoderLayer:

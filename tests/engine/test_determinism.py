@@ -36,6 +36,12 @@ def test_any_number_of_workers_gives_the_same_bytes(by_one_worker, run, calls, d
     assert len({worker for method, worker in calls if method == "prune"}) == workers == record.workers
 
 
+def test_oops_gives_the_same_bytes_by_any_number_of_workers(run, digests):
+    options = {"method": "oops", "sparsity": 0.3, "propagation": 1}
+    made = [digests(run(workers=workers, **options)[0]) for workers in (1, 2, 3)]
+    assert made[0] == made[1] == made[2]
+
+
 @pytest.fixture
 def lose(new_workers, calls, monkeypatch):
     """Lets the worker that is given one of the chosen calls die before it gets to it. Gives the calls."""
