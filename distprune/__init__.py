@@ -3,7 +3,7 @@
 Importing it lets transformers' Auto classes open pruned checkpoints without ``trust_remote_code``.
 """
 
-from distprune.api import calibrate, evaluate, inspect, prune
+from distprune.api import calibrate, compare, evaluate, inspect, prune
 from distprune.errors import InputError
 from distprune.modeling import register_auto_classes
 
@@ -11,4 +11,4 @@ __version__ = "0.1.0"
 
 register_auto_classes()
 
-__all__ = ["InputError", "__version__", "calibrate", "evaluate", "inspect", "prune"]
+__all__ = ["InputError", "__version__", "calibrate", "compare", "evaluate", "inspect", "prune"]

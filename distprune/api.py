@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distprune.calibration import Calibration
+    from distprune.comparison import ComparisonRow
     from distprune.engine import RunRecord
     from distprune.engine.progress import Progress
     from distprune.evaluation import PerplexityResult
@@ -83,6 +84,66 @@ def prune(
 
     path = None if config is None else Path(config)
     return run(load_config(path, {"model": model, "output": output, **options}), progress)
+
+
+def compare(
+    model: str | None = None,
+    *,
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    text: str | Path,
+    max_tokens: int | None = None,
+    evaluation_length: int = 128,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    keep: str | Path | None = None,
+    config: str | Path | None = None,
+    progress: Callable[[], Progress] | None = None,
+    on_row: Callable[[ComparisonRow], None] | None = None,
+    **common: Any,
+) -> list[ComparisonRow]:
+    """Prune a model with several methods at several sparsities, on one calibration set, and evaluate each result.
+
+    Args:
+        model: local Hugging Face folder, hub id or .gguf file.
+        methods: names of methods.
+        sparsities: fractions to remove.
+        text: the text file to evaluate on.
+        max_tokens: use the text's first tokens only.
+        evaluation_length: tokens of each window of the text.
+        options: hyperparameters by method, such as ``{"olica": {"percdamp": 0.5}}``.
+        keep: a folder where the pruned checkpoints stay, as METHOD-PERCENT.
+        config: a YAML file of options that are common to all runs; those given here count more.
+        progress: makes what tells how far each step is; silent by default.
+        on_row: called with each row as soon as it is there, so that a failing run doesn't lose those before it.
+        common: fields of :class:`distprune.config.PruneConfig`, the same for all runs. Where no calibration set is
+            given, the model's own samples are drawn once.
+
+    Returns:
+        The dense model's row, and one for each method and sparsity.
+
+    Raises:
+        InputError: the input is unusable; names it and the mend.
+        RuntimeError: a run failed; names it.
+    """
+    from distprune.comparison import Evaluation
+    from distprune.comparison import compare as run
+    from distprune.engine.progress import Progress
+
+    rows = []
+    for row in run(
+        methods,
+        sparsities,
+        Evaluation(Path(text), max_tokens, evaluation_length),
+        {"model": model, **common},
+        config_file=None if config is None else Path(config),
+        options=options or {},
+        keep=None if keep is None else Path(keep),
+        progress=progress or Progress,
+    ):
+        rows.append(row)
+        if on_row:
+            on_row(row)
+    return rows
 
 
 def evaluate(

@@ -1,10 +1,10 @@
-"""The command line: distprune calibrate | prune | evaluate | inspect."""
+"""The command line: distprune calibrate | prune | compare | evaluate | inspect."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -32,6 +32,45 @@ BAD_INPUT = 2
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="local Hugging Face folder, hub id or .gguf file")]
 Revision = Annotated[Optional[str], typer.Option(help="branch, tag or commit of a hub model")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
+
+# Options of runs; None where the command line doesn't say, so that the YAML file can.
+OptionalModel = Annotated[Optional[str], typer.Argument(metavar="MODEL", help="folder, hub id or .gguf file")]
+Config = Annotated[Optional[Path], typer.Option(help="YAML file of options; the command line counts more")]
+CountEmbeddings = Annotated[
+    Optional[bool],
+    typer.Option("--count-embeddings/--no-count-embeddings", help="a fraction of all parameters instead"),
+]
+Align = Annotated[Optional[int], typer.Option(help="widths and ranks are multiples of this [8]")]
+CalibrationFile = Annotated[Optional[Path], typer.Option(help="calibration set in Arrow [the model's own samples]")]
+Samples = Annotated[Optional[int], typer.Option(help="own samples to generate [128]")]
+SequenceLength = Annotated[Optional[int], typer.Option(help="tokens of each own sample [128]")]
+Seed = Annotated[Optional[int], typer.Option(help="seed of the own samples [0]")]
+Distill = Annotated[
+    Optional[bool], typer.Option("--distill/--no-distill", help="train each pruned layer on its dense outputs [no]")
+]
+DistillCalibration = Annotated[
+    Optional[Path], typer.Option(help="calibration set to distil on, which may be larger [that of --calibration]")
+]
+DistillEpochs = Annotated[Optional[int], typer.Option(help="how often each sample is learnt from [1]")]
+DistillLearningRate = Annotated[Optional[float], typer.Option(help="of AdamW, at its highest [0.0003]")]
+DistillTrain = Annotated[
+    Optional[str], typer.Option(metavar="full|lora", help="all weights, or low-rank updates [full]")
+]
+Propagation = Annotated[
+    Optional[str], typer.Option(help="layers pruned on each other's outputs in a row, or full [full]")
+]
+MicroBatch = Annotated[Optional[int], typer.Option(help="samples in one forward pass [16]")]
+Dtype = Annotated[Optional[str], typer.Option(help="auto, float32, bfloat16 or float16 [auto]")]
+Device = Annotated[Optional[str], typer.Option(help="auto, cpu or cuda [auto]")]
+Workers = Annotated[Optional[int], typer.Option(help="worker actors [one a GPU, or a CPU share]")]
+ThreadsPerWorker = Annotated[Optional[int], typer.Option(help="CPU threads of each worker [1]")]
+GpusPerWorker = Annotated[Optional[float], typer.Option(help="GPUs each worker asks for [1 on cuda]")]
+Address = Annotated[Optional[str], typer.Option(help="Ray cluster to join [RAY_ADDRESS or a local one]")]
+Overwrite = Annotated[Optional[bool], typer.Option("--overwrite/--no-overwrite", help="replace an existing output")]
+OptionalTrust = Annotated[
+    Optional[bool],
+    typer.Option("--trust-remote-code/--no-trust-remote-code", help="run code that comes with the model"),
+]
 
 
 def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
@@ -84,45 +123,38 @@ def calibrate(
 @app.command()
 @explains_bad_input
 def prune(
-    model: Annotated[Optional[str], typer.Argument(metavar="MODEL", help="folder, hub id or .gguf file")] = None,
+    model: OptionalModel = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="folder of the pruned checkpoint")] = None,
-    config: Annotated[Optional[Path], typer.Option(help="YAML file of options; the command line counts more")] = None,
+    config: Config = None,
     method: Annotated[Optional[str], typer.Option(help="pruning method [olica]")] = None,
     option: Annotated[
         Optional[list[str]],
         typer.Option(metavar="NAME=VALUE", help="hyperparameter of the method; repeatable"),
     ] = None,
     sparsity: Annotated[Optional[float], typer.Option(help="fraction of decoder parameters to remove [0.2]")] = None,
-    count_embeddings: Annotated[
-        Optional[bool],
-        typer.Option("--count-embeddings/--no-count-embeddings", help="a fraction of all parameters instead"),
-    ] = None,
-    align: Annotated[Optional[int], typer.Option(help="widths and ranks are multiples of this [8]")] = None,
-    calibration: Annotated[
-        Optional[Path], typer.Option(help="calibration set in Arrow [the model's own samples]")
-    ] = None,
-    samples: Annotated[Optional[int], typer.Option(help="own samples to generate [128]")] = None,
-    sequence_length: Annotated[Optional[int], typer.Option(help="tokens of each own sample [128]")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="seed of the own samples [0]")] = None,
-    propagation: Annotated[
-        Optional[str], typer.Option(help="layers pruned on each other's outputs in a row, or full [full]")
-    ] = None,
-    micro_batch: Annotated[Optional[int], typer.Option(help="samples in one forward pass [16]")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="auto, float32, bfloat16 or float16 [auto]")] = None,
-    device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda [auto]")] = None,
-    workers: Annotated[Optional[int], typer.Option(help="worker actors [one a GPU, or a CPU share]")] = None,
-    threads_per_worker: Annotated[Optional[int], typer.Option(help="CPU threads of each worker [1]")] = None,
-    gpus_per_worker: Annotated[Optional[float], typer.Option(help="GPUs each worker asks for [1 on cuda]")] = None,
-    address: Annotated[Optional[str], typer.Option(help="Ray cluster to join [RAY_ADDRESS or a local one]")] = None,
+    count_embeddings: CountEmbeddings = None,
+    align: Align = None,
+    calibration: CalibrationFile = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    seed: Seed = None,
+    distill: Distill = None,
+    distill_calibration: DistillCalibration = None,
+    distill_epochs: DistillEpochs = None,
+    distill_learning_rate: DistillLearningRate = None,
+    distill_train: DistillTrain = None,
+    propagation: Propagation = None,
+    micro_batch: MicroBatch = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    workers: Workers = None,
+    threads_per_worker: ThreadsPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
+    address: Address = None,
     max_shard_size: Annotated[Optional[int], typer.Option(help="bytes of one safetensors file [5000000000]")] = None,
-    overwrite: Annotated[
-        Optional[bool], typer.Option("--overwrite/--no-overwrite", help="replace an existing output")
-    ] = None,
+    overwrite: Overwrite = None,
     revision: Revision = None,
-    trust_remote_code: Annotated[
-        Optional[bool],
-        typer.Option("--trust-remote-code/--no-trust-remote-code", help="run code that comes with the model"),
-    ] = None,
+    trust_remote_code: OptionalTrust = None,
 ) -> None:
     """Prune a model on Ray. Every option can also stand in the YAML file, with underscores."""
     given = dict(locals())
@@ -132,9 +164,103 @@ def prune(
 
     if option:
         given["options"] = dict(parse_option(text) for text in option)
+    gather_distillation(given)
     record = api.prune(config=config, progress=console_progress(error_console), **given)
     output_console.print(parameter_table(record))
     output_console.print(memory_line(record), highlight=False)
+
+
+@app.command()
+@explains_bad_input
+def compare(
+    model: OptionalModel = None,
+    *,
+    methods: Annotated[str, typer.Option(metavar="NAME,...", help="pruning methods; NAME+distill: with distillation")],
+    sparsity: Annotated[str, typer.Option(metavar="NUMBER,...", help="fractions of decoder parameters to remove")],
+    text: Annotated[Path, typer.Option(help="plain text file to evaluate on")],
+    max_tokens: Annotated[Optional[int], typer.Option(help="use the text's first tokens only")] = None,
+    evaluation_length: Annotated[int, typer.Option(help="tokens of each window of the text")] = 128,
+    option: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="METHOD.NAME=VALUE", help="hyperparameter of one method; repeatable"),
+    ] = None,
+    keep: Annotated[Optional[Path], typer.Option(help="folder where the pruned checkpoints stay")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
+    config: Config = None,
+    count_embeddings: CountEmbeddings = None,
+    align: Align = None,
+    calibration: CalibrationFile = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    seed: Seed = None,
+    distill_calibration: DistillCalibration = None,
+    distill_epochs: DistillEpochs = None,
+    distill_learning_rate: DistillLearningRate = None,
+    distill_train: DistillTrain = None,
+    propagation: Propagation = None,
+    micro_batch: MicroBatch = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    workers: Workers = None,
+    threads_per_worker: ThreadsPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
+    address: Address = None,
+    overwrite: Overwrite = None,
+    revision: Revision = None,
+    trust_remote_code: OptionalTrust = None,
+) -> None:
+    """Several methods at several sparsities on one calibration set: a table of perplexity, parameters and cost."""
+    given = dict(locals())
+    option, as_json = given.pop("option"), given.pop("as_json")
+    given["methods"] = given["methods"].split(",")
+    given["sparsities"] = [parse_sparsity(part) for part in given.pop("sparsity").split(",")]
+    given["options"] = parse_method_options(option or ())
+    gather_distillation(given)
+    from distprune.engine.progress import console_progress
+
+    rows: list[Any] = []
+    try:
+        api.compare(progress=lambda: console_progress(error_console), on_row=rows.append, **given)
+    finally:  # a run that fails doesn't take along those before it
+        if rows:
+            print_rows(rows, as_json)
+
+
+def gather_distillation(given: dict[str, Any]) -> None:
+    """Turn the options of distillation into one mapping; any of them asks for it."""
+    prefix = "distill_"
+    options = {name.removeprefix(prefix): given.pop(name) for name in list(given) if name.startswith(prefix)}
+    options = {name: value for name, value in options.items() if value is not None}
+    if given.get("distill") is not False and (options or given.get("distill")):
+        given["distill"] = options
+
+
+def print_rows(rows: list[Any], as_json: bool) -> None:
+    from distprune.reporting import comparison_table
+
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+    else:
+        output_console.print(comparison_table(rows))
+
+
+def parse_sparsity(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--sparsity: '{text}' is no number; write them as in 0.2,0.3.") from None
+
+
+def parse_method_options(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """``method.name=value``, by method; a method's name may hold '-' but no dot."""
+    options: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        method, _, option = text.partition(".")
+        if "=" in method or "=" not in option:
+            raise InputError(f"--option {text}: write METHOD.NAME=VALUE.")
+        name, value = parse_option(option)
+        options.setdefault(method, {})[name] = value
+    return options
 
 
 def parse_option(text: str) -> tuple[str, Any]:

@@ -9,12 +9,32 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from distprune.errors import InputError
 
 # What decides where and how fast a run goes, and never what it makes.
 PLACEMENT = ("output", "overwrite", "workers", "gpus_per_worker", "address")
+
+
+class DistillConfig(BaseModel):
+    """Every option of layer-wise distillation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    calibration: Path | None = Field(None, description="calibration set to learn from; by default the pruning's own")
+    epochs: int = Field(1, ge=1, description="how often each sample is learnt from")
+    learning_rate: float = Field(3e-4, gt=0, description="at its highest; AdamW with warmup and cosine decay")
+    train: Literal["full", "lora"] = Field("full", description="all weights, or low-rank updates folded in at the end")
+    rank: int = Field(16, ge=1, description="rank of the low-rank updates")
+    batch: int = Field(8, ge=1, description="samples a step")
+    held_out: float = Field(1 / 16, gt=0, lt=1, description="share of the samples that decides what is kept")
+    seed: int = Field(0, ge=0, description="seed of the samples' order and of the low-rank updates")
+
+
+def switch(value: Any) -> Any:
+    """``true`` stands for all defaults, ``false`` for nothing."""
+    return ({} if value else None) if isinstance(value, bool) else value
 
 
 class PruneConfig(BaseModel):
@@ -34,6 +54,10 @@ class PruneConfig(BaseModel):
     samples: int = Field(128, ge=1, description="own samples to generate when no calibration set is given")
     sequence_length: int = Field(128, ge=2, description="tokens of each own sample")
     seed: int = Field(0, ge=0, description="seed of the own samples")
+
+    distill: Annotated[DistillConfig | None, BeforeValidator(switch)] = Field(
+        None, description="layer-wise distillation after pruning: its options, or true for their defaults"
+    )
 
     propagation: Annotated[int, Field(ge=1)] | Literal["full"] = Field(
         "full",
@@ -59,11 +83,12 @@ class PruneConfig(BaseModel):
         """Layers pruned on each other's outputs in a row, for a model of ``layers`` layers."""
         return layers if self.propagation == "full" else min(self.propagation, layers)
 
-    def fingerprint(self, model: str, calibration: str) -> str:
-        """Identifies what a run makes: the given fingerprints of model and calibration set, and every option that
+    def fingerprint(self, *inputs: str | None) -> str:
+        """Identifies what a run makes: the given fingerprints of model and calibration sets, and every option that
         can change a byte of the result. Hexadecimal SHA-256."""
-        what = self.model_dump(mode="json", exclude={*PLACEMENT, "model", "calibration", "revision"})
-        return hashlib.sha256(json.dumps([model, calibration, what], sort_keys=True).encode()).hexdigest()
+        inputs_by_path = {"model": True, "calibration": True, "revision": True, "distill": {"calibration"}}
+        what = self.model_dump(mode="json", exclude=dict.fromkeys(PLACEMENT, True) | inputs_by_path)
+        return hashlib.sha256(json.dumps([*inputs, what], sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The effective configuration, which ``distprune prune --config`` reads back."""
@@ -78,10 +103,11 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> PruneConfig:
     """
     settings = {} if path is None else _read_yaml(path)
     given = {name: value for name, value in overrides.items() if value is not None}
-    hyperparameters = settings.get("options"), given.get("options")
     merged = {**settings, **given}
-    if all(isinstance(options, Mapping) for options in hyperparameters):
-        merged["options"] = {**hyperparameters[0], **hyperparameters[1]}
+    for group in ("options", "distill"):
+        both = settings.get(group), given.get(group)
+        if all(isinstance(options, Mapping) for options in both):
+            merged[group] = {**both[0], **both[1]}
     try:
         return PruneConfig.model_validate(merged)
     except ValidationError as error:
@@ -91,13 +117,14 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> PruneConfig:
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
-    option, known = problem["loc"][0], ", ".join(PruneConfig.model_fields)
+    group = DistillConfig if problem["loc"][0] == "distill" else PruneConfig
+    option, known = ".".join(map(str, problem["loc"])), ", ".join(group.model_fields)
     match problem["type"]:
         case "missing":
             return f"option '{option}' must be given."
         case "extra_forbidden" | "invalid_key":
             return f"'{option}' is not an option. Options: {known}."
-    if option == "propagation":
+    if problem["loc"][0] == "propagation":
         return f"option 'propagation' is {problem['input']!r}: give a number of layers from 1, or 'full'."
     return f"option '{option}' is {problem['input']!r}: {problem['msg']}."
 

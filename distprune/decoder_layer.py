@@ -69,6 +69,8 @@ class DecoderLayer:
             query_rank=_rank(self.query),
             key_rank=_rank(self.key),
             calibration_rank=_rank(self.calibration),
+            output_bias=self.output.bias is not None,
+            down_bias=self.down.bias is not None,
         )
 
     def to(self, *args, **kwargs) -> DecoderLayer:

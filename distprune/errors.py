@@ -1,4 +1,4 @@
-"""What a user sees when something is wrong."""
+"""What a user is told when something is wrong."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message names the thing and the mend, in one or two sentences. The command line prints it alone,
     without a traceback, and exits with status 2.
     """
+
+
+class ConvergenceWarning(UserWarning):
+    """An iterative solver stopped before it reached its tolerance; what it gave is used, and the run's record tells."""

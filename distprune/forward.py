@@ -42,24 +42,25 @@ class LayerRunner:
 
         ``observe`` is called once a micro-batch with the activations at each of :data:`TAPS`.
         """
-        module = self._build_module(layer, index)
+        module = self.build(layer, index, self.dtype)
         output = torch.empty_like(hidden_states)
         with tapped(module) if observe else ExitStack() as activations:
             for start in range(0, len(hidden_states), self.micro_batch):
                 batch = slice(start, start + self.micro_batch)
-                output[batch] = self._forward(module, index, hidden_states[batch])
+                output[batch] = self.forward(module, index, hidden_states[batch].to(self.device, self.dtype))
                 if observe:
                     observe(activations)
         return output
 
-    def _build_module(self, layer: DecoderLayer, index: int) -> PrunedDecoderLayer:
+    def build(self, layer: DecoderLayer, index: int, dtype: torch.dtype) -> PrunedDecoderLayer:
+        """The layer as a module, on the runner's device."""
         with init_empty_weights():
             module = PrunedDecoderLayer(self.config, index, layer.shape)
-        module.load_state_dict(state_of(layer.to(self.device, self.dtype)), assign=True)
+        module.load_state_dict(state_of(layer.to(self.device, dtype)), assign=True)
         return module.eval()
 
-    def _forward(self, module: PrunedDecoderLayer, index: int, hidden_states: Tensor) -> Tensor:
-        hidden_states = hidden_states.to(self.device, self.dtype)
+    def forward(self, module: PrunedDecoderLayer, index: int, hidden_states: Tensor) -> Tensor:
+        """One pass of a module that :meth:`build` made, over hidden states in its dtype, on its device."""
         positions = torch.arange(hidden_states.shape[1], device=self.device)[None]
         masks = causal_masks(self.config, hidden_states, position_ids=positions)
         return module(

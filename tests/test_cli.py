@@ -280,6 +280,38 @@ def test_options_reach_the_run_under_their_names(distprune, monkeypatch):
     assert (seen["gpus_per_worker"], seen["max_shard_size"]) == (0.5, 1000)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), None),
+        (("--distill",), {}),
+        (("--no-distill",), False),
+        (("--distill-epochs", "3", "--distill-train", "lora"), {"epochs": 3, "train": "lora"}),
+        (("--distill", "--distill-calibration", "c"), {"calibration": Path("c")}),
+        (("--no-distill", "--distill-learning-rate", "0.1"), False),
+    ],
+)
+def test_any_option_of_distillation_asks_for_it(distprune, monkeypatch, arguments, expected):
+    seen = {}
+    monkeypatch.setattr(api, "prune", lambda **given: seen.update(given) or sys.exit(0))
+    distprune("prune", "m", "-o", "o", *arguments)
+    assert seen["distill"] == expected
+    assert not [name for name in seen if name.startswith("distill_")]
+
+
+@pytest.mark.parametrize("own_text", [True, False])
+def test_distillation_without_a_sample_to_hold_out_is_refused(
+    assert_refused, calibration, calibration_path, tmp_path_factory, own_text
+):
+    one = tmp_path_factory.mktemp("small") / "one.arrow"
+    whole = open_calibration(calibration_path)
+    write_calibration(one, whole.tokens[:1], whole.metadata)
+    if own_text:
+        assert_refused(one, "2 or more", arguments=("--distill-calibration", one))
+    else:
+        assert_refused(one, "2 or more", calibration=one, arguments=("--distill",))
+
+
 def test_inspect_prints_a_row_a_layer(distprune, pruned):
     result = distprune("inspect", pruned[0])
     assert result.exit_code == 0

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from distprune import InputError, cli
-from distprune.config import PLACEMENT, PruneConfig, load_config
+from distprune.config import PLACEMENT, DistillConfig, PruneConfig, load_config
 
 # One value for every option, and none of them the default.
 VALUES = {
@@ -24,6 +24,16 @@ VALUES = {
     "samples": 7,
     "sequence_length": 9,
     "seed": 3,
+    "distill": {
+        "calibration": "more.arrow",
+        "epochs": 2,
+        "learning_rate": 1e-4,
+        "train": "lora",
+        "rank": 4,
+        "batch": 2,
+        "held_out": 0.5,
+        "seed": 1,
+    },
     "propagation": 2,
     "micro_batch": 5,
     "dtype": "float16",
@@ -59,7 +69,9 @@ def test_every_option_can_be_set_in_yaml(yaml_file):
 
 def test_the_command_line_has_every_option_under_the_same_name():
     parameters = set(python.signature(cli.prune).parameters)
-    assert parameters - {"config"} == set(PruneConfig.model_fields) - {"options"} | {"option"}
+    distillation = {name for name in parameters if name.startswith("distill_")}
+    assert parameters - distillation - {"config"} == set(PruneConfig.model_fields) - {"options"} | {"option"}
+    assert {name.removeprefix("distill_") for name in distillation} <= set(DistillConfig.model_fields)
 
 
 def test_the_effective_configuration_is_read_back_as_it_was(yaml_file):
@@ -79,6 +91,23 @@ def test_hyperparameters_are_overridden_one_by_one(yaml_file):
 
 
 @pytest.mark.parametrize(
+    ("in_file", "given", "expected"),
+    [
+        (True, None, DistillConfig()),
+        (False, None, None),
+        ({"epochs": 2, "batch": 4}, {"epochs": 3}, DistillConfig(epochs=3, batch=4)),
+        ({"epochs": 2}, {}, DistillConfig(epochs=2)),
+        ({"epochs": 2}, False, None),
+        (True, {"epochs": 3}, DistillConfig(epochs=3)),
+        (None, {}, DistillConfig()),
+    ],
+)
+def test_distillation_is_a_switch_or_options_overridden_one_by_one(yaml_file, in_file, given, expected):
+    file = yaml_file({"model": "m", "output": "o", "distill": in_file})
+    assert load_config(file, {"distill": given}).distill == expected
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("sparsty: 0.2", "'sparsty' is not an option. Options: model, output, "),
@@ -93,6 +122,9 @@ def test_hyperparameters_are_overridden_one_by_one(yaml_file):
         ("options: [k, 2]", r"option 'options' is \['k', 2\]: .*dictionary"),
         ("propagation: 0", "option 'propagation' is 0: give a number of layers from 1, or 'full'"),
         ("propagation: some", "option 'propagation' is 'some': give a number of layers from 1, or 'full'"),
+        ("distill: {epoch: 2}", "'distill.epoch' is not an option. Options: calibration, epochs, "),
+        ("distill: {epochs: 0}", "option 'distill.epochs' is 0: .*greater than or equal to 1"),
+        ("distill: {train: half}", "option 'distill.train' is 'half': .*'full' or 'lora'"),
         ("- model", "must be a mapping of option names to values"),
         ("just a text", "must be a mapping of option names to values"),
         ("", "must be a mapping of option names to values"),
@@ -136,4 +168,7 @@ def test_the_fingerprint_leaves_out_placement_and_nothing_else():
     # The given fingerprints stand for the model and the calibration set, whatever they are called.
     assert same == {*PLACEMENT, "model", "calibration", "revision"}
     assert different == set(VALUES) - same
+    texts = [PruneConfig(model="m", output="o", distill={"calibration": path}) for path in ("x", "y", None)]
+    assert len({config.fingerprint("a", "b", "c") for config in texts}) == 1
+    assert texts[0].fingerprint("a", "b", "c") != texts[0].fingerprint("a", "b", "d")
     assert len({base.fingerprint(*pair) for pair in [("a", "b"), ("b", "a"), ("a", "a"), ("ab", "")]}) == 4

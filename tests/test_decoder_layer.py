@@ -17,6 +17,8 @@ SHAPES = {
     "low-rank": LayerShape(4, 2, 8, 6, ffn_width=20, query_rank=9, key_rank=4),
     "low-rank keys": LayerShape(4, 2, 8, 8, ffn_width=20, key_rank=4),
     "calibrated": LayerShape(4, 2, 8, 8, ffn_width=12, query_rank=9, key_rank=4, calibration_rank=3),
+    "output bias": LayerShape(4, 2, 8, 8, ffn_width=20, output_bias=True),
+    "down bias": LayerShape(4, 2, 8, 8, ffn_width=20, down_bias=True),
 }
 FLAGS = {
     "plain": {},
@@ -26,22 +28,32 @@ FLAGS = {
 
 
 @pytest.fixture(params=SHAPES)
-def shape(request) -> LayerShape:
+def asked_shape(request) -> LayerShape:
     return SHAPES[request.param]
 
 
 @pytest.fixture(params=FLAGS)
-def module(request, shape) -> PrunedDecoderLayer:
-    config = PrunedConfig(
+def config(request, asked_shape) -> PrunedConfig:
+    return PrunedConfig(
         hidden_size=24,
         intermediate_size=20,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        layer_shapes=[asdict(shape)],
+        layer_shapes=[asdict(asked_shape)],
         **FLAGS[request.param],
     )
+
+
+@pytest.fixture
+def shape(config) -> LayerShape:
+    """With the biases that the model gives to all layers."""
+    return config.layer_shape(0)
+
+
+@pytest.fixture
+def module(config) -> PrunedDecoderLayer:
     return PrunedDecoderLayer(config, 0)
 
 

@@ -201,7 +201,7 @@ def hooks(module: torch.nn.Module) -> int:
 
 
 def test_hooks_are_gone_when_the_taps_close_and_when_a_forward_pass_fails(config, layer):
-    module = runner_of(config)._build_module(layer, 0)
+    module = runner_of(config).build(layer, 0, torch.float32)
     with tapped(module):
         assert hooks(module) == len(TAPS)
     assert hooks(module) == 0

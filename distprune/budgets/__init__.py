@@ -2,6 +2,7 @@
 
 from distprune.budgets.accounting import (
     ParameterTarget,
+    affordable_neurons,
     decoder_parameters,
     layer_parameters,
     outer_parameters,
@@ -11,6 +12,7 @@ from distprune.budgets.uniform import aligned, fill_with_ffn
 
 __all__ = [
     "ParameterTarget",
+    "affordable_neurons",
     "aligned",
     "decoder_parameters",
     "fill_with_ffn",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distprune.modeling import LayerShape, PrunedConfig, layer_tensor_shapes
 
@@ -17,6 +17,12 @@ def layer_parameters(config: PrunedConfig, index: int, shape: LayerShape) -> int
 def decoder_parameters(config: PrunedConfig, shapes: Sequence[LayerShape]) -> int:
     """Parameters of all decoder layers if they had ``shapes``."""
     return sum(layer_parameters(config, index, shape) for index, shape in enumerate(shapes))
+
+
+def affordable_neurons(config: PrunedConfig, index: int, shape: LayerShape, budget: float) -> float:
+    """How wide layer ``index`` of ``shape`` may make its FFN if it may hold ``budget`` parameters; below 1 if it can't."""
+    one, two = (layer_parameters(config, index, replace(shape, ffn_width=width)) for width in (1, 2))
+    return 1 + (budget - one) / (two - one)
 
 
 def outer_parameters(config: PrunedConfig) -> int:

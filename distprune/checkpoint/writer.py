@@ -42,6 +42,10 @@ class ShardWriter:
         """
         write_tensors(self._part_file(part), _separate_in_memory(tensors))
 
+    def read(self, part: str) -> dict[str, torch.Tensor]:
+        """The tensors of a part that waits in a file of its own."""
+        return load_file(self._part_file(part))
+
     def done(self) -> set[str]:
         """The parts that are safely on disk, in a file of their own or in a finished shard."""
         return self._waiting() | {part for parts in self._built_shards().values() for part in parts}

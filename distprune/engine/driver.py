@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distprune.calibration import open_calibration
 from distprune.checkpoint import ShardWriter, copy_side_files, hold_lock, partial_directory, publish
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer
-from distprune.engine.assembly import assemble, layer_part
+from distprune.distillation import Lesson
+from distprune.engine.assembly import assemble, layer_part, pruned_config
 from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers
 from distprune.engine.memory import peak_memory
 from distprune.engine.pool import WorkerPool
 from distprune.engine.preflight import Job, check_job
 from distprune.engine.progress import Progress
 from distprune.engine.record import CALIBRATION_FILE, OWN_FILES, RunRecord, layer_records, parameter_counts
-from distprune.engine.stages import check_weights, prune_blocks, sweep, write_own_samples
+from distprune.engine.stages import check_weights, distill_layers, prune_blocks, sweep, write_own_samples
+from distprune.engine.tasks import Report
 from distprune.engine.transport import unpack_all
 
 # Seconds until a run says that it waits for its first worker.
@@ -70,12 +71,25 @@ def run_on_workers(job: Job, workers: WorkerPlan, folder: Path, progress: Progre
     config, layers = job.config, job.dense.num_hidden_layers
     calibration = config.calibration or folder / CALIBRATION_FILE
     writer = ShardWriter(folder)
-    layer_seconds: dict[int, dict[str, float]] = {}
+    reports: dict[int, Report] = {}
+    lessons: dict[int, Lesson] = {}
     stage_seconds: dict[str, float] = {}
 
-    def keep_layer(index: int, layer: DecoderLayer, seconds: dict[str, float]) -> None:
+    def keep_layer(index: int, layer: DecoderLayer) -> None:
         writer.put(layer_part(index), job.family.layer_to_checkpoint(layer, index))
-        layer_seconds[index] = seconds
+
+    def keep_pruned(index: int, layer: DecoderLayer, report: Report) -> None:
+        keep_layer(index, layer)
+        reports[index] = report
+        for warning in report.warnings:
+            progress.note(f"layer {index}: {warning}")
+
+    def keep_distilled(index: int, layer: DecoderLayer, lesson: Lesson) -> None:
+        keep_layer(index, layer)
+        lessons[index] = lesson
+
+    def pruned_layer(index: int) -> DecoderLayer:
+        return job.family.layer_from_checkpoint(writer.read(layer_part(index)), pruned_config(job, plan), index)
 
     with worker_pool(job, workers, calibration, progress) as pool:
         with timed(stage_seconds, "check"):
@@ -87,7 +101,11 @@ def run_on_workers(job: Job, workers: WorkerPlan, folder: Path, progress: Progre
             boundaries, profiles = sweep(pool, layers, config.block_length(layers), progress)
         plan = job.method.plan(job.target, [unpack_all(profile) for profile in profiles], config.align)
         with timed(stage_seconds, "prune"):
-            prune_blocks(pool, boundaries, plan, profiles, keep_layer, progress)
+            prune_blocks(pool, boundaries, plan, profiles, keep_pruned, progress)
+        if config.distill:
+            with timed(stage_seconds, "distill"):
+                texts, ahead = config.distill.calibration, 2 * workers.count
+                distill_layers(pool, layers, texts, ahead, pruned_layer, keep_distilled, progress)
         peaks = pool.peak_memory()
 
     progress.stage("Assembling", 1)
@@ -102,13 +120,13 @@ def run_on_workers(job: Job, workers: WorkerPlan, folder: Path, progress: Progre
         layout=layout,
         sparsity_asked=config.sparsity,
         **parameter_counts(job.dense, plan),
-        fingerprint=config.fingerprint(job.checkpoint.fingerprint(), open_calibration(calibration).fingerprint),
+        fingerprint=job.fingerprint(calibration),
         workers=workers.count,
         device=workers.device,
         peak_memory_driver=peak_memory(),
         peak_memory_workers=peaks,
         seconds=stage_seconds,
-        layers=layer_records(job.dense, plan, layer_seconds),
+        layers=layer_records(job.dense, plan, reports, lessons),
     )
 
 

@@ -29,6 +29,12 @@ class Job:
     method: Method
     target: ParameterTarget
 
+    def fingerprint(self, calibration: Path) -> str:
+        """What the run makes, given the calibration set that it uses."""
+        texts = calibration, self.config.distill and self.config.distill.calibration
+        inputs = [path and open_calibration(path).fingerprint for path in texts]
+        return self.config.fingerprint(self.checkpoint.fingerprint(), *inputs)
+
 
 def check_job(config: PruneConfig) -> Job:
     """Validate a run from its configuration, the checkpoint's headers and the calibration set's metadata.
@@ -45,12 +51,26 @@ def check_job(config: PruneConfig) -> Job:
     check_tensors(checkpoint, family, dense)
     target = ParameterTarget(dense, config.sparsity, config.count_embeddings)
     method.check_target(target, config.align)
-    if config.calibration is not None:
+    texts = config.calibration, config.distill and config.distill.calibration
+    for path in filter(None, texts):
         tokenizer = load_tokenizer(model_path, config.trust_remote_code)
-        check_calibration(open_calibration(config.calibration), tokenizer, model_path, dense)
+        check_calibration(open_calibration(path), tokenizer, model_path, dense)
+    if config.distill:
+        check_can_be_split(config, texts)
     # Parts and the shards merged from them lie side by side for a moment.
     check_free_space(config.output, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
     return Job(config, model_path, checkpoint, family, dense, method, target)
+
+
+def check_can_be_split(config: PruneConfig, texts: tuple[Path | None, Path | None]) -> None:
+    """See that distillation has a sample to learn from and one to hold out."""
+    path = texts[1] or texts[0]
+    samples = config.samples if path is None else len(open_calibration(path).tokens)
+    if samples < 2:
+        raise InputError(
+            f"{path or 'the own samples'}: distillation holds samples out, so it needs 2 or more; there is {samples}. "
+            "Give --distill-calibration a larger set, or leave --distill out."
+        )
 
 
 def check_tensors(checkpoint: Checkpoint, family: Family, dense: PrunedConfig) -> None:

@@ -6,11 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from distprune.budgets import decoder_parameters, layer_parameters, outer_parameters
 from distprune.config import PruneConfig
 from distprune.decoder_layer import LayerShape
+from distprune.distillation import Lesson
 from distprune.engine.memory import PeakMemory
+from distprune.engine.tasks import Report
 from distprune.errors import InputError
 from distprune.modeling import PrunedConfig
 
@@ -22,7 +25,7 @@ OWN_FILES = (RECORD_FILE, CONFIG_FILE, CALIBRATION_FILE)
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer: its shape before and after, its parameters, and the seconds each step took."""
+    """One layer: its shape before and after, its parameters, the seconds each step took, and how it went."""
 
     index: int
     dense: LayerShape
@@ -30,6 +33,8 @@ class LayerRecord:
     parameters_before: int
     parameters_after: int
     seconds: Mapping[str, float]
+    warnings: list[str]
+    distillation: Lesson | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class RunRecord:
 
 
 def layer_records(
-    dense: PrunedConfig, plan: list[LayerShape], seconds: Mapping[int, Mapping[str, float]]
+    dense: PrunedConfig, plan: list[LayerShape], reports: Mapping[int, Report], lessons: Mapping[int, Lesson]
 ) -> list[LayerRecord]:
     return [
         LayerRecord(
@@ -78,7 +83,9 @@ def layer_records(
             pruned=shape,
             parameters_before=layer_parameters(dense, index, dense.layer_shape(index)),
             parameters_after=layer_parameters(dense, index, shape),
-            seconds=seconds[index],
+            seconds=reports[index].seconds,
+            warnings=reports[index].warnings,
+            distillation=lessons.get(index),
         )
         for index, shape in enumerate(plan)
     ]
@@ -107,12 +114,21 @@ def load_record(folder: Path) -> RunRecord:
         raise InputError(f"{file}: not found. Give the output folder of a distprune prune run.")
     try:
         stored = json.loads(file.read_text())
-        layers = [
-            LayerRecord(**{**layer, "dense": LayerShape(**layer["dense"]), "pruned": LayerShape(**layer["pruned"])})
-            for layer in stored.pop("layers")
-        ]
+        layers = [read_layer(layer) for layer in stored.pop("layers")]
         driver = PeakMemory(**stored.pop("peak_memory_driver"))
         workers = [PeakMemory(**peak) for peak in stored.pop("peak_memory_workers")]
         return RunRecord(**stored, layers=layers, peak_memory_driver=driver, peak_memory_workers=workers)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file}: is not a run's record ({error}). Prune the model again.") from None
+
+
+def read_layer(stored: Mapping[str, Any]) -> LayerRecord:
+    lesson = stored["distillation"]
+    return LayerRecord(
+        **{
+            **stored,
+            "dense": LayerShape(**stored["dense"]),
+            "pruned": LayerShape(**stored["pruned"]),
+            "distillation": lesson and Lesson(**lesson),
+        }
+    )

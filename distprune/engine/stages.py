@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import ray
 from ray import ObjectRef
 
-from distprune.decoder_layer import DecoderLayer, LayerShape, layer_from_state
+from distprune.decoder_layer import DecoderLayer, LayerShape, layer_from_state, state_of
+from distprune.distillation import Lesson
 from distprune.engine.pool import WorkerPool
 from distprune.engine.progress import Progress
-from distprune.engine.transport import Parcel, unpack_all
+from distprune.engine.tasks import Report
+from distprune.engine.transport import Parcel, pack_all, unpack_all
 from distprune.methods import Profile
 
-#: Called with each pruned layer as soon as it is back: index, layer, seconds by step.
-LayerSink = Callable[[int, DecoderLayer, dict[str, float]], None]
+#: Called with each pruned layer as soon as it is back: index, layer, and what its task tells.
+PrunedSink = Callable[[int, DecoderLayer, Report], None]
+#: Gives a pruned layer back.
+LayerSource = Callable[[int], DecoderLayer]
+#: Called with each distilled layer as soon as it is back: index, layer, and how its distillation went.
+DistilledSink = Callable[[int, DecoderLayer, Lesson], None]
 
 
 def check_weights(pool: WorkerPool, layers: int, progress: Progress) -> None:
@@ -81,7 +88,7 @@ def prune_blocks(
     boundaries: dict[int, ObjectRef],
     plan: Sequence[LayerShape],
     profiles: Sequence[Profile],
-    sink: LayerSink,
+    sink: PrunedSink,
     progress: Progress,
 ) -> None:
     """The pruning pass: blocks in parallel, and inside a block each layer on its pruned predecessors' output.
@@ -99,12 +106,56 @@ def prune_blocks(
         arguments = index, hidden_states, plan[index], profiles[index], not ends_block(index)
         pool.submit(partial(receive, index), "prune", *arguments)
 
-    def receive(index: int, tensors: dict[str, Parcel], output: Parcel | None, seconds: dict[str, float]) -> None:
+    def receive(index: int, tensors: dict[str, Parcel], output: Parcel | None, report: Report) -> None:
         if not ends_block(index):
             submit(index + 1, ray.put(output))
-        sink(index, layer_from_state(unpack_all(tensors), plan[index]), seconds)
+        sink(index, layer_from_state(unpack_all(tensors), plan[index]), report)
         progress.advance()
 
     for index in sorted(starts):
         submit(index, boundaries.pop(index))
+    pool.run()
+
+
+def distill_layers(
+    pool: WorkerPool,
+    layers: int,
+    calibration: Path | None,
+    ahead: int,
+    source: LayerSource,
+    sink: DistilledSink,
+    progress: Progress,
+) -> None:
+    """Every pruned layer learns from the dense layer's hidden states, all at once.
+
+    The dense model runs over the distillation's calibration set, no more than ``ahead`` layers before those that have
+    learnt, so that the hidden states of few layers exist at a time.
+    """
+    progress.stage("Distilling", layers)
+    learning: set[int] = set()
+    waiting: list[tuple[int, ObjectRef]] = []
+
+    def enter(index: int, stored: ObjectRef) -> None:
+        """The dense hidden states at the input of layer ``index`` are there."""
+        if len(learning) < ahead:
+            learning.add(index)
+            pool.submit(partial(leave, index, stored), "advance", index, stored)
+        else:
+            waiting.append((index, stored))
+
+    def leave(index: int, inputs: ObjectRef, targets: Parcel) -> None:
+        stored, layer = ray.put(targets), source(index)
+        arguments = index, layer.shape, pack_all(state_of(layer)), inputs, stored
+        pool.submit(partial(receive, index, layer.shape), "distill", *arguments)
+        if index + 1 < layers:
+            enter(index + 1, stored)
+
+    def receive(index: int, shape: LayerShape, tensors: dict[str, Parcel], lesson: Lesson) -> None:
+        sink(index, layer_from_state(unpack_all(tensors), shape), lesson)
+        learning.discard(index)
+        if waiting:
+            enter(*waiting.pop())
+        progress.advance()
+
+    pool.submit(lambda embedded: enter(0, ray.put(embedded)), "embed", calibration)
     pool.run()

@@ -6,7 +6,9 @@ Because they are pure, any worker may run any of them, twice or again after a cr
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from distprune.calibration import build_calibration, open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer, LayerShape, state_of
-from distprune.errors import InputError
+from distprune.distillation import Lesson, distill
+from distprune.errors import ConvergenceWarning, InputError
 from distprune.families import family_of
 from distprune.forward import LayerRunner
 from distprune.methods import Profile, make_method
@@ -25,12 +28,20 @@ from distprune.statistics import LayerStatistics, Moment
 
 
 @dataclass(frozen=True)
+class Report:
+    """What a task tells besides its result: the seconds its steps took, and what did not go quite as it should."""
+
+    seconds: dict[str, float]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
 class PrunedLayer:
-    """A layer after pruning: its tensors in the checkpoint's dtype, what reaches the next layer, and the time taken."""
+    """A layer after pruning: its tensors in the checkpoint's dtype, and what reaches the next layer."""
 
     layer: DecoderLayer
     output: Tensor | None
-    seconds: dict[str, float]
+    report: Report
 
 
 class LayerTasks:
@@ -74,9 +85,10 @@ class LayerTasks:
             trust_remote_code=self.config.trust_remote_code,
         )
 
-    def embed(self) -> Tensor:
-        """The hidden states at the first layer's input, (samples, length, d)."""
-        tokens = torch.from_numpy(open_calibration(self.calibration_path).tokens.astype("int64"))
+    def embed(self, calibration: Path | None = None) -> Tensor:
+        """The hidden states at the first layer's input, (samples, length, d); of the run's own calibration set, if none
+        is given."""
+        tokens = torch.from_numpy(open_calibration(calibration or self.calibration_path).tokens.astype("int64"))
         ids, positions = tokens.unique(return_inverse=True)
         rows = self.checkpoint.read_rows(self.family.embedding, ids)
         return rows.to(self.runner.dtype)[positions]
@@ -89,13 +101,19 @@ class LayerTasks:
         """
         layer = self._read_layer(index)
         output, statistics = self._observe(layer, index, hidden_states, self.method.dense_moments(layer.shape))
-        if not torch.isfinite(output).all():
-            dtype = str(output.dtype).removeprefix("torch.")
-            raise InputError(
-                f"layer {index}: its hidden states overflow in {dtype}. Give another --dtype, such as float32."
-            )
+        check_hidden_states(output, index)
         profile = self.method.profile(layer.to(self.device, torch.float32), statistics)
         return output, {name: value.cpu() for name, value in profile.items()}
+
+    def advance(self, index: int, hidden_states: Tensor) -> Tensor:
+        """The dense layer's output hidden states.
+
+        Raises:
+            InputError: the model's activations exceed the range of the dtype.
+        """
+        output = self.runner.run(self._read_layer(index), index, hidden_states)
+        check_hidden_states(output, index)
+        return output
 
     def prune(
         self, index: int, hidden_states: Tensor, planned: LayerShape, profile: Profile, *, propagate: bool
@@ -108,7 +126,8 @@ class LayerTasks:
         _, statistics = self._observe(layer, index, hidden_states, moments)
         clock.lap("statistics")
         profile = {name: value.to(self.device) for name, value in profile.items()}
-        pruned = self.method.prune(layer.to(self.device, torch.float32), planned, statistics, profile)
+        with convergence_warnings() as warned:
+            pruned = self.method.prune(layer.to(self.device, torch.float32), planned, statistics, profile)
         if pruned.shape != planned:
             raise AssertionError(f"{self.method.name} gave layer {index} {pruned.shape}, planned {planned}")
         pruned = pruned.to(layer.attention_norm.dtype)
@@ -116,7 +135,13 @@ class LayerTasks:
         clock.lap("solve")
         output = self.runner.run(pruned, index, hidden_states) if propagate else None
         clock.lap("propagate")
-        return PrunedLayer(pruned.to("cpu"), output, clock.laps)
+        return PrunedLayer(pruned.to("cpu"), output, Report(clock.laps, warned))
+
+    def distill(self, index: int, layer: DecoderLayer, inputs: Tensor, targets: Tensor) -> tuple[DecoderLayer, Lesson]:
+        """The pruned layer after learning to give the dense layer's outputs, ``targets``, and how that went."""
+        learnt, lesson = distill(layer, index, inputs, targets, self.runner, self.config.distill)
+        check_solution(learnt, index)
+        return learnt.to("cpu"), lesson
 
     def _read_layer(self, index: int) -> DecoderLayer:
         tensors = self.checkpoint.read(self.family.layer_shapes(self.dense, index))
@@ -129,11 +154,33 @@ class LayerTasks:
         return self.runner.run(layer, index, hidden_states, observe=statistics.update), statistics
 
 
+def check_hidden_states(hidden_states: Tensor, index: int) -> None:
+    if not torch.isfinite(hidden_states).all():
+        dtype = str(hidden_states.dtype).removeprefix("torch.")
+        raise InputError(
+            f"layer {index}: its hidden states overflow in {dtype}. Give another --dtype, such as float32."
+        )
+
+
 def check_solution(layer: DecoderLayer, index: int) -> None:
     """Raises ``ArithmeticError`` when a solve overflowed, rather than write a broken checkpoint."""
     for name, tensor in state_of(layer).items():
         if not torch.isfinite(tensor).all():
             raise ArithmeticError(f"pruning layer {index} gave NaN or infinite values in {name}")
+
+
+@contextmanager
+def convergence_warnings() -> Iterator[list[str]]:
+    """Collects what solvers warn of inside, instead of printing it where nobody looks."""
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        yield messages
+    for warning in caught:
+        if issubclass(warning.category, ConvergenceWarning):
+            messages.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 class Stopwatch:

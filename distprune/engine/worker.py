@@ -9,9 +9,10 @@ import ray
 import torch
 
 from distprune.config import PruneConfig
-from distprune.decoder_layer import LayerShape, state_of
+from distprune.decoder_layer import LayerShape, layer_from_state, state_of
+from distprune.distillation import Lesson
 from distprune.engine.memory import PeakMemory, peak_memory
-from distprune.engine.tasks import LayerTasks
+from distprune.engine.tasks import LayerTasks, Report
 from distprune.engine.transport import Parcel, pack, pack_all, unpack, unpack_all
 from distprune.errors import InputError
 
@@ -66,8 +67,8 @@ class Worker:
     def write_own_samples(self) -> None:
         self.tasks.write_own_samples()
 
-    def embed(self) -> Parcel:
-        return pack(self.tasks.embed())
+    def embed(self, calibration: Path | None = None) -> Parcel:
+        return pack(self.tasks.embed(calibration))
 
     @ray.method(num_returns=2)
     def sweep(self, index: int, hidden_states: Parcel) -> tuple[Parcel, Parcels]:
@@ -77,10 +78,21 @@ class Worker:
     @ray.method(num_returns=3)
     def prune(
         self, index: int, hidden_states: Parcel, planned: LayerShape, profile: Parcels, propagate: bool
-    ) -> tuple[Parcels, Parcel | None, dict[str, float]]:
+    ) -> tuple[Parcels, Parcel | None, Report]:
         result = self.tasks.prune(index, unpack(hidden_states), planned, unpack_all(profile), propagate=propagate)
         output = None if result.output is None else pack(result.output)
-        return pack_all(state_of(result.layer)), output, result.seconds
+        return pack_all(state_of(result.layer)), output, result.report
+
+    def advance(self, index: int, hidden_states: Parcel) -> Parcel:
+        return pack(self.tasks.advance(index, unpack(hidden_states)))
+
+    @ray.method(num_returns=2)
+    def distill(
+        self, index: int, shape: LayerShape, tensors: Parcels, inputs: Parcel, targets: Parcel
+    ) -> tuple[Parcels, Lesson]:
+        layer = layer_from_state(unpack_all(tensors), shape)
+        learnt, lesson = self.tasks.distill(index, layer, unpack(inputs), unpack(targets))
+        return pack_all(state_of(learnt)), lesson
 
     def peak_memory(self) -> PeakMemory:
         return peak_memory()

@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations` here: @strict checks each field against its evaluated annotation.
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Widths and ranks of one decoder layer.
+    """Widths, ranks and output biases of one decoder layer.
 
     Attributes:
         query_heads: query heads, a multiple of `kv_heads`.
@@ -22,9 +22,12 @@ class LayerShape:
         query_rank: rank of the factored query projection, None where it is a dense matrix.
         key_rank: rank of the factored key projection, None where it is a dense matrix.
         calibration_rank: rank of the linear branch beside the feed-forward network, None where there is none.
+        output_bias: whether the attention output projection has a bias.
+        down_bias: whether the feed-forward down projection has a bias.
 
     Raises:
-        ValueError: a width or rank is not positive, or `query_heads` is not a multiple of `kv_heads`.
+        ValueError: a width or rank is not positive, a bias is not a bool, or `query_heads` is not a multiple of
+            `kv_heads`.
     """
 
     query_heads: int
@@ -35,12 +38,18 @@ class LayerShape:
     query_rank: int | None = None
     key_rank: int | None = None
     calibration_rank: int | None = None
+    output_bias: bool = False
+    down_bias: bool = False
 
     def __post_init__(self):
-        for name, size in asdict(self).items():
-            absent = size is None and name.endswith("_rank")
-            if not absent and not (isinstance(size, int) and size > 0):
-                raise ValueError(f"{name} must be a positive integer, got {size!r}.")
+        for name, value in asdict(self).items():
+            if name.endswith("_bias"):
+                sound, kind = isinstance(value, bool), "true or false"
+            else:
+                absent = value is None and name.endswith("_rank")
+                sound, kind = absent or (isinstance(value, int) and value > 0), "a positive integer"
+            if not sound:
+                raise ValueError(f"{name} must be {kind}, got {value!r}.")
         if self.query_heads % self.kv_heads != 0:
             raise ValueError(f"query_heads ({self.query_heads}) must be a multiple of kv_heads ({self.kv_heads}).")
 
@@ -55,8 +64,10 @@ class PrunedConfig(PreTrainedConfig):
     Arguments beyond those of transformers' `LlamaConfig`:
         base_model_type: `model_type` of the original model, such as "llama".
         attention_bias: whether the query, key and value projections have a bias.
-        attention_output_bias: whether the attention output projection has a bias.
-        mlp_bias: whether the three feed-forward projections have a bias.
+        attention_output_bias: whether the attention output projection has a bias, in every layer. Without it,
+            that of a single layer has one where its `LayerShape` says so.
+        mlp_bias: whether the three feed-forward projections have a bias, in every layer. Without it, the down
+            projection of a single layer has one where its `LayerShape` says so.
         query_key_norm: whether each query and key head is RMS-normalized before rotary embedding (Qwen3).
         sliding_window: attention span, in tokens, of the layers of type "sliding_attention".
         layer_types: "full_attention" or "sliding_attention" for each layer. By default all layers slide where
@@ -120,14 +131,24 @@ class PrunedConfig(PreTrainedConfig):
             query_key_dim=self.head_dim,
             value_dim=self.head_dim,
             ffn_width=self.intermediate_size,
+            output_bias=self.attention_output_bias,
+            down_bias=self.mlp_bias,
         )
 
     def layer_shape(self, index: int) -> LayerShape:
         """The shape of layer `index`."""
         try:
-            return LayerShape(**self.layer_shapes[index])
+            return self.with_biases(LayerShape(**self.layer_shapes[index]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"layer_shapes[{index}]: {error}") from error
+
+    def with_biases(self, shape: LayerShape) -> LayerShape:
+        """The shape with the biases that all layers of the model have, beside those it has itself."""
+        return replace(
+            shape,
+            output_bias=shape.output_bias or self.attention_output_bias,
+            down_bias=shape.down_bias or self.mlp_bias,
+        )
 
     def _check_layer_types(self):
         unknown = set(self.layer_types) - {"full_attention", "sliding_attention"}

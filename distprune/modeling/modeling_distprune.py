@@ -67,11 +67,11 @@ class PrunedAttention(nn.Module):
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
 
-        hidden, bias, output_bias = config.hidden_size, config.attention_bias, config.attention_output_bias
+        hidden, bias = config.hidden_size, config.attention_bias
         self.q_proj = linear(hidden, shape.query_heads * shape.query_key_dim, shape.query_rank, bias)
         self.k_proj = linear(hidden, shape.kv_heads * shape.query_key_dim, shape.key_rank, bias)
         self.v_proj = nn.Linear(hidden, shape.kv_heads * shape.value_dim, bias)
-        self.o_proj = nn.Linear(shape.query_heads * shape.value_dim, hidden, output_bias)
+        self.o_proj = nn.Linear(shape.query_heads * shape.value_dim, hidden, shape.output_bias)
         if config.query_key_norm:
             self.q_norm = RMSNorm(shape.query_key_dim, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(shape.query_key_dim, eps=config.rms_norm_eps)
@@ -130,7 +130,7 @@ class PrunedFeedForward(nn.Module):
         hidden, width = config.hidden_size, shape.ffn_width
         self.gate_proj = nn.Linear(hidden, width, bias=config.mlp_bias)
         self.up_proj = nn.Linear(hidden, width, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(width, hidden, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, hidden, bias=shape.down_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.calibration = None
         if shape.calibration_rank is not None:
@@ -152,7 +152,7 @@ class PrunedDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: PrunedConfig, layer_idx: int, shape: LayerShape | None = None):
         super().__init__()
-        shape = shape or config.layer_shape(layer_idx)
+        shape = config.with_biases(shape) if shape else config.layer_shape(layer_idx)
         self.hidden_size = config.hidden_size
         self.layer_type = config.layer_types[layer_idx]
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
+from distprune.comparison import ComparisonRow
 from distprune.engine import RunRecord
 from distprune.engine.record import LayerRecord
 
@@ -68,3 +72,34 @@ def memory_line(record: RunRecord) -> str:
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record.seconds.items())
     driver = record.peak_memory_driver.resident / GIB
     return f"peak memory: driver {driver:.2f} GiB, workers {workers}\ntime: {stages}"
+
+
+def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
+    """One row a model: the sparsity asked and reached, the parameters left, and what it cost."""
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("\nmethod")
+    for column in ("\nasked", "\nreached", "decoder\nparameters", "all\nparameters", "\nperplexity", "\nseconds"):
+        table.add_column(column, justify="right")
+    on_gpu = any(row.peak_memory and row.peak_memory.device for row in rows)
+    for column in ("peak\nGiB", "on GPU\nGiB") if on_gpu else ("peak\nGiB",):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*comparison_row(row)[: len(table.columns)])
+    # Its lines wrap where the terminal is narrower: unsightly, but no digit is lost.
+    table.width = Console(width=1000).measure(table).maximum
+    return table
+
+
+def comparison_row(row: ComparisonRow) -> tuple[str, ...]:
+    peak = row.peak_memory
+    return (
+        row.method,
+        f"{100 * row.sparsity_asked:g}%",
+        f"{row.sparsity_reached:.2%}",
+        f"{row.decoder_parameters:,}",
+        f"{row.total_parameters:,}",
+        f"{row.perplexity:.2f}",
+        "-" if row.seconds is None else f"{row.seconds:.1f}",
+        "-" if peak is None else f"{peak.resident / GIB:.2f}",
+        "-" if peak is None else f"{peak.device / GIB:.2f}",
+    )

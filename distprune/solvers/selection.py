@@ -21,3 +21,8 @@ def most_and_least_important(importance: Tensor, keep: int, keep_least: int) -> 
     keep_least = min(keep_least, keep)
     kept = torch.cat([order[: keep - keep_least], order[len(order) - keep_least :]])
     return kept.sort().values
+
+
+def channels_of(units: Tensor, width: int) -> Tensor:
+    """The channels of the given units, each of which has ``width`` of them in a row, (units · width,)."""
+    return (units.flatten()[:, None] * width + torch.arange(width, device=units.device)).flatten()

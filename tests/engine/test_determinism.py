@@ -42,6 +42,25 @@ def test_oops_gives_the_same_bytes_by_any_number_of_workers(run, digests):
     assert made[0] == made[1] == made[2]
 
 
+DISTILLED = {"sparsity": 0.3, "distill": {"learning_rate": 1e-3, "epochs": 2, "batch": 2}}
+
+
+@pytest.fixture(scope="module")
+def distilled_by_one_worker(run, digests):
+    folder, record = run(**DISTILLED)
+    assert any(layer.distillation.kept for layer in record.layers)
+    return digests(folder)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_distillation_gives_the_same_bytes_by_any_number_of_workers(
+    distilled_by_one_worker, run, calls, digests, workers
+):
+    folder, _ = run(workers=workers, **DISTILLED)
+    assert digests(folder) == distilled_by_one_worker
+    assert len({worker for method, worker in calls if method == "distill"}) == workers
+
+
 @pytest.fixture
 def lose(new_workers, calls, monkeypatch):
     """Lets the worker that is given one of the chosen calls die before it gets to it. Gives the calls."""
@@ -68,6 +87,14 @@ def test_losing_workers_in_the_middle_of_calls_gives_the_same_bytes(by_one_worke
     folder, _ = run(sparsity=0.3, max_shard_size=60_000, workers=2)
     assert [call.losses for call in lost] == [1, 1]
     assert digests(folder) == by_one_worker["full"]
+
+
+def test_losing_a_worker_that_distils_gives_the_same_bytes(distilled_by_one_worker, run, lose, digests):
+    chosen = {("advance", 2), ("distill", 1)}
+    lost = lose(lambda call: (call.method, *call.arguments[:1]) in chosen and not call.losses)
+    folder, _ = run(workers=2, **DISTILLED)
+    assert [call.losses for call in lost] == [1, 1]
+    assert digests(folder) == distilled_by_one_worker
 
 
 def test_a_call_that_keeps_losing_its_workers_is_named(run, lose, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distprune.methods import METHODS
 from distprune.modeling import PrunedForCausalLM
 
 ALIGN = 8
@@ -22,7 +23,7 @@ def family_path(request, save_model):
     return save_model(request.param, **MODELS[request.param])
 
 
-@pytest.mark.parametrize(("method", "count_embeddings"), [("olica", False), ("olica", True), ("oops", False)])
+@pytest.mark.parametrize(("method", "count_embeddings"), [("olica", True), *((name, False) for name in METHODS)])
 def test_the_result_opens_generates_and_meets_the_target(run, family_path, method, count_embeddings):
     folder, record = run(family_path, method=method, sparsity=0.3, count_embeddings=count_embeddings, align=ALIGN)
     dense = AutoModelForCausalLM.from_pretrained(family_path)

@@ -89,6 +89,39 @@ def test_tokenizer_and_generation_config_travel_along_and_an_old_calibration_set
     }
 
 
+def test_what_solvers_warn_of_is_told_and_recorded(run, monkeypatch):
+    notes = []
+    monkeypatch.setattr(Progress, "note", lambda _, text: notes.append(text))
+    options = {"method": "oops", "options": {"radius": 1e-3, "damping": 1e-9, "attention": False}}
+    folder, record = run(sparsity=0.3, **options)
+    warnings = [f"layer {layer.index}: {text}" for layer in record.layers for text in layer.warnings]
+    assert sorted(warnings) == sorted(notes)
+    assert load_record(folder) == record
+
+
+def test_the_record_tells_how_distillation_went(run):
+    folder, record = run(sparsity=0.3, distill={"epochs": 3, "batch": 4, "learning_rate": 1e-3})
+    assert "distill" in record.seconds
+    for layer in record.layers:
+        lesson = layer.distillation
+        assert len(lesson.training) == 3 * 2
+        assert lesson.kept == (lesson.held_out_after < lesson.held_out_before)
+    assert load_record(folder) == record
+
+
+def test_distillation_runs_ahead_of_what_has_learnt_by_a_few_layers_at_most(run, save_model, monkeypatch):
+    started = []
+    start = WorkerPool._start
+    monkeypatch.setattr(
+        WorkerPool, "_start", lambda pool, worker, call: started.append(call) or start(pool, worker, call)
+    )
+    run(save_model(num_hidden_layers=8), sparsity=0.3, distill=True)
+    methods = [call.method for call in started]
+    ahead = [methods[:end].count("advance") - methods[:end].count("distill") for end in range(len(methods))]
+    assert methods.count("advance") == methods.count("distill") == 8
+    assert max(ahead) <= 2
+
+
 class Raises(Progress):
     """Raises in the stage of a name."""
 

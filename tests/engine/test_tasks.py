@@ -11,6 +11,7 @@ from distprune.budgets import ParameterTarget
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
+from distprune.engine import load_record
 from distprune.engine.tasks import LayerTasks
 
 LAYERS = 4
@@ -71,6 +72,25 @@ def test_a_run_prunes_each_layer_on_the_outputs_that_propagation_says(run, make_
         result = tasks.prune(index, hidden_states, plan[index], profiles[index], propagate=True)
         for name, tensor in tasks.family.layer_to_checkpoint(result.layer, index).items():
             assert torch.equal(written.read([name])[name], tensor), name
+
+
+def test_a_run_distils_each_layer_on_the_dense_models_hidden_states(run, make_tasks, dense_path):
+    options = {"distill": {"learning_rate": 1e-3, "epochs": 2, "batch": 2}}
+    pruned, distilled = (Checkpoint.open(run(sparsity=0.3, **more)[0]) for more in ({}, options))
+    lessons = [layer.distillation for layer in load_record(distilled.path).layers]
+    assert any(lesson.kept for lesson in lessons)
+
+    tasks = make_tasks(dense_path, **options)
+    inputs = tasks.embed()
+    for index, lesson in enumerate(lessons):
+        targets = tasks.advance(index, inputs)
+        shapes = tasks.family.layer_shapes(pruned.config, index)
+        layer = tasks.family.layer_from_checkpoint(pruned.read(shapes), pruned.config, index)
+        learnt, found = tasks.distill(index, layer, inputs, targets)
+        assert found == lesson
+        for name, tensor in tasks.family.layer_to_checkpoint(learnt, index).items():
+            assert torch.equal(distilled.read([name])[name], tensor), name
+        inputs = targets
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -40,6 +40,7 @@ def plans(draw) -> LayerShape:
 )
 def test_a_pruned_layer_has_exactly_the_planned_tensors(subject, planned, biases, decomposition, keep_least):
     dense = subject(query_heads=planned.query_heads, kv_heads=planned.kv_heads, biases=biases)
+    planned = dense.config.with_biases(planned)
     method = Olica(decomposition=decomposition, keep_least=keep_least)
     profile = method.profile(dense.layer, dense.statistics(method.dense_moments(dense.layer.shape)))
     statistics = dense.statistics(method.pruning_moments(dense.layer.shape, planned))

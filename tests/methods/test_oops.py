@@ -3,53 +3,61 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from distprune.budgets import ParameterTarget, decoder_parameters
-from distprune.errors import InputError
+from distprune.errors import ConvergenceWarning, InputError
 from distprune.methods import make_method
-from distprune.methods.oops import group_energy, group_interaction
+from distprune.methods.oops import grouped_head_interaction
+from distprune.methods.units import head_interaction, with_heads
 from distprune.modeling import PrunedConfig
+from distprune.solvers import box_ridge
 
 HEADS = pytest.mark.parametrize(("query_heads", "kv_heads"), [(4, 2), (6, 3), (3, 3)])
 
 
-def prune(subject, method, planned):
-    statistics = subject.statistics(method.pruning_moments(subject.layer.shape, planned))
-    return method.prune(subject.layer, planned, statistics, {})
+def prune(this, method, planned):
+    statistics = this.statistics(method.pruning_moments(this.layer.shape, planned))
+    return method.prune(this.layer, planned, statistics, {})
 
 
 def contributions(subject) -> np.ndarray:
-    """What every KV group adds to the attention's output, (groups, tokens, d)."""
+    """What every query head adds to the attention's output, (heads, tokens, d)."""
     layer, values = subject.layer, subject.activations()["attention_values"].numpy()
-    slices = np.split(values, layer.kv_heads, axis=1)
-    weights = np.split(layer.output.weight.double().numpy(), layer.kv_heads, axis=1)
+    slices = np.split(values, layer.query_heads, axis=1)
+    weights = np.split(layer.output.weight.double().numpy(), layer.query_heads, axis=1)
     return np.stack([piece @ weight.T for piece, weight in zip(slices, weights, strict=True)])
 
 
 @HEADS
-def test_groups_interact_as_their_contributions_do(subject, query_heads, kv_heads):
+def test_heads_interact_as_their_contributions_do(subject, query_heads, kv_heads):
     this = subject(query_heads=query_heads, kv_heads=kv_heads)
     method = make_method("oops", {})
-    smaller = replace(this.layer.shape, kv_heads=kv_heads - 1, query_heads=query_heads // kv_heads * (kv_heads - 1))
+    per_group = query_heads // kv_heads
+    smaller = with_heads(this.layer.shape, kv_heads - 1, per_group)
     gram = this.statistics(method.pruning_moments(this.layer.shape, smaller)).gram("attention_values")
     parts = contributions(this)
     expected = np.einsum("utd,vtd->uv", parts, parts) / parts.shape[1]
-    np.testing.assert_allclose(group_interaction(this.layer, gram), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(head_interaction(this.layer, gram), expected, rtol=1e-4, atol=1e-6)
 
     blocks = this.statistics(method.dense_moments(this.layer.shape)).head_gram("attention_values", kv_heads)
-    np.testing.assert_allclose(group_energy(this.layer, blocks), np.diag(expected), rtol=1e-4)
+    for group, found in enumerate(grouped_head_interaction(this.layer, blocks)):
+        heads = slice(group * per_group, (group + 1) * per_group)
+        np.testing.assert_allclose(found, expected[heads, heads], rtol=1e-4, atol=1e-6)
 
 
 @HEADS
 @pytest.mark.parametrize("selection", ["qp", "score"])
-def test_the_pruned_layer_has_the_planned_shape(subject, query_heads, kv_heads, selection):
+@pytest.mark.parametrize("fewer_heads", [0, 1])
+def test_the_pruned_layer_has_the_planned_shape(subject, query_heads, kv_heads, selection, fewer_heads):
     this = subject(query_heads=query_heads, kv_heads=kv_heads)
     kept = max(1, kv_heads - 1)
-    planned = replace(this.layer.shape, kv_heads=kept, query_heads=query_heads // kv_heads * kept, ffn_width=24)
+    per_group = max(1, query_heads // kv_heads - fewer_heads)
+    planned = replace(with_heads(this.layer.shape, kept, per_group), ffn_width=24)
     pruned = prune(this, make_method("oops", {"selection": selection}), planned)
     assert pruned.shape == planned
     assert torch.isfinite(this.run(pruned)).all()
@@ -68,6 +76,28 @@ def test_the_refit_is_the_ridge_regression_of_the_dense_output_on_the_kept_neuro
     penalty = damping * np.diag(gram).mean()
     expected = np.linalg.solve(gram + penalty * np.eye(len(kept)), x.T @ y / len(x) + penalty * start.T).T
     np.testing.assert_allclose(pruned.down.weight, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("selection", ["qp", "score"])
+def test_the_heads_that_say_least_go_from_every_group(subject, selection):
+    """Query heads 1, 2 and 4 of 2 groups of 3 give almost nothing; of each group the two greatest can stay."""
+    this = subject(query_heads=6, kv_heads=2, biases=False)
+    scale = torch.tensor([1.0, 1e-3, 1e-4, 1.0, 1e-4, 1.0]).repeat_interleave(8)
+    quiet = replace(this.layer, output=replace(this.layer.output, weight=this.layer.output.weight * scale))
+    planned = with_heads(this.layer.shape, 2, 2)
+    method = make_method("oops", {"selection": selection, "outlier_weight": 0.0, "damping": 1e-6})
+    pruned = prune(replace(this, layer=quiet), method, planned)
+    rows = this.layer.query.weight.unflatten(0, (6, 8))
+    assert torch.equal(pruned.query.weight.unflatten(0, (4, 8)), rows[[0, 1, 3, 5]])
+    torch.testing.assert_close(this.run(pruned), this.run(quiet), rtol=1e-2, atol=1e-2)
+
+
+def test_a_program_that_does_not_converge_is_told(subject, monkeypatch):
+    solve = box_ridge.__globals__["solve_box_qp"]
+    monkeypatch.setitem(box_ridge.__globals__, "solve_box_qp", partial(solve, max_iterations=1))
+    this = subject(biases=False)
+    with pytest.warns(ConvergenceWarning, match="refit from 24 channels.* rows stopped after"):
+        prune(this, make_method("oops", {"radius": 0.1}), replace(this.layer.shape, ffn_width=24))
 
 
 def test_a_radius_bounds_how_far_the_refit_goes(subject):
@@ -130,6 +160,7 @@ def test_the_plan_meets_the_target_and_keeps_layers_with_outliers(sparsity, atte
         {
             "outlier_ratio": torch.tensor(0.01 * (index + 1)),
             "group_energy": torch.rand(2, generator=generator).sort().values * 5,
+            "head_energy": torch.rand(2, 2, generator=generator).sort(dim=1).values * 2,
             "neuron_energy": torch.rand(width, generator=generator).sort().values,
         }
         for index in range(layers)
@@ -139,7 +170,7 @@ def test_the_plan_meets_the_target_and_keeps_layers_with_outliers(sparsity, atte
     one_step = 8 * 3 * 32
     assert abs(decoder_parameters(config, plan) - target.remaining) <= one_step
     assert all(shape.ffn_width % 8 == 0 and 1 <= shape.kv_heads <= 2 for shape in plan)
-    assert all(shape.query_heads == 2 * shape.kv_heads for shape in plan)
+    assert all(shape.query_heads in (shape.kv_heads, 2 * shape.kv_heads) for shape in plan)
     if not attention:
         assert {shape.kv_heads for shape in plan} == {2}
         widths = [shape.ffn_width for shape in plan]

@@ -25,8 +25,8 @@ TINY = {
 
 PRUNED_SHAPES = [
     LayerShape(4, 2, 16, 11, ffn_width=80, query_rank=20, key_rank=9, calibration_rank=5),
-    LayerShape(3, 1, 16, 16, ffn_width=33, query_rank=12),
-    LayerShape(4, 4, 16, 6, ffn_width=7, key_rank=10, calibration_rank=3),
+    LayerShape(3, 1, 16, 16, ffn_width=33, query_rank=12, output_bias=True),
+    LayerShape(4, 4, 16, 6, ffn_width=7, key_rank=10, calibration_rank=3, output_bias=True, down_bias=True),
 ]
 
 

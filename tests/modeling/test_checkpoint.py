@@ -99,6 +99,16 @@ def test_tensor_names_are_llamas(checkpoint):
     }
 
 
+def test_biases_of_single_layers_are_saved(checkpoint):
+    _, folder = checkpoint
+    biases = {name for name in load_file(folder / "model.safetensors") if name.endswith(".bias")}
+    assert biases == {
+        "model.layers.1.self_attn.o_proj.bias",
+        "model.layers.2.self_attn.o_proj.bias",
+        "model.layers.2.mlp.down_proj.bias",
+    }
+
+
 def test_auto_classes_load_it_without_trusting_remote_code(checkpoint):
     model, folder = checkpoint
     loaded = AutoModelForCausalLM.from_pretrained(folder)

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 from transformers import AutoConfig
 
-from distprune.modeling import LayerShape, PrunedConfig
+from distprune.modeling import LayerShape, PrunedConfig, layer_tensor_shapes
 
 DENSE = LayerShape(query_heads=4, kv_heads=2, query_key_dim=16, value_dim=16, ffn_width=96)
 
@@ -40,6 +40,33 @@ def test_json_round_trip_keeps_every_field(pruned_config, tmp_path):
     assert reread.to_dict() | given_by_loading == config.to_dict() | given_by_loading
     assert reread.layer_shape(0) == config.layer_shape(0)
     assert reread.layer_shape(0).calibration_rank == 5
+    assert [reread.layer_shape(index).output_bias for index in range(3)] == [False, True, True]
+    assert [reread.layer_shape(index).down_bias for index in range(3)] == [False, False, True]
+
+
+@pytest.mark.parametrize("output_bias", [False, True])
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_a_layer_has_the_biases_of_the_model_and_its_own(tiny, output_bias, mlp_bias):
+    own = [DENSE, replace(DENSE, output_bias=True), replace(DENSE, down_bias=True)]
+    flags = {"attention_output_bias": output_bias, "mlp_bias": mlp_bias}
+    config = PrunedConfig(**tiny, **flags, layer_shapes=[asdict(shape) for shape in own])
+    assert config.dense_shape() == replace(DENSE, output_bias=output_bias, down_bias=mlp_bias)
+    for index, shape in enumerate(own):
+        found = config.layer_shape(index)
+        assert found.output_bias == (shape.output_bias or output_bias)
+        assert found.down_bias == (shape.down_bias or mlp_bias)
+        assert set(layer_tensor_shapes(config, index, shape)) == set(layer_tensor_shapes(config, index, found))
+        names = layer_tensor_shapes(config, index, shape)
+        assert ("self_attn.o_proj.bias" in names) == found.output_bias
+        assert ("mlp.down_proj.bias" in names) == found.down_bias
+        assert ("mlp.up_proj.bias" in names) == ("mlp.gate_proj.bias" in names) == mlp_bias
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_layer_shapes_written_without_biases_are_read(tiny, biases):
+    written = {name: value for name, value in asdict(DENSE).items() if not name.endswith("_bias")}
+    config = PrunedConfig(**tiny, attention_output_bias=biases, mlp_bias=biases, layer_shapes=[written] * 3)
+    assert config.layer_shape(2) == config.dense_shape()
 
 
 def test_wrong_number_of_layer_shapes_is_refused(tiny):
@@ -58,6 +85,8 @@ def test_unknown_field_in_a_layer_shape_is_refused(tiny):
         ({"query_heads": 3}, r"query_heads \(3\) must be a multiple of kv_heads \(2\)"),
         ({"ffn_width": 0}, "ffn_width must be a positive integer, got 0"),
         ({"query_rank": 0}, "query_rank must be a positive integer, got 0"),
+        ({"output_bias": 1}, "output_bias must be true or false, got 1"),
+        ({"down_bias": None}, "down_bias must be true or false, got None"),
         ({"query_key_dim": 8}, r"query_key_dim \(8\) must equal head_dim \(16\)"),
         ({"value_dim": 17}, r"value_dim \(17\) must not exceed head_dim \(16\)"),
     ],

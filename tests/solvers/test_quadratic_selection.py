@@ -35,7 +35,7 @@ def test_relaxed_selection_agrees_with_an_interior_point_method(tokens):
     units, budget = 40, 30.0
     contributions = rng.standard_normal((tokens, units)) * rng.uniform(0.1, 3, units) + 0.5
     interaction, cost = contributions.T @ contributions / tokens, rng.uniform(0.5, 1.5, units)
-    keep = relaxed_selection(torch.as_tensor(interaction), torch.as_tensor(cost), budget).numpy()
+    keep = relaxed_selection(torch.as_tensor(interaction), torch.as_tensor(cost), budget).x[0].numpy()
     assert (keep >= 0).all() and (keep <= 1).all() and keep @ cost <= budget * (1 + 1e-9)
     expected = by_clarabel(interaction, cost, budget)
     if tokens > units:
@@ -47,11 +47,11 @@ def test_relaxed_selection_agrees_with_an_interior_point_method(tokens):
 def test_relaxed_selection_lets_units_that_cancel_each_other_go_together():
     # The first two are each four times the third, and nothing together.
     interaction = torch.tensor([[4.0, -4.0, 0.0], [-4.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
-    keep = relaxed_selection(interaction, torch.ones(3), 1.0)
+    keep = relaxed_selection(interaction, torch.ones(3), 1.0).x[0]
     torch.testing.assert_close(keep, torch.tensor([0.0, 0.0, 1.0]), atol=1e-4, rtol=0)
 
 
 def test_relaxed_selection_keeps_everything_that_the_budget_allows():
     interaction = torch.eye(5) + 0.1
-    torch.testing.assert_close(relaxed_selection(interaction, torch.ones(5), 5.0), torch.ones(5))
-    assert torch.equal(relaxed_selection(interaction, torch.ones(5), 0.0), torch.zeros(5))
+    torch.testing.assert_close(relaxed_selection(interaction, torch.ones(5), 5.0).x[0], torch.ones(5))
+    assert torch.equal(relaxed_selection(interaction, torch.ones(5), 0.0).x[0], torch.zeros(5))

@@ -1,0 +1,166 @@
+"""Layer-wise distillation: a pruned layer learns to give the dense layer's output, alone and on the dense inputs.
+
+The last step of OOPS (Wei et al., Neural Networks 2026), and of use after any method. No gradient crosses a layer's
+border, so layers train in any order and all at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from distprune.config import DistillConfig
+from distprune.decoder_layer import DecoderLayer, layer_from_state
+from distprune.forward import LayerRunner
+
+# Points of the loss curve in a run's record.
+CURVE_POINTS = 20
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How a layer's distillation went. Losses are :func:`relative_error`.
+
+    Attributes:
+        training: mean loss over equal stretches of the steps, in their order.
+        held_out_before, held_out_after: loss on samples that the layer is not trained on.
+        kept: whether the layer was changed: only if its loss on held-out samples fell.
+    """
+
+    training: list[float]
+    held_out_before: float
+    held_out_after: float
+    kept: bool
+
+
+def distill(
+    layer: DecoderLayer, index: int, inputs: Tensor, targets: Tensor, runner: LayerRunner, options: DistillConfig
+) -> tuple[DecoderLayer, Lesson]:
+    """Train a pruned layer to give ``targets`` from ``inputs``.
+
+    Args:
+        layer: the pruned layer; it may have low-rank factors and a calibration branch, which train too.
+        index: which layer of the model it is.
+        inputs, targets: hidden states at the dense layer's input and output, (samples, length, d).
+        runner: what runs the layer, and on which device.
+        options: epochs, learning rate and the like.
+
+    Returns:
+        The layer with its tensors in the given ones' dtype, or as it was where its held-out loss did not fall.
+    """
+    student = Student(layer, index, runner, options)
+    training, held_out = split(len(inputs), options)
+    before = student.mean_loss(inputs[held_out], targets[held_out])
+    losses = student.train(inputs[training], targets[training])
+    after = student.mean_loss(inputs[held_out], targets[held_out])
+    lesson = Lesson(averaged(losses, CURVE_POINTS), before, after, kept=after < before)
+    return (student.layer() if lesson.kept else layer), lesson
+
+
+class Student:
+    """A pruned layer as a module that trains: weights in float32, products in the runner's dtype."""
+
+    def __init__(self, layer: DecoderLayer, index: int, runner: LayerRunner, options: DistillConfig):
+        self._pruned, self._index, self._runner, self._options = layer, index, runner, options
+        # Copied, so that the layer itself stays as it is.
+        self._module = runner.build(layer.to(torch.float32, copy=True), index, torch.float32)
+        self._module.requires_grad_(options.train == "full")
+        if options.train == "lora":
+            self._add_low_rank_updates()
+
+    def _add_low_rank_updates(self) -> None:
+        generator = torch.Generator().manual_seed(self._options.seed)
+        for linear in [module for module in self._module.modules() if isinstance(module, nn.Linear)]:
+            update = LowRankUpdate(linear.weight, self._options.rank, generator)
+            parametrize.register_parametrization(linear, "weight", update)
+
+    def train(self, inputs: Tensor, targets: Tensor) -> list[float]:
+        """Run the optimizer over all epochs. Returns the loss of every step."""
+        options, losses = self._options, []
+        parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=BETAS, weight_decay=0.0)
+        batches = list(shuffled_batches(len(inputs), options))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(len(batches)))
+        for batch in batches:
+            loss = self._loss(inputs[batch], targets[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        return losses
+
+    @torch.no_grad()
+    def mean_loss(self, inputs: Tensor, targets: Tensor) -> float:
+        size = self._options.batch
+        pairs = zip(inputs.split(size), targets.split(size), strict=True)
+        return sum(self._loss(x, y).item() * len(x) for x, y in pairs) / len(inputs)
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        runner = self._runner
+        with torch.autocast(runner.device.type, torch.bfloat16, enabled=runner.dtype == torch.bfloat16):
+            outputs = runner.forward(self._module, self._index, inputs.to(runner.device, torch.float32))
+        return relative_error(outputs, targets.to(runner.device))
+
+    def layer(self) -> DecoderLayer:
+        """The layer as it is now, low-rank updates folded in."""
+        for linear in [module for module in self._module.modules() if parametrize.is_parametrized(module)]:
+            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+        state = {name: tensor.detach() for name, tensor in self._module.state_dict().items()}
+        return layer_from_state(state, self._pruned.shape).to(self._pruned.attention_norm.dtype)
+
+
+class LowRankUpdate(nn.Module):
+    """W -> W + BA (LoRA, Hu et al., ICLR 2022), B zero at the start."""
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
+        super().__init__()
+        out_features, in_features = weight.shape
+        rank = min(rank, *weight.shape)
+        start = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
+        self.right = nn.Parameter(start.to(weight))
+        self.left = nn.Parameter(weight.new_zeros(out_features, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.left @ self.right
+
+
+def relative_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean over tokens of ‖ŷ - y‖² / ‖y‖², (), from (.., d).
+
+    What follows a layer normalizes its input token by token, so an error counts relative to its token: a few tokens
+    (the first of a text above all) have hidden states a thousand times larger than the others'.
+    """
+    outputs, targets = outputs.float(), targets.float()
+    return ((outputs - targets).square().sum(dim=-1) / targets.square().sum(dim=-1)).mean()
+
+
+def split(samples: int, options: DistillConfig) -> tuple[Tensor, Tensor]:
+    """Indices of the samples to train on and of those held out, at least one each."""
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(options.seed))
+    held_out = min(max(1, round(options.held_out * samples)), samples - 1)
+    return order[held_out:], order[:held_out]
+
+
+def shuffled_batches(samples: int, options: DistillConfig) -> Iterator[Tensor]:
+    """The indices of every step's samples: each epoch takes all in an order of its own."""
+    generator = torch.Generator().manual_seed(options.seed)
+    for _ in range(options.epochs):
+        yield from torch.randperm(samples, generator=generator).split(options.batch)
+
+
+def warmup_and_cosine(steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate: up in the first twentieth of the steps, then down to zero as a cosine."""
+    warmup = max(1, steps // 20)
+    return lambda step: min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def averaged(losses: list[float], points: int) -> list[float]:
+    """The means of at most ``points`` equal stretches."""
+    return [stretch.mean().item() for stretch in torch.tensor(losses).tensor_split(min(points, len(losses)))]

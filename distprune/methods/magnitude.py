@@ -1,0 +1,36 @@
+"""Structured magnitude pruning: units of small weights go, whatever the data say.
+
+Han et al. (NeurIPS 2015) removed single weights by magnitude; here the weights that go together are one vector, as in
+the L2 baseline of LLM-Pruner (Ma et al., NeurIPS 2023). Left out: the fine-tuning that follows in both, and that
+LLM-Pruner spares the first and last layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from distprune.decoder_layer import DecoderLayer, LayerShape
+from distprune.methods.uniform import ScoredUnits
+from distprune.methods.units import sum_by_unit
+from distprune.statistics import LayerStatistics, Moment
+
+
+class Magnitude(ScoredUnits):
+    name: ClassVar[str] = "magnitude"
+
+    def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
+        return ()
+
+    def score_groups(self, layer: DecoderLayer, statistics: LayerStatistics) -> Tensor:
+        """The norm of a KV group's query, key and value rows and output columns."""
+        rows = [projection.weight.square().sum(dim=1) for projection in (layer.query, layer.key, layer.value)]
+        columns = layer.output.weight.square().sum(dim=0)
+        return sum(sum_by_unit(channels, layer.kv_heads) for channels in (*rows, columns)).sqrt()
+
+    def score_neurons(self, layer: DecoderLayer, statistics: LayerStatistics) -> Tensor:
+        """The norm of a neuron's gate and up rows and down column."""
+        rows = layer.gate.weight.square().sum(dim=1) + layer.up.weight.square().sum(dim=1)
+        return (rows + layer.down.weight.square().sum(dim=0)).sqrt()

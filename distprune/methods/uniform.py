@@ -1,0 +1,53 @@
+"""What the simplest methods share: each layer keeps as much, the units of the highest scores, and nothing is repaired.
+
+Units are whole KV groups of attention and neurons of the FFN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from distprune.budgets import ParameterTarget, fill_with_ffn
+from distprune.decoder_layer import DecoderLayer, LayerShape
+from distprune.methods.base import Method, Profile
+from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons, with_heads
+from distprune.solvers import most_important
+from distprune.statistics import LayerStatistics
+
+
+class ScoredUnits(Method):
+    """A method that is two scores."""
+
+    def score_groups(self, layer: DecoderLayer, statistics: LayerStatistics) -> Tensor:
+        """What the KV groups are worth, (g,)."""
+        raise NotImplementedError
+
+    def score_neurons(self, layer: DecoderLayer, statistics: LayerStatistics) -> Tensor:
+        """What the FFN's neurons are worth, (f,)."""
+        raise NotImplementedError
+
+    def check_target(self, target: ParameterTarget, align: int) -> None:
+        self.plan(target, (), align)
+
+    def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+        config, sparsity = target.config, target.decoder_sparsity
+        dense = [config.layer_shape(index) for index in range(config.num_hidden_layers)]
+        if target.sparsity == 0:
+            return dense
+        return fill_with_ffn(target, [with_fewer_groups(shape, sparsity) for shape in dense], align)
+
+    def prune(
+        self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics, profile: Profile
+    ) -> DecoderLayer:
+        groups = most_important(self.score_groups(layer, statistics), planned.kv_heads)
+        neurons = most_important(self.score_neurons(layer, statistics), planned.ffn_width)
+        heads = heads_of_groups(groups, layer.query_heads // layer.kv_heads)
+        return keep_neurons(keep_heads(layer, heads), neurons)
+
+
+def with_fewer_groups(shape: LayerShape, sparsity: float) -> LayerShape:
+    """The shape without the fraction ``sparsity`` of its KV groups, to the nearest whole one; at least one stays."""
+    kept = max(1, round((1 - sparsity) * shape.kv_heads))
+    return with_heads(shape, kept, shape.query_heads // shape.kv_heads)

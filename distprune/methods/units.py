@@ -1,0 +1,69 @@
+"""Whole units of a layer, and the layer without some of them: query heads and their KV groups, neurons of the FFN."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from distprune.decoder_layer import DecoderLayer, LayerShape, slice_linear
+from distprune.solvers import channels_of
+
+
+def with_heads(shape: LayerShape, kv_heads: int, heads_per_group: int) -> LayerShape:
+    """The shape with that many KV groups, and query heads in each."""
+    return replace(shape, kv_heads=kv_heads, query_heads=kv_heads * heads_per_group)
+
+
+def heads_of_groups(groups: Tensor, heads_per_group: int) -> Tensor:
+    """The query heads of the given KV groups, a row for each, (groups, heads_per_group)."""
+    return groups[:, None] * heads_per_group + torch.arange(heads_per_group, device=groups.device)
+
+
+def sum_by_unit(channels: Tensor, units: int) -> Tensor:
+    """One number a unit from one a channel, (units · width,) to (units,)."""
+    return channels.unflatten(0, (units, -1)).sum(dim=1)
+
+
+def keep_heads(layer: DecoderLayer, heads: Tensor) -> DecoderLayer:
+    """The layer with the given query heads and the KV groups that they are of.
+
+    Args:
+        layer: a dense layer.
+        heads: (groups, heads per group), indices of query heads, a row for each KV group that stays; ascending.
+    """
+    groups = heads[:, 0] // (layer.query_heads // layer.kv_heads)
+    head_dim = len(layer.query.weight) // layer.query_heads
+    value_dim = len(layer.value.weight) // layer.kv_heads
+    return replace(
+        layer,
+        query_heads=heads.numel(),
+        kv_heads=len(groups),
+        query=slice_linear(layer.query, rows=channels_of(heads, head_dim)),
+        key=slice_linear(layer.key, rows=channels_of(groups, head_dim)),
+        value=slice_linear(layer.value, rows=channels_of(groups, value_dim)),
+        output=slice_linear(layer.output, columns=channels_of(heads, value_dim)),
+    )
+
+
+def keep_neurons(layer: DecoderLayer, neurons: Tensor) -> DecoderLayer:
+    """The layer with the given neurons of its FFN, indices in ascending order."""
+    return replace(
+        layer,
+        gate=slice_linear(layer.gate, rows=neurons),
+        up=slice_linear(layer.up, rows=neurons),
+        down=slice_linear(layer.down, columns=neurons),
+    )
+
+
+def head_interaction(layer: DecoderLayer, gram: Tensor) -> Tensor:
+    """E⟨c_u, c_v⟩ of what every two query heads add to the attention's output, (h, h), from E[zᵀz], (h·v, h·v)."""
+    weights = layer.output.weight.unflatten(1, (layer.query_heads, -1)).movedim(1, 0)
+    blocks = gram.unflatten(0, (layer.query_heads, -1)).unflatten(2, (layer.query_heads, -1))
+    return torch.einsum("udi,uivj,vdj->uv", weights, blocks, weights)
+
+
+def neuron_interaction(layer: DecoderLayer, gram: Tensor) -> Tensor:
+    """E⟨c_u, c_v⟩ of what every two neurons add to the FFN's output, (f, f): (W_dᵀW_d) ∘ E[aᵀa]."""
+    return (layer.down.weight.mT @ layer.down.weight) * gram
