@@ -1,4 +1,4 @@
-"""The command line: distprune calibrate | prune | compare | evaluate | inspect."""
+"""The command line: distprune calibrate | plan | prune | compare | evaluate | inspect."""
 
 from __future__ import annotations
 
@@ -67,6 +67,9 @@ ThreadsPerWorker = Annotated[Optional[int], typer.Option(help="CPU threads of ea
 GpusPerWorker = Annotated[Optional[float], typer.Option(help="GPUs each worker asks for [1 on cuda]")]
 Address = Annotated[Optional[str], typer.Option(help="Ray cluster to join [RAY_ADDRESS or a local one]")]
 Overwrite = Annotated[Optional[bool], typer.Option("--overwrite/--no-overwrite", help="replace an existing output")]
+Restart = Annotated[
+    Optional[bool], typer.Option("--restart/--no-restart", help="begin anew where an unfinished run could go on")
+]
 OptionalTrust = Annotated[
     Optional[bool],
     typer.Option("--trust-remote-code/--no-trust-remote-code", help="run code that comes with the model"),
@@ -153,6 +156,7 @@ def prune(
     address: Address = None,
     max_shard_size: Annotated[Optional[int], typer.Option(help="bytes of one safetensors file [5000000000]")] = None,
     overwrite: Overwrite = None,
+    restart: Restart = None,
     revision: Revision = None,
     trust_remote_code: OptionalTrust = None,
 ) -> None:
@@ -168,6 +172,72 @@ def prune(
     record = api.prune(config=config, progress=console_progress(error_console), **given)
     output_console.print(parameter_table(record))
     output_console.print(memory_line(record), highlight=False)
+
+
+@app.command()
+@explains_bad_input
+def plan(
+    model: OptionalModel = None,
+    gpus: Annotated[int, typer.Option(help="GPUs in all to ask for; 0 plans for the CPU")] = 0,
+    gpu_memory: Annotated[Optional[str], typer.Option(metavar="SIZE", help="of one GPU [80GB]")] = None,
+    nodes: Annotated[int, typer.Option(help="machines")] = 1,
+    host_memory: Annotated[
+        Optional[str],
+        typer.Option(metavar="SIZE", help="of one machine, as in 512GB [this one's, if for one CPU node]"),
+    ] = None,
+    hardware: Annotated[Optional[str], typer.Option(help="h100, a100 or cpu: whose rates to assume")] = None,
+    rate: Annotated[
+        Optional[list[str]], typer.Option(metavar="NAME=VALUE", help="another rate of a worker; repeatable")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
+    config: Config = None,
+    method: Annotated[Optional[str], typer.Option(help="pruning method [olica]")] = None,
+    option: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="NAME=VALUE", help="hyperparameter of the method; repeatable"),
+    ] = None,
+    sparsity: Annotated[Optional[float], typer.Option(help="fraction of decoder parameters to remove [0.2]")] = None,
+    count_embeddings: CountEmbeddings = None,
+    align: Align = None,
+    calibration: CalibrationFile = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    distill: Distill = None,
+    distill_calibration: DistillCalibration = None,
+    distill_epochs: DistillEpochs = None,
+    distill_train: DistillTrain = None,
+    propagation: Propagation = None,
+    micro_batch: MicroBatch = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    workers: Workers = None,
+    threads_per_worker: ThreadsPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
+    max_shard_size: Annotated[Optional[int], typer.Option(help="bytes of one safetensors file [5000000000]")] = None,
+    revision: Revision = None,
+    trust_remote_code: OptionalTrust = None,
+) -> None:
+    """What a pruning run would take, from the checkpoint's headers alone, and whether it would fit."""
+    given = dict(locals())
+    as_json, option, rate = given.pop("as_json"), given.pop("option"), given.pop("rate")
+    if option:
+        given["options"] = dict(parse_option(text) for text in option)
+    gather_distillation(given)
+    planned = api.plan(rates=dict(parse_option(text, "--rate") for text in rate or ()), **given)
+    if as_json:
+        print(json.dumps(asdict(planned)))
+        return
+    print_plan(planned)
+
+
+def print_plan(planned: Any) -> None:
+    from distprune.reporting import plan_tables as tables
+
+    output_console.print(tables.plan_summary(planned), highlight=False, markup=False)
+    output_console.print(tables.memory_table(planned))
+    output_console.print(tables.stage_table(planned))
+    output_console.print(tables.assumptions_line(planned), highlight=False)
+    output_console.print(tables.verdict_line(planned), highlight=False)
 
 
 @app.command()
@@ -263,15 +333,15 @@ def parse_method_options(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
     return options
 
 
-def parse_option(text: str) -> tuple[str, Any]:
+def parse_option(text: str, option: str = "--option") -> tuple[str, Any]:
     """``name=value``, the value read as YAML reads it."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise InputError(f"--option {text}: write NAME=VALUE.")
+        raise InputError(f"{option} {text}: write NAME=VALUE.")
     try:
         return name, yaml.safe_load(value)
     except yaml.YAMLError:
-        raise InputError(f"--option {text}: '{value}' is no value; quote it as in YAML.") from None
+        raise InputError(f"{option} {text}: '{value}' is no value; quote it as in YAML.") from None
 
 
 @app.command()

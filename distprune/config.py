@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from distprune.errors import InputError
 
 # What decides where and how fast a run goes, and never what it makes.
-PLACEMENT = ("output", "overwrite", "workers", "gpus_per_worker", "address")
+PLACEMENT = ("output", "overwrite", "restart", "workers", "gpus_per_worker", "address")
 
 
 class DistillConfig(BaseModel):
@@ -76,6 +74,7 @@ class PruneConfig(BaseModel):
 
     max_shard_size: int = Field(5 * 10**9, ge=1, description="bytes of one safetensors file at most")
     overwrite: bool = Field(False, description="replace an existing output folder")
+    restart: bool = Field(False, description="begin anew where an unfinished run could go on")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(False, description="run code that comes with the input model")
 
@@ -83,12 +82,10 @@ class PruneConfig(BaseModel):
         """Layers pruned on each other's outputs in a row, for a model of ``layers`` layers."""
         return layers if self.propagation == "full" else min(self.propagation, layers)
 
-    def fingerprint(self, *inputs: str | None) -> str:
-        """Identifies what a run makes: the given fingerprints of model and calibration sets, and every option that
-        can change a byte of the result. Hexadecimal SHA-256."""
-        inputs_by_path = {"model": True, "calibration": True, "revision": True, "distill": {"calibration"}}
-        what = self.model_dump(mode="json", exclude=dict.fromkeys(PLACEMENT, True) | inputs_by_path)
-        return hashlib.sha256(json.dumps([*inputs, what], sort_keys=True).encode()).hexdigest()
+    def decisive(self) -> dict[str, Any]:
+        """Every option that can change a byte of the result; model and calibration sets are known by their content."""
+        by_content = {"model": True, "calibration": True, "revision": True, "distill": {"calibration"}}
+        return self.model_dump(mode="json", exclude=dict.fromkeys(PLACEMENT, True) | by_content)
 
     def to_yaml(self) -> str:
         """The effective configuration, which ``distprune prune --config`` reads back."""

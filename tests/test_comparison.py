@@ -131,7 +131,7 @@ def test_every_run_is_told_of_by_name_and_evaluated_on_the_way(comparison):
     heard = []
 
     class Hear(Progress):
-        def stage(self, name, total):
+        def stage(self, name, total, done=0):
             heard.append(name)
 
         def note(self, text):

@@ -20,7 +20,7 @@ def decoder_parameters(config: PrunedConfig, shapes: Sequence[LayerShape]) -> in
 
 
 def affordable_neurons(config: PrunedConfig, index: int, shape: LayerShape, budget: float) -> float:
-    """How wide layer ``index`` of ``shape`` may make its FFN if it may hold ``budget`` parameters; below 1 if it can't."""
+    """How wide layer ``index`` of ``shape`` may make its FFN if it may hold ``budget`` parameters."""
     one, two = (layer_parameters(config, index, replace(shape, ffn_width=width)) for width in (1, 2))
     return 1 + (budget - one) / (two - one)
 

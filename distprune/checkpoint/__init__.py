@@ -4,6 +4,7 @@ Knows files and tensors only: no mathematics, no Ray, and no model family's tens
 """
 
 from distprune.checkpoint.disk import check_free_space
+from distprune.checkpoint.durable import write_tensors, write_text
 from distprune.checkpoint.gguf import import_gguf
 from distprune.checkpoint.headers import TensorInfo
 from distprune.checkpoint.publish import (
@@ -29,4 +30,6 @@ __all__ = [
     "prepare_output",
     "publish",
     "resolve_model",
+    "write_tensors",
+    "write_text",
 ]

@@ -46,6 +46,10 @@ class ShardWriter:
         """The tensors of a part that waits in a file of its own."""
         return load_file(self._part_file(part))
 
+    def drop(self, part: str) -> None:
+        """Remove a part, if it is there."""
+        self._part_file(part).unlink(missing_ok=True)
+
     def done(self) -> set[str]:
         """The parts that are safely on disk, in a file of their own or in a finished shard."""
         return self._waiting() | {part for parts in self._built_shards().values() for part in parts}

@@ -12,21 +12,17 @@ from distprune.engine.preflight import Job
 from distprune.modeling import AUTO_MAP, PrunedConfig, copy_modeling_files
 
 
-def layer_part(index: int) -> str:
-    """The name under which a pruned layer waits on disk."""
-    return f"layer-{index:05}"
-
-
 def write_outer_tensors(job: Job, writer: ShardWriter) -> tuple[list[str], list[str]]:
     """Copy embedding, final norm and head through, one tensor at a time.
 
     Returns:
         The names of the parts that come before and after the decoder layers.
     """
-    parts = []
+    parts, done = [], writer.done()
     for number, name in enumerate(job.family.outer_shapes(job.dense)):
         parts.append(f"outer-{number}")
-        writer.put(parts[-1], job.checkpoint.read([name]))
+        if parts[-1] not in done:
+            writer.put(parts[-1], job.checkpoint.read([name]))
     return parts[:1], parts[1:]
 
 
@@ -66,11 +62,12 @@ def verify(job: Job, shapes: Sequence[LayerShape], folder: Path) -> None:
     Checkpoint.open(folder).check_shapes(job.family.tensor_shapes(pruned_config(job, shapes)))
 
 
-def assemble(job: Job, shapes: Sequence[LayerShape], writer: ShardWriter, folder: Path) -> str:
+def assemble(
+    job: Job, shapes: Sequence[LayerShape], layer_parts: Sequence[str], writer: ShardWriter, folder: Path
+) -> str:
     """Turn the written parts into a verified checkpoint in ``folder``. Returns the layout."""
     before, after = write_outer_tensors(job, writer)
-    order = [*before, *(layer_part(index) for index in range(len(shapes))), *after]
     layout = write_config(job, shapes, folder)
-    writer.assemble(order, folder, job.config.max_shard_size)
+    writer.assemble([*before, *layer_parts, *after], folder, job.config.max_shard_size)
     verify(job, shapes, folder)
     return layout

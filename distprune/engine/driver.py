@@ -1,27 +1,25 @@
-"""A run from beginning to end: check, dense pass, plan, prune, assemble, verify, publish."""
+"""A run from beginning to end: check, dense pass, plan, prune, distil, assemble, verify, publish."""
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distprune.checkpoint import ShardWriter, copy_side_files, hold_lock, partial_directory, publish
+from distprune.checkpoint import copy_side_files, hold_lock, partial_directory, publish
 from distprune.config import PruneConfig
-from distprune.decoder_layer import DecoderLayer
-from distprune.distillation import Lesson
-from distprune.engine.assembly import assemble, layer_part, pruned_config
+from distprune.engine.assembly import assemble
 from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers
+from distprune.engine.journal import fingerprint
+from distprune.engine.layer_files import LayerFiles
 from distprune.engine.memory import peak_memory
 from distprune.engine.pool import WorkerPool
 from distprune.engine.preflight import Job, check_job
 from distprune.engine.progress import Progress
-from distprune.engine.record import CALIBRATION_FILE, OWN_FILES, RunRecord, layer_records, parameter_counts
+from distprune.engine.record import CALIBRATION_FILE, OWN_FILES, RunRecord, layer_records, load_record, parameter_counts
 from distprune.engine.stages import check_weights, distill_layers, prune_blocks, sweep, write_own_samples
-from distprune.engine.tasks import Report
-from distprune.engine.transport import unpack_all
+from distprune.engine.work import CHECK, PUBLISHING, Work
+from distprune.errors import InputError, WorkersLost
 
 # Seconds until a run says that it waits for its first worker.
 PATIENCE = 30
@@ -30,88 +28,89 @@ PATIENCE = 30
 def prune(config: PruneConfig, progress: Progress | None = None) -> RunRecord:
     """Prune a model and publish the result at ``config.output``.
 
-    Work happens in ``OUTPUT.partial`` and becomes visible by one rename at the end; on an error nothing of it stays.
+    Work happens in ``OUTPUT.partial`` and becomes visible by one rename at the end. A run that ends before that leaves
+    there what was done, and the same call goes on with it.
 
     Raises:
         InputError: something about the input is wrong; the output path is untouched.
     """
     progress = progress or Progress()
+    if record := finish_publishing(config):
+        return record
     job = check_job(config)
-    with progress, work_directory(config.output) as folder, connected(config):
+    with progress, hold_lock(partial_directory(config.output)), connected(config):
         workers = plan_workers(config, alive_nodes(), job.dense.num_hidden_layers)
-        copy_model_files(job, folder)
-        record = run_on_workers(job, workers, folder, progress)
-        record.save(folder, config)
-        publish(folder, config.output, config.overwrite)
+        with work_folder(job, workers, progress) as work:
+            record = run_on_workers(job, workers, work, progress)
+            record.save(work.checkpoint, config)
+            work.journal.write(PUBLISHING)
+            publish(work.checkpoint, config.output, config.overwrite)
+            work.remove()
+    return record
+
+
+def finish_publishing(config: PruneConfig) -> RunRecord | None:
+    """The record of a run that ended between publishing its result and clearing up, which is done now."""
+    work = Work(partial_directory(config.output))
+    if config.restart or not work.journal.has(PUBLISHING) or work.checkpoint.exists():
+        return None
+    with hold_lock(work.folder):
+        record = load_record(config.output)
+        work.remove()
     return record
 
 
 @contextmanager
-def work_directory(output: Path) -> Iterator[Path]:
-    """A fresh ``OUTPUT.partial``, locked against other runs, that is gone afterwards unless it was published."""
-    folder = partial_directory(output)
-    with hold_lock(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+def work_folder(job: Job, workers: WorkerPlan, progress: Progress) -> Iterator[Work]:
+    """``OUTPUT.partial``, new or with what the same run has left there.
+
+    Raises:
+        InputError: another run has left something there.
+    """
+    work = Work(partial_directory(job.config.output))
+    if job.config.restart:
+        work.remove()
+    if work.begin(job.identity(workers.device)):
+        progress.note(f"Going on with what an earlier run has done in {work.folder}")
+    try:
+        yield work
+    except WorkersLost:
+        raise
+    except InputError:
+        work.remove()
+        raise
+    except BaseException:
+        if not work.is_worth_keeping():
+            work.remove()
+        raise
 
 
-def copy_model_files(job: Job, folder: Path) -> None:
-    """The model's tokenizer, licence and the like; not what an earlier run left beside a model it made."""
-    copy_side_files(job.model_path, folder)
-    for name in OWN_FILES:
-        (folder / name).unlink(missing_ok=True)
-
-
-def run_on_workers(job: Job, workers: WorkerPlan, folder: Path, progress: Progress) -> RunRecord:
-    """Everything that needs the workers, up to a verified checkpoint in ``folder``."""
-    config, layers = job.config, job.dense.num_hidden_layers
-    calibration = config.calibration or folder / CALIBRATION_FILE
-    writer = ShardWriter(folder)
-    reports: dict[int, Report] = {}
-    lessons: dict[int, Lesson] = {}
-    stage_seconds: dict[str, float] = {}
-
-    def keep_layer(index: int, layer: DecoderLayer) -> None:
-        writer.put(layer_part(index), job.family.layer_to_checkpoint(layer, index))
-
-    def keep_pruned(index: int, layer: DecoderLayer, report: Report) -> None:
-        keep_layer(index, layer)
-        reports[index] = report
-        for warning in report.warnings:
-            progress.note(f"layer {index}: {warning}")
-
-    def keep_distilled(index: int, layer: DecoderLayer, lesson: Lesson) -> None:
-        keep_layer(index, layer)
-        lessons[index] = lesson
-
-    def pruned_layer(index: int) -> DecoderLayer:
-        return job.family.layer_from_checkpoint(writer.read(layer_part(index)), pruned_config(job, plan), index)
-
+def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress) -> RunRecord:
+    """Everything that needs the workers, up to a verified checkpoint in the work folder."""
+    config, layers, journal = job.config, job.dense.num_hidden_layers, work.journal
+    block_length = config.block_length(layers)
+    calibration = config.calibration or work.checkpoint / CALIBRATION_FILE
+    work.once("copy", lambda: copy_model_files(job, work.checkpoint))
     with worker_pool(job, workers, calibration, progress) as pool:
-        with timed(stage_seconds, "check"):
-            check_weights(pool, layers, progress)
+        work.once(CHECK, lambda: check_weights(pool, layers, progress))
         if config.calibration is None:
-            with timed(stage_seconds, "own samples"):
-                write_own_samples(pool, progress)
-        with timed(stage_seconds, "dense pass"):
-            boundaries, profiles = sweep(pool, layers, config.block_length(layers), progress)
-        plan = job.method.plan(job.target, [unpack_all(profile) for profile in profiles], config.align)
-        with timed(stage_seconds, "prune"):
-            prune_blocks(pool, boundaries, plan, profiles, keep_pruned, progress)
+            work.once("own samples", lambda: write_own_samples(pool, progress))
+        with work.timed("dense pass"):
+            profiles = sweep(pool, layers, block_length, journal, progress)
+        plan = job.method.plan(job.target, profiles, config.align)
+        files = LayerFiles(job, plan, work.writer, journal, progress)
+        with work.timed("prune"):
+            done = files.pruned()
+            prune_blocks(pool, plan, profiles, block_length, done, journal, files.keep_pruned, progress)
         if config.distill:
-            with timed(stage_seconds, "distill"):
-                texts, ahead = config.distill.calibration, 2 * workers.count
-                distill_layers(pool, layers, texts, ahead, pruned_layer, keep_distilled, progress)
+            with work.timed("distill"):
+                texts, ahead, done = config.distill.calibration, 2 * workers.count, files.distilled()
+                distill_layers(pool, layers, texts, ahead, done, files.read, files.keep_distilled, progress)
         peaks = pool.peak_memory()
 
     progress.stage("Assembling", 1)
-    with timed(stage_seconds, "assemble"):
-        layout = assemble(job, plan, writer, folder)
-        writer.discard()
+    with work.timed("assemble"):
+        layout = assemble(job, plan, files.parts(), work.writer, work.checkpoint)
     progress.advance()
     return RunRecord(
         model=config.model,
@@ -120,14 +119,21 @@ def run_on_workers(job: Job, workers: WorkerPlan, folder: Path, progress: Progre
         layout=layout,
         sparsity_asked=config.sparsity,
         **parameter_counts(job.dense, plan),
-        fingerprint=job.fingerprint(calibration),
+        fingerprint=fingerprint(job.identity(workers.device)),
         workers=workers.count,
         device=workers.device,
         peak_memory_driver=peak_memory(),
         peak_memory_workers=peaks,
-        seconds=stage_seconds,
-        layers=layer_records(job.dense, plan, reports, lessons),
+        seconds=work.seconds(),
+        layers=layer_records(job.dense, plan, files.reports(), files.lessons()),
     )
+
+
+def copy_model_files(job: Job, folder: Path) -> None:
+    """The model's tokenizer, licence and the like; not what an earlier run left beside a model it made."""
+    copy_side_files(job.model_path, folder)
+    for name in OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -140,10 +146,3 @@ def worker_pool(job: Job, workers: WorkerPlan, calibration: Path, progress: Prog
         yield pool
     finally:
         pool.shutdown()
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = round(time.perf_counter() - start, 3)

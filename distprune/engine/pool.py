@@ -29,11 +29,18 @@ from distprune.config import PruneConfig
 from distprune.engine.cluster import WorkerPlan
 from distprune.engine.memory import PeakMemory
 from distprune.engine.worker import Worker
-from distprune.errors import InputError
+from distprune.errors import InputError, WorkersLost
 
 # A call survives this many losses of its worker; more mean that the layer itself is what kills it (out of memory).
 LOSSES = 4
 LOST = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError)
+
+
+@dataclass(frozen=True)
+class Later:
+    """An argument that is made when its call starts, and again if it must start again; nothing is held until then."""
+
+    make: Callable[[], Any]
 
 
 @dataclass
@@ -71,7 +78,10 @@ class WorkerPool:
         return bool(done)
 
     def submit(self, then: Callable[..., None], method: str, *arguments: Any) -> None:
-        """Queue the workers' ``method(*arguments)``; :meth:`run` calls ``then`` with its results."""
+        """Queue the workers' ``method(*arguments)``; :meth:`run` calls ``then`` with its results.
+
+        An argument may be a :class:`Later`.
+        """
         self._queue.append(Call(method, arguments, then))
         self._dispatch()
 
@@ -81,7 +91,8 @@ class WorkerPool:
         A worker gets its next call before the results of the last are looked at, and nothing here holds on to them.
 
         Raises:
-            InputError: a worker found bad input, or a call lost too many workers.
+            InputError: a worker found bad input.
+            WorkersLost: a call lost too many workers.
             ray.exceptions.RayError: a call failed otherwise.
         """
         while self._queue or self._running:
@@ -115,14 +126,15 @@ class WorkerPool:
         self._starting[worker.ready.remote()] = worker
 
     def _start(self, worker: Any, call: Call) -> None:
-        results = getattr(worker, call.method).remote(*call.arguments)
+        arguments = [argument.make() if isinstance(argument, Later) else argument for argument in call.arguments]
+        results = getattr(worker, call.method).remote(*arguments)
         results = results if isinstance(results, list) else [results]
         self._running[results[0]] = worker, call, results
 
     def _put_back(self, call: Call, error: Exception) -> None:
         call.losses += 1
         if call.losses > LOSSES:
-            raise InputError(
+            raise WorkersLost(
                 f"{call} lost {call.losses} workers in a row, most likely for lack of memory. "
                 f"Take fewer --workers or a smaller --micro-batch. Ray says: {str(error).strip()}"
             ) from error

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from distprune import __version__
 from distprune.budgets import ParameterTarget
 from distprune.calibration import Calibration, load_tokenizer, open_calibration, tokenizer_fingerprint
 from distprune.checkpoint import Checkpoint, check_free_space, prepare_output, resolve_model
@@ -29,11 +31,18 @@ class Job:
     method: Method
     target: ParameterTarget
 
-    def fingerprint(self, calibration: Path) -> str:
-        """What the run makes, given the calibration set that it uses."""
-        texts = calibration, self.config.distill and self.config.distill.calibration
-        inputs = [path and open_calibration(path).fingerprint for path in texts]
-        return self.config.fingerprint(self.checkpoint.fingerprint(), *inputs)
+    def identity(self, device: str) -> dict[str, Any]:
+        """All that decides the bytes of the result on one kind of device, as JSON would give it back."""
+        texts = self.config.calibration, self.config.distill and self.config.distill.calibration
+        calibration, distillation = (path and open_calibration(path).fingerprint for path in texts)
+        return self.config.decisive() | {
+            "distprune": __version__,
+            "model": self.checkpoint.fingerprint(),
+            "calibration": calibration,
+            "distillation text": distillation,
+            "options": self.method.model_dump(mode="json"),
+            "device": device,
+        }
 
 
 def check_job(config: PruneConfig) -> Job:

@@ -19,8 +19,8 @@ from rich.progress import Progress as RichBar
 class Progress(AbstractContextManager):
     """The silent one; the others say what happens."""
 
-    def stage(self, name: str, total: int) -> None:
-        """A stage of ``total`` steps begins and the one before has ended."""
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        """A stage of ``total`` steps begins, of which an earlier run has ``done`` some; the one before has ended."""
 
     def advance(self) -> None:
         """One step of the stage is done."""
@@ -49,8 +49,8 @@ class TerminalProgress(Progress):
         self._bar.start()
         return self
 
-    def stage(self, name: str, total: int) -> None:
-        self._stage = self._bar.add_task(name, total=total)
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        self._stage = self._bar.add_task(name, total=total, completed=done)
 
     def advance(self) -> None:
         self._bar.advance(self._stage)
@@ -69,9 +69,9 @@ class PlainProgress(Progress):
         self._console = console
         self._name, self._done, self._total = "", 0, 0
 
-    def stage(self, name: str, total: int) -> None:
-        self._name, self._done, self._total = name, 0, total
-        self.note(f"{name} ...")
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        self._name, self._done, self._total = name, done, total
+        self.note(f"{name} ..." + (f" ({done} of {total} done before)" if done else ""))
 
     def advance(self) -> None:
         self._done += 1

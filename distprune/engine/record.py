@@ -74,7 +74,7 @@ class RunRecord:
 
 
 def layer_records(
-    dense: PrunedConfig, plan: list[LayerShape], reports: Mapping[int, Report], lessons: Mapping[int, Lesson]
+    dense: PrunedConfig, plan: list[LayerShape], reports: list[Report], lessons: list[Lesson | None]
 ) -> list[LayerRecord]:
     return [
         LayerRecord(
@@ -85,7 +85,7 @@ def layer_records(
             parameters_after=layer_parameters(dense, index, shape),
             seconds=reports[index].seconds,
             warnings=reports[index].warnings,
-            distillation=lessons.get(index),
+            distillation=lessons[index],
         )
         for index, shape in enumerate(plan)
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,11 +11,16 @@ from ray import ObjectRef
 
 from distprune.decoder_layer import DecoderLayer, LayerShape, layer_from_state, state_of
 from distprune.distillation import Lesson
-from distprune.engine.pool import WorkerPool
+from distprune.engine.journal import Journal, entry_of
+from distprune.engine.pool import Later, WorkerPool
 from distprune.engine.progress import Progress
 from distprune.engine.tasks import Report
-from distprune.engine.transport import Parcel, pack_all, unpack_all
+from distprune.engine.transport import Parcel, pack, pack_all, unpack, unpack_all
 from distprune.methods import Profile
+
+# Kinds of journal entries: what the method remembers of a layer; the hidden states at a layer's input that the dense
+# model gives, and those that its pruned predecessors give.
+PROFILE, DENSE, PRUNED = "profile", "dense", "pruned"
 
 #: Called with each pruned layer as soon as it is back: index, layer, and what its task tells.
 PrunedSink = Callable[[int, DecoderLayer, Report], None]
@@ -53,67 +58,81 @@ def write_own_samples(pool: WorkerPool, progress: Progress) -> None:
     pool.run()
 
 
-def sweep(
-    pool: WorkerPool, layers: int, block_length: int, progress: Progress
-) -> tuple[dict[int, ObjectRef], list[dict[str, Parcel]]]:
+def sweep(pool: WorkerPool, layers: int, block_length: int, journal: Journal, progress: Progress) -> list[Profile]:
     """The dense pass: hidden states handed from layer to layer, and what the method remembers of each.
 
+    The hidden states at the input of every block stay in the journal, where pruning finds them.
+
     Returns:
-        The hidden states at the input of every block, by the block's first layer, in the object store of the driver's
-        node, which spills them to disk where they are many; and the profiles of all layers.
+        The profiles of all layers.
     """
-    progress.stage("Dense pass", layers)
-    boundaries: dict[int, ObjectRef] = {}
-    profiles: list[dict[str, Parcel]] = []
+    done = journal.count(PROFILE)
+    progress.stage("Dense pass", layers, done)
 
     def submit(index: int, hidden_states: Parcel) -> None:
-        stored = ray.put(hidden_states)
-        if index % block_length == 0:
-            boundaries[index] = stored
-        pool.submit(partial(receive, index), "sweep", index, stored)
+        pool.submit(partial(receive, index), "sweep", index, ray.put(hidden_states))
 
     def receive(index: int, hidden_states: Parcel, profile: dict[str, Parcel]) -> None:
         if index + 1 < layers:
             submit(index + 1, hidden_states)
-        profiles.append(profile)
+            save_states(journal, DENSE, index + 1, hidden_states)
+        journal.write(entry_of(PROFILE, index), tensors=unpack_all(profile))
+        if index % block_length:
+            journal.remove(entry_of(DENSE, index))
         progress.advance()
 
-    pool.submit(partial(submit, 0), "embed")
+    def begin(embedded: Parcel) -> None:
+        submit(0, embedded)
+        save_states(journal, DENSE, 0, embedded)
+
+    if done == 0:
+        pool.submit(begin, "embed")
+    elif done < layers:
+        submit(done, load_states(journal, DENSE, done))
     pool.run()
-    return boundaries, profiles
+    return [journal.tensors(entry_of(PROFILE, index)) for index in range(layers)]
 
 
 def prune_blocks(
     pool: WorkerPool,
-    boundaries: dict[int, ObjectRef],
     plan: Sequence[LayerShape],
     profiles: Sequence[Profile],
+    block_length: int,
+    done: Collection[int],
+    journal: Journal,
     sink: PrunedSink,
     progress: Progress,
 ) -> None:
     """The pruning pass: blocks in parallel, and inside a block each layer on its pruned predecessors' output.
 
     A call is one layer, so a lost worker costs no more than that. Each pruned layer goes to ``sink`` before the next
-    result is fetched: one at a time is held here, and no more than one a worker waits in the object store.
+    result is fetched: one at a time is held here. Hidden states wait in the journal until their layer's turn comes.
+    Layers that are ``done`` are passed over.
     """
-    progress.stage("Pruning", len(plan))
-    starts = set(boundaries)
+    progress.stage("Pruning", len(plan), len(done))
 
     def ends_block(index: int) -> bool:
-        return index + 1 == len(plan) or index + 1 in starts
+        return index + 1 == len(plan) or (index + 1) % block_length == 0
 
-    def submit(index: int, hidden_states: ObjectRef) -> None:
-        arguments = index, hidden_states, plan[index], profiles[index], not ends_block(index)
+    def submit(index: int, hidden_states: ObjectRef | Later) -> None:
+        arguments = index, hidden_states, plan[index], pack_all(profiles[index]), not ends_block(index)
         pool.submit(partial(receive, index), "prune", *arguments)
 
     def receive(index: int, tensors: dict[str, Parcel], output: Parcel | None, report: Report) -> None:
         if not ends_block(index):
             submit(index + 1, ray.put(output))
+            save_states(journal, PRUNED, index + 1, output)
         sink(index, layer_from_state(unpack_all(tensors), plan[index]), report)
+        for kind in (DENSE, PRUNED):
+            journal.remove(entry_of(kind, index))
         progress.advance()
 
-    for index in sorted(starts):
-        submit(index, boundaries.pop(index))
+    for start in range(0, len(plan), block_length):
+        block = range(start, min(start + block_length, len(plan)))
+        index = next((index for index in block if index not in done), None)
+        if index is not None:
+            kind = DENSE if index == start else PRUNED
+            submit(index, Later(partial(stored_states, journal, kind, index)))
     pool.run()
 
 
@@ -122,6 +141,7 @@ def distill_layers(
     layers: int,
     calibration: Path | None,
     ahead: int,
+    done: Collection[int],
     source: LayerSource,
     sink: DistilledSink,
     progress: Progress,
@@ -129,25 +149,29 @@ def distill_layers(
     """Every pruned layer learns from the dense layer's hidden states, all at once.
 
     The dense model runs over the distillation's calibration set, no more than ``ahead`` layers before those that have
-    learnt, so that the hidden states of few layers exist at a time.
+    learnt, so that the hidden states of few layers exist at a time. Layers that are ``done`` are passed over.
     """
-    progress.stage("Distilling", layers)
+    progress.stage("Distilling", layers, len(done))
+    last = max(set(range(layers)) - set(done), default=-1)
     learning: set[int] = set()
     waiting: list[tuple[int, ObjectRef]] = []
 
     def enter(index: int, stored: ObjectRef) -> None:
         """The dense hidden states at the input of layer ``index`` are there."""
         if len(learning) < ahead:
-            learning.add(index)
             pool.submit(partial(leave, index, stored), "advance", index, stored)
+            if index not in done:
+                learning.add(index)
         else:
             waiting.append((index, stored))
 
     def leave(index: int, inputs: ObjectRef, targets: Parcel) -> None:
-        stored, layer = ray.put(targets), source(index)
-        arguments = index, layer.shape, pack_all(state_of(layer)), inputs, stored
-        pool.submit(partial(receive, index, layer.shape), "distill", *arguments)
-        if index + 1 < layers:
+        stored = ray.put(targets)
+        if index not in done:
+            layer = source(index)
+            arguments = index, layer.shape, pack_all(state_of(layer)), inputs, stored
+            pool.submit(partial(receive, index, layer.shape), "distill", *arguments)
+        if index < last:
             enter(index + 1, stored)
 
     def receive(index: int, shape: LayerShape, tensors: dict[str, Parcel], lesson: Lesson) -> None:
@@ -157,5 +181,22 @@ def distill_layers(
             enter(*waiting.pop())
         progress.advance()
 
-    pool.submit(lambda embedded: enter(0, ray.put(embedded)), "embed", calibration)
+    if last >= 0:
+        pool.submit(lambda embedded: enter(0, ray.put(embedded)), "embed", calibration)
     pool.run()
+
+
+# ---------------------------------------------------------------- hidden states in the journal
+
+
+def save_states(journal: Journal, kind: str, index: int, hidden_states: Parcel) -> None:
+    journal.write(entry_of(kind, index), tensors={"hidden_states": unpack(hidden_states)})
+
+
+def load_states(journal: Journal, kind: str, index: int) -> Parcel:
+    return pack(journal.tensors(entry_of(kind, index))["hidden_states"])
+
+
+def stored_states(journal: Journal, kind: str, index: int) -> ObjectRef:
+    """The hidden states in the object store."""
+    return ray.put(load_states(journal, kind, index))

@@ -79,7 +79,7 @@ def test_workers_take_the_gpus_that_they_ask_for(run, new_workers, calls):
     free = []
 
     class Watch(Progress):
-        def stage(self, name, total):
+        def stage(self, name, total, done=0):
             if name == "Pruning":
                 free.append(ray.available_resources().get("GPU", 0))
 

@@ -132,7 +132,7 @@ def init_and_wait(pool, *arguments):
 WorkerPool.__init__ = init_and_wait
 
 class LosesNode(Progress):
-    def stage(self, name, total):
+    def stage(self, name, total, done=0):
         self.name = name
 
     def advance(self):

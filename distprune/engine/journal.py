@@ -1,0 +1,93 @@
+"""What a run has done so far, on disk: whoever starts the same run again goes on from there.
+
+An entry is a report in JSON and, for some, tensors beside it. The report is written last, so an entry is there wholly
+or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distprune.checkpoint import write_tensors, write_text
+from distprune.errors import InputError
+
+IDENTITY = "run"
+
+
+def entry_of(kind: str, index: int) -> str:
+    """The name of an entry about layer ``index``."""
+    return f"{kind}-{index:05}"
+
+
+class Journal:
+    """The entries in one folder. Every method is durable: what it did survives a power cut."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def begin(self, identity: Mapping[str, Any]) -> bool:
+        """Begin a run, or go on with it.
+
+        Args:
+            identity: what the run makes and what of; only the same run may go on.
+
+        Returns:
+            Whether the run goes on.
+
+        Raises:
+            InputError: another run was begun here.
+        """
+        if self.has(IDENTITY):
+            begun = self.report(IDENTITY)
+            differing = sorted(name for name in {*begun, *identity} if begun.get(name) != identity.get(name))
+            if differing:
+                raise InputError(
+                    f"{self.folder.parent}: holds an unfinished run with another {', '.join(differing)}. Give the same "
+                    "options to go on with it, or --restart to begin anew."
+                )
+            return True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write(IDENTITY, identity)
+        return False
+
+    def write(self, entry: str, report: Any = None, tensors: Mapping[str, Tensor] | None = None) -> None:
+        if tensors:
+            write_tensors(self._tensors_file(entry), {name: tensor.contiguous() for name, tensor in tensors.items()})
+        write_text(self._report_file(entry), json.dumps(report) + "\n")
+
+    def has(self, entry: str) -> bool:
+        return self._report_file(entry).is_file()
+
+    def report(self, entry: str) -> Any:
+        return json.loads(self._report_file(entry).read_text(encoding="utf-8"))
+
+    def tensors(self, entry: str) -> dict[str, Tensor]:
+        file = self._tensors_file(entry)
+        return load_file(file) if file.is_file() else {}
+
+    def remove(self, entry: str) -> None:
+        """Remove an entry, if it is there."""
+        self._report_file(entry).unlink(missing_ok=True)
+        self._tensors_file(entry).unlink(missing_ok=True)
+
+    def count(self, kind: str) -> int:
+        """How many layers have an entry of a kind."""
+        return len(list(self.folder.glob(f"{kind}-*.json")))
+
+    def _report_file(self, entry: str) -> Path:
+        return self.folder / f"{entry}.json"
+
+    def _tensors_file(self, entry: str) -> Path:
+        return self.folder / f"{entry}.safetensors"
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Hexadecimal SHA-256 of a run's identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,70 @@
+"""The folder that a run works in, ``OUTPUT.partial``: journal, layers that are done, and the growing checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distprune.checkpoint import ShardWriter
+from distprune.engine.journal import IDENTITY, Journal
+
+# Journal entries: the steps that need no repeating, seconds by stage, and that the result is about to be published.
+CHECK, SECONDS, PUBLISHING = "check", "seconds", "publishing"
+
+
+class Work:
+    """What lies in the folder:
+
+    - ``journal/``: what was done, and the hidden states that are still needed;
+    - ``parts/``: the layers that are done, until they are assembled;
+    - ``checkpoint/``: what becomes the output by one rename.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.checkpoint = folder / "checkpoint"
+        self.journal = Journal(folder / "journal")
+
+    def begin(self, identity: Mapping[str, Any]) -> bool:
+        """Begin the run with that identity, or go on with it. Returns whether it goes on.
+
+        Raises:
+            InputError: another run has left something here.
+        """
+        if not self.journal.has(IDENTITY):
+            self.remove()
+        goes_on = self.journal.begin(identity)
+        self.checkpoint.mkdir(exist_ok=True)
+        self.writer = ShardWriter(self.folder)
+        return goes_on
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def is_worth_keeping(self) -> bool:
+        """Whether more was done than to see that the input is sound."""
+        return self.journal.has(CHECK)
+
+    def once(self, step: str, do: Callable[[], None]) -> None:
+        """Do a step, unless an earlier run has."""
+        if not self.journal.has(step):
+            with self.timed(step):
+                do()
+            self.journal.write(step)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds what happens inside to the seconds of a stage, those of earlier runs included."""
+        start, before = time.perf_counter(), self.seconds()
+        try:
+            yield
+        finally:
+            spent = before.get(stage, 0.0) + time.perf_counter() - start
+            self.journal.write(SECONDS, before | {stage: round(spent, 3)})
+
+    def seconds(self) -> dict[str, float]:
+        return self.journal.report(SECONDS) if self.journal.has(SECONDS) else {}

@@ -1,0 +1,169 @@
+"""A run that ended anywhere, at any write, goes on when it is started again, and gives the same bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distprune import InputError
+from distprune.checkpoint import durable
+from distprune.engine.progress import Progress
+from distprune.errors import WorkersLost
+
+OPTIONS = {"sparsity": 0.3, "max_shard_size": 60_000, "propagation": 2, "distill": {"learning_rate": 1e-3, "batch": 2}}
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run, digests) -> dict[str, str]:
+    return digests(run(**OPTIONS)[0])
+
+
+@pytest.fixture
+def output(tmp_path) -> Path:
+    return tmp_path / "pruned"
+
+
+class Killed(BaseException):
+    """Nothing runs after it, as after kill -9: while it is raised, every change of a file fails."""
+
+
+class Disk:
+    """Counts the changes of files that a run makes, and dies at the one it is told to."""
+
+    CHANGES = (
+        (os, "replace"),
+        (os, "rename"),
+        (os, "fsync"),
+        (shutil, "rmtree"),
+        (durable, "save_file"),
+        (Path, "write_text"),
+        (Path, "mkdir"),
+        (Path, "unlink"),
+    )
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, dies_at: int):
+        self.dies_at, self.changes = dies_at, 0
+        for module, name in self.CHANGES:
+            monkeypatch.setattr(module, name, self._counted(getattr(module, name)))
+
+    def _counted(self, change: Callable) -> Callable:
+        def counted(*args, **kwargs):
+            # Locks are freed by the system when a process dies.
+            if not str(args[0]).endswith(".lock"):
+                self.changes += 1
+                if self.changes >= self.dies_at:
+                    raise Killed
+            return change(*args, **kwargs)
+
+        return counted
+
+
+def changes_in(run, output: Path) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch, 10**9)
+        run(output=output, **OPTIONS)
+    return disk.changes
+
+
+def test_a_driver_killed_at_any_change_of_a_file_goes_on_to_the_same_bytes(run, undisturbed, digests, tmp_path):
+    changes = changes_in(run, tmp_path / "counted")
+    assert changes > 150
+    # Every change where the steps of a layer, the assembly and the publishing follow each other; a sample elsewhere.
+    points = sorted({*range(1, changes, 7), *range(changes - 30, changes + 1)})
+    for point in points:
+        output = tmp_path / f"killed-{point}"
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(patch, point)
+            with pytest.raises(Killed):
+                run(output=output, **OPTIONS)
+        assert not output.exists() or digests(output) == undisturbed, point
+        run(output=output, **OPTIONS)
+        assert digests(output) == undisturbed, point
+        assert [name for name in os.listdir(tmp_path) if name.startswith(output.name)] == [output.name], point
+        shutil.rmtree(output)
+
+
+class Stops(Progress):
+    """Stops a run after a number of steps of a stage."""
+
+    def __init__(self, stage: str, steps: int, error: BaseException):
+        self.wanted, self.steps, self.error = stage, steps, error
+        self.notes = []
+
+    def stage(self, name, total, done=0):
+        self.name, self.done = name, 0
+        self._stop_if_there()
+
+    def advance(self):
+        self.done += 1
+        self._stop_if_there()
+
+    def _stop_if_there(self):
+        if self.name == self.wanted and self.done == self.steps:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps", "repeated"),
+    [
+        ("Dense pass", 2, {"sweep": 2, "prune": 4, "distill": 4}),
+        ("Pruning", 1, {"sweep": 0, "prune": 3, "distill": 4}),
+        ("Pruning", 3, {"sweep": 0, "prune": 1, "distill": 4}),
+        ("Distilling", 3, {"sweep": 0, "prune": 0, "distill": 1}),
+        ("Assembling", 0, {"sweep": 0, "prune": 0, "distill": 0}),
+    ],
+)
+def test_nothing_that_is_done_is_done_again(run, undisturbed, digests, calls, output, stage, steps, repeated):
+    with pytest.raises(KeyboardInterrupt):
+        run(output=output, progress=Stops(stage, steps, KeyboardInterrupt()), **OPTIONS)
+    calls.clear()
+    folder, record = run(output=output, **OPTIONS)
+    assert digests(folder) == undisturbed
+    methods = [method for method, _ in calls]
+    assert {name: methods.count(name) for name in repeated} == repeated
+    assert "check_layer" not in methods
+    assert len(record.layers) == LAYERS and all(layer.distillation for layer in record.layers)
+
+
+def test_another_number_of_workers_goes_on_and_other_options_do_not(run, undisturbed, digests, output):
+    with pytest.raises(KeyboardInterrupt):
+        run(output=output, progress=Stops("Pruning", 1, KeyboardInterrupt()), **OPTIONS)
+    changed = OPTIONS | {"sparsity": 0.4}
+    with pytest.raises(InputError, match=r"pruned\.partial: holds an unfinished run with another sparsity.*--restart"):
+        run(output=output, **changed)
+    assert digests(run(output=output, workers=3, **OPTIONS)[0]) == undisturbed
+
+
+def test_restart_begins_anew(run, digests, calls, output):
+    with pytest.raises(KeyboardInterrupt):
+        run(output=output, progress=Stops("Pruning", 1, KeyboardInterrupt()), **OPTIONS)
+    calls.clear()
+    changed = OPTIONS | {"sparsity": 0.4}
+    folder, _ = run(output=output, restart=True, **changed)
+    assert [method for method, _ in calls].count("sweep") == LAYERS
+    assert digests(folder) == digests(run(**changed)[0])
+
+
+def test_a_run_that_lost_its_workers_can_go_on_and_one_with_bad_input_leaves_nothing(run, output):
+    with pytest.raises(WorkersLost):
+        run(output=output, progress=Stops("Pruning", 1, WorkersLost("too many")), **OPTIONS)
+    assert output.with_name("pruned.partial").is_dir()
+    with pytest.raises(InputError):
+        run(output=output, progress=Stops("Pruning", 2, InputError("bad")), **OPTIONS)
+    assert os.listdir(output.parent) == []
+
+
+def test_own_samples_are_drawn_once(run, output, digests, calls):
+    options = {"calibration": None, "samples": 4, "sequence_length": 12, "sparsity": 0.3}
+    with pytest.raises(KeyboardInterrupt):
+        run(output=output, progress=Stops("Dense pass", 1, KeyboardInterrupt()), **options)
+    calls.clear()
+    folder, _ = run(output=output, **options)
+    assert "write_own_samples" not in [method for method, _ in calls]
+    assert digests(folder) == digests(run(**options)[0])
+    assert (folder / "calibration.arrow").is_file()
