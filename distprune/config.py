@@ -1,4 +1,4 @@
-"""What a run is: one validated object from the command line, YAML or Python, and its fingerprint."""
+"""What a run is: one validated object from the command line, YAML or Python."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class DistillConfig(BaseModel):
     learning_rate: float = Field(3e-4, gt=0, description="at its highest; AdamW with warmup and cosine decay")
     train: Literal["full", "lora"] = Field("full", description="all weights, or low-rank updates folded in at the end")
     rank: int = Field(16, ge=1, description="rank of the low-rank updates")
+    look_ahead: int = Field(1, ge=0, description="dense layers after it that also judge a layer's output")
     batch: int = Field(8, ge=1, description="samples a step")
     held_out: float = Field(1 / 16, gt=0, lt=1, description="share of the samples that decides what is kept")
     seed: int = Field(0, ge=0, description="seed of the samples' order and of the low-rank updates")

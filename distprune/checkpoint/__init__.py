@@ -10,6 +10,7 @@ from distprune.checkpoint.headers import TensorInfo
 from distprune.checkpoint.publish import (
     copy_side_files,
     hold_lock,
+    is_locked,
     partial_directory,
     prepare_output,
     publish,
@@ -26,6 +27,7 @@ __all__ = [
     "copy_side_files",
     "hold_lock",
     "import_gguf",
+    "is_locked",
     "partial_directory",
     "prepare_output",
     "publish",

@@ -110,6 +110,19 @@ def hold_lock(partial: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(partial: Path) -> bool:
+    """Whether a run is at work in `partial` now."""
+    lock_file = partial.with_name(f"{partial.name}.lock")
+    if not lock_file.exists():
+        return False
+    lock = FileLock(lock_file, timeout=0)
+    try:
+        with lock:
+            return False
+    except Timeout:
+        return True
+
+
 def _replace_folder(partial: Path, output: Path) -> None:
     aside = Path(tempfile.mkdtemp(prefix=f"{output.name}.replaced-", dir=output.parent))
     old = aside / output.name

@@ -2,5 +2,6 @@
 
 from distprune.engine.driver import prune
 from distprune.engine.record import RunRecord, load_record
+from distprune.engine.status import RunStatus, status
 
-__all__ = ["RunRecord", "load_record", "prune"]
+__all__ = ["RunRecord", "RunStatus", "load_record", "prune", "status"]

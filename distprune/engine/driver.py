@@ -9,7 +9,7 @@ from pathlib import Path
 from distprune.checkpoint import copy_side_files, hold_lock, partial_directory, publish
 from distprune.config import PruneConfig
 from distprune.engine.assembly import assemble
-from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers
+from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers, sigterm_interrupts
 from distprune.engine.journal import fingerprint
 from distprune.engine.layer_files import LayerFiles
 from distprune.engine.memory import peak_memory
@@ -18,7 +18,7 @@ from distprune.engine.preflight import Job, check_job
 from distprune.engine.progress import Progress
 from distprune.engine.record import CALIBRATION_FILE, OWN_FILES, RunRecord, layer_records, load_record, parameter_counts
 from distprune.engine.stages import check_weights, distill_layers, prune_blocks, sweep, write_own_samples
-from distprune.engine.work import CHECK, PUBLISHING, Work
+from distprune.engine.work import CHECK, PUBLISHING, Outline, Work
 from distprune.errors import InputError, WorkersLost
 
 # Seconds until a run says that it waits for its first worker.
@@ -38,7 +38,7 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunRecord:
     if record := finish_publishing(config):
         return record
     job = check_job(config)
-    with progress, hold_lock(partial_directory(config.output)), connected(config):
+    with progress, hold_lock(partial_directory(config.output)), connected(config), sigterm_interrupts():
         workers = plan_workers(config, alive_nodes(), job.dense.num_hidden_layers)
         with work_folder(job, workers, progress) as work:
             record = run_on_workers(job, workers, work, progress)
@@ -67,10 +67,14 @@ def work_folder(job: Job, workers: WorkerPlan, progress: Progress) -> Iterator[W
     Raises:
         InputError: another run has left something there.
     """
-    work = Work(partial_directory(job.config.output))
-    if job.config.restart:
+    config = job.config
+    work = Work(partial_directory(config.output))
+    if config.restart:
         work.remove()
-    if work.begin(job.identity(workers.device)):
+    outline = Outline(
+        config.model, config.method, config.sparsity, job.dense.num_hidden_layers, config.distill is not None
+    )
+    if work.begin(job.identity(workers.device), outline):
         progress.note(f"Going on with what an earlier run has done in {work.folder}")
     try:
         yield work

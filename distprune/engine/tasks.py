@@ -139,7 +139,10 @@ class LayerTasks:
 
     def distill(self, index: int, layer: DecoderLayer, inputs: Tensor, targets: Tensor) -> tuple[DecoderLayer, Lesson]:
         """The pruned layer after learning to give the dense layer's outputs, ``targets``, and how that went."""
-        learnt, lesson = distill(layer, index, inputs, targets, self.runner, self.config.distill)
+        options = self.config.distill
+        after = range(index + 1, min(index + 1 + options.look_ahead, self.dense.num_hidden_layers))
+        following = [self._read_layer(number) for number in after]
+        learnt, lesson = distill(layer, index, following, inputs, targets, self.runner, options)
         check_solution(learnt, index)
         return learnt.to("cpu"), lesson
 

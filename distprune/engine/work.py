@@ -6,14 +6,27 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from distprune.checkpoint import ShardWriter
 from distprune.engine.journal import IDENTITY, Journal
 
-# Journal entries: the steps that need no repeating, seconds by stage, and that the result is about to be published.
-CHECK, SECONDS, PUBLISHING = "check", "seconds", "publishing"
+# Journal entries: a step that needs no repeating, seconds by stage, that the result is about to be published, and what
+# the run is about.
+CHECK, SECONDS, PUBLISHING, OUTLINE = "check", "seconds", "publishing", "outline"
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a run is about, for whoever asks how far it is."""
+
+    model: str
+    method: str
+    sparsity: float
+    layers: int
+    distilled: bool
 
 
 class Work:
@@ -29,7 +42,7 @@ class Work:
         self.checkpoint = folder / "checkpoint"
         self.journal = Journal(folder / "journal")
 
-    def begin(self, identity: Mapping[str, Any]) -> bool:
+    def begin(self, identity: Mapping[str, Any], outline: Outline) -> bool:
         """Begin the run with that identity, or go on with it. Returns whether it goes on.
 
         Raises:
@@ -39,6 +52,7 @@ class Work:
             self.remove()
         goes_on = self.journal.begin(identity)
         self.checkpoint.mkdir(exist_ok=True)
+        self.journal.write(OUTLINE, asdict(outline))
         self.writer = ShardWriter(self.folder)
         return goes_on
 

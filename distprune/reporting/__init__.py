@@ -1,5 +1,5 @@
 """What a run did, for people to read."""
 
-from distprune.reporting.tables import comparison_table, layer_table, memory_line, parameter_table
+from distprune.reporting.tables import comparison_table, layer_table, memory_line, parameter_table, status_lines
 
-__all__ = ["comparison_table", "layer_table", "memory_line", "parameter_table"]
+__all__ = ["comparison_table", "layer_table", "memory_line", "parameter_table", "status_lines"]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distprune.comparison import ComparisonRow
-from distprune.engine import RunRecord
+from distprune.engine import RunRecord, RunStatus
 from distprune.engine.record import LayerRecord
 
 GIB = 2**30
@@ -103,3 +103,13 @@ def comparison_row(row: ComparisonRow) -> tuple[str, ...]:
         "-" if peak is None else f"{peak.resident / GIB:.2f}",
         "-" if peak is None else f"{peak.device / GIB:.2f}",
     )
+
+
+def status_lines(status: RunStatus) -> str:
+    """What the run is, whether it is alive, and how many layers each stage has done, in how many seconds."""
+    run = status.run
+    stages = [
+        f"{stage}: {done} of {run.layers} layers, {status.seconds.get(stage, 0.0):.1f} s"
+        for stage, done in status.layers_done.items()
+    ]
+    return "\n".join([f"{run.model}, {run.method} at {run.sparsity:.0%}: {status.state}", *stages])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from distprune import InputError
+from distprune import InputError, status
 from distprune.checkpoint import durable
 from distprune.engine.progress import Progress
 from distprune.errors import WorkersLost
@@ -167,3 +170,36 @@ def test_own_samples_are_drawn_once(run, output, digests, calls):
     assert "write_own_samples" not in [method for method, _ in calls]
     assert digests(folder) == digests(run(**options)[0])
     assert (folder / "calibration.arrow").is_file()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_is_told_to_stop_can_be_gone_on_with(run, save_model, calibrate, digests, output, sent):
+    model = save_model(num_hidden_layers=24)
+    options = {"--calibration": calibrate(model), "--output": output, "--sparsity": 0.3, "--micro-batch": 3}
+    arguments = [str(part) for option in options.items() for part in option]
+    command = [
+        sys.executable,
+        "-m",
+        "distprune.cli",
+        "prune",
+        str(model),
+        *arguments,
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": "local"}
+    ) as process:
+        told = []
+        for line in process.stderr:
+            told.append(line)
+            if line.startswith("Pruning: 6/24"):
+                process.send_signal(sent)
+    assert process.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130), "".join(told)
+    if sent != signal.SIGKILL:
+        assert "The same command goes on" in told[-1]
+    assert status(output).state == "stopped"
+    folder, _ = run(model, output=output, sparsity=0.3)
+    assert digests(folder) == digests(run(model, sparsity=0.3)[0])
