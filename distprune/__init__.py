@@ -3,12 +3,11 @@
 Importing it lets transformers' Auto classes open pruned checkpoints without ``trust_remote_code``.
 """
 
-from distprune.api import calibrate, compare, evaluate, inspect, prune
+from distprune.api import calibrate, compare, evaluate, inspect, plan, prune, status
 from distprune.errors import InputError
 from distprune.modeling import register_auto_classes
-
-__version__ = "0.1.0"
+from distprune.version import __version__
 
 register_auto_classes()
 
-__all__ = ["InputError", "__version__", "calibrate", "compare", "evaluate", "inspect", "prune"]
+__all__ = ["InputError", "__version__", "calibrate", "compare", "evaluate", "inspect", "plan", "prune", "status"]

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distprune.calibration import Calibration
     from distprune.comparison import ComparisonRow
-    from distprune.engine import RunRecord
+    from distprune.engine import RunRecord, RunStatus
     from distprune.engine.progress import Progress
     from distprune.evaluation import PerplexityResult
+    from distprune.planning import RunPlan
 
 # Ray and the rest are imported when a function needs them, so that `import distprune` only registers the model class.
 
@@ -84,6 +85,45 @@ def prune(
 
     path = None if config is None else Path(config)
     return run(load_config(path, {"model": model, "output": output, **options}), progress)
+
+
+def plan(
+    model: str | None = None,
+    *,
+    gpus: int = 0,
+    nodes: int = 1,
+    gpu_memory: str | int | None = None,
+    host_memory: str | int | None = None,
+    hardware: str | None = None,
+    rates: Mapping[str, float] | None = None,
+    config: str | Path | None = None,
+    **options: Any,
+) -> RunPlan:
+    """What a pruning run would take, from headers alone: memory, bytes, FLOPs, time, and whether it fits.
+
+    Args:
+        model: local Hugging Face folder, hub id (of which headers alone are fetched) or .gguf file.
+        gpus: GPUs in all that are to be asked for; without any, the plan is for CPUs.
+        nodes: machines that they are spread over.
+        gpu_memory: of one GPU, such as "80GB" (the default).
+        host_memory: of one node, such as "512GB". By default that of this machine, where the plan is for one node of
+            CPUs; else it is not checked.
+        hardware: "h100", "a100" or "cpu": whose rates to assume.
+        rates: fields of :class:`distprune.planning.Rates` to replace.
+        config: a YAML file of options of the run; those given here count more.
+        options: fields of :class:`distprune.config.PruneConfig`.
+
+    Raises:
+        InputError: the input is unusable; names it and the mend.
+    """
+    from distprune.config import load_config
+    from distprune.planning import describe_cluster, plan_run
+
+    path = None if config is None else Path(config)
+    # A plan writes nothing, so it may do without the one option that has no default.
+    settings = load_config(path, {"output": "pruned", **options, "model": model})
+    cluster = describe_cluster(gpus, nodes, gpu_memory, host_memory)
+    return plan_run(settings, cluster, hardware=hardware, rates=rates)
 
 
 def compare(
@@ -176,6 +216,17 @@ def evaluate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+
+
+def status(output: str | Path) -> RunStatus:
+    """How far the run with that output is, whether it is alive or not.
+
+    Raises:
+        InputError: there is no such run.
+    """
+    from distprune.engine import status as find
+
+    return find(Path(output))
 
 
 def inspect(directory: str | Path) -> RunRecord:

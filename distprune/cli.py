@@ -28,6 +28,7 @@ output_console = Console(soft_wrap=True)
 error_console = Console(stderr=True, soft_wrap=True)
 
 BAD_INPUT = 2
+INTERRUPTED = 130
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="local Hugging Face folder, hub id or .gguf file")]
 Revision = Annotated[Optional[str], typer.Option(help="branch, tag or commit of a hub model")]
@@ -77,7 +78,7 @@ OptionalTrust = Annotated[
 
 
 def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
-    """Print an InputError's message alone and exit with status 2."""
+    """Print an InputError's message alone and exit with status 2; with 130 when interrupted."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -86,6 +87,9 @@ def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
         except InputError as error:
             error_console.print(f"distprune: {error}", style="red", markup=False, highlight=False)
             raise typer.Exit(BAD_INPUT) from None
+        except KeyboardInterrupt:
+            error_console.print("distprune: interrupted. The same command goes on from what was done.", style="red")
+            raise typer.Exit(INTERRUPTED) from None
 
     return wrapped
 
@@ -396,6 +400,22 @@ def inspect(
     output_console.print(layer_table(record))
     output_console.print(parameter_table(record))
     output_console.print(memory_line(record), highlight=False)
+
+
+@app.command()
+@explains_bad_input
+def status(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the --output of a pruning run")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """How far a run is: running, stopped or finished."""
+    from distprune.reporting import status_lines
+
+    found = api.status(output)
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        output_console.print(status_lines(found), highlight=False, markup=False)
 
 
 def main() -> None:

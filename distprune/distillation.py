@@ -75,7 +75,7 @@ def distill(
 
 
 class Student:
-    """A pruned layer as a module that trains: weights in float32, products in the runner's dtype."""
+    """A pruned layer as a module that trains: weights in float32, all else in bfloat16 where the run is in bfloat16."""
 
     def __init__(
         self,
@@ -89,8 +89,10 @@ class Student:
         # Copied, so that the layer itself stays as it is.
         self._module = runner.build(layer.to(torch.float32, copy=True), index, torch.float32)
         self._module.requires_grad_(options.train == "full")
+        # Gradients would underflow in float16, so that dtype's layers compute in float32.
+        self._dtype = torch.bfloat16 if runner.dtype == torch.bfloat16 else torch.float32
         self._following = {
-            number: runner.build(dense, number, runner.dtype).requires_grad_(False)
+            number: runner.build(dense, number, self._dtype).requires_grad_(False)
             for number, dense in enumerate(following, index + 1)
         }
         if options.train == "lora":
@@ -106,7 +108,7 @@ class Student:
         """Run the optimizer over all epochs. Returns the loss of every step."""
         options, losses = self._options, []
         parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=BETAS, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=BETAS, weight_decay=0.0, fused=True)
         batches = list(shuffled_batches(len(inputs), options))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(len(batches)))
         for batch in batches:
@@ -125,10 +127,10 @@ class Student:
         return sum(self._loss(x, y).item() * len(x) for x, y in pairs) / len(inputs)
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        runner = self._runner
-        with torch.autocast(runner.device.type, torch.bfloat16, enabled=runner.dtype == torch.bfloat16):
-            outputs = runner.forward(self._module, self._index, inputs.to(runner.device, torch.float32))
-        targets = targets.to(runner.device)
+        runner, dtype = self._runner, self._dtype
+        inputs, targets = (states.to(runner.device, dtype) for states in (inputs, targets))
+        with torch.autocast(runner.device.type, dtype, enabled=dtype != torch.float32):
+            outputs = runner.forward(self._module, self._index, inputs)
         loss = relative_error(outputs, targets)
         if self._following:
             with torch.no_grad():
@@ -138,7 +140,6 @@ class Student:
 
     def _look_ahead(self, hidden_states: Tensor) -> Tensor:
         """What the dense layers that follow make of a layer's output."""
-        hidden_states = hidden_states.to(self._runner.dtype)
         for index, module in self._following.items():
             hidden_states = self._runner.forward(module, index, hidden_states)
         return hidden_states

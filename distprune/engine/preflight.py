@@ -8,15 +8,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from distprune import __version__
 from distprune.budgets import ParameterTarget
 from distprune.calibration import Calibration, load_tokenizer, open_calibration, tokenizer_fingerprint
-from distprune.checkpoint import Checkpoint, check_free_space, prepare_output, resolve_model
+from distprune.checkpoint import Checkpoint, check_free_space, partial_directory, prepare_output, resolve_model
 from distprune.config import PruneConfig
 from distprune.errors import InputError
 from distprune.families import Family, family_of
 from distprune.methods import Method, make_method
 from distprune.modeling import PrunedConfig
+from distprune.version import __version__
+
+BYTES_OF_FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ def check_job(config: PruneConfig) -> Job:
         check_calibration(open_calibration(path), tokenizer, model_path, dense)
     if config.distill:
         check_can_be_split(config, texts)
-    # Parts and the shards merged from them lie side by side for a moment.
-    check_free_space(config.output, 2 * sum(info.nbytes for info in checkpoint.tensors.values()))
+    there = folder_size(partial_directory(config.output))
+    check_free_space(config.output, space_needed(config, checkpoint, dense) - there)
     return Job(config, model_path, checkpoint, family, dense, method, target)
 
 
@@ -80,6 +82,22 @@ def check_can_be_split(config: PruneConfig, texts: tuple[Path | None, Path | Non
             f"{path or 'the own samples'}: distillation holds samples out, so it needs 2 or more; there is {samples}. "
             "Give --distill-calibration a larger set, or leave --distill out."
         )
+
+
+def space_needed(config: PruneConfig, checkpoint: Checkpoint, dense: PrunedConfig) -> int:
+    """Bytes that a run may come to hold in its work folder."""
+    # Parts and the shards merged from them lie side by side for a moment.
+    weights = 2 * sum(info.nbytes for info in checkpoint.tensors.values())
+    tokens = config.samples * config.sequence_length
+    if config.calibration is not None:
+        tokens = open_calibration(config.calibration).tokens.size
+    # Of every block hidden states wait there, and those of one layer more while they are replaced.
+    blocks = -(-dense.num_hidden_layers // config.block_length(dense.num_hidden_layers))
+    return weights + (blocks + 1) * tokens * dense.hidden_size * BYTES_OF_FLOAT32
+
+
+def folder_size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def check_tensors(checkpoint: Checkpoint, family: Family, dense: PrunedConfig) -> None:

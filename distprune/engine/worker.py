@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -26,6 +27,10 @@ class Worker:
     def __init__(self, config: PruneConfig, model_path: Path, calibration_path: Path, device: str):
         # Threads are set, not taken from the machine: results may change in the last bit with their number.
         torch.set_num_threads(config.threads_per_worker)
+        if device == "cuda":
+            # Attention's backward pass adds up in any order unless told not to.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
         self.config, self.device = config, device
         self.model_path, self.calibration_path = model_path, calibration_path
         self._tasks: LayerTasks | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 from accelerate import init_empty_weights
@@ -47,10 +48,20 @@ def copy_modeling_files(directory: str | Path) -> list[Path]:
     return [Path(shutil.copyfile(source, Path(directory) / source.name)) for source in sources]
 
 
+# What the tensors of a layer depend on, besides its shape.
+SHAPING = ("hidden_size", "head_dim", "attention_bias", "attention_output_bias", "mlp_bias", "query_key_norm")
+
+
 def layer_tensor_shapes(config: PrunedConfig, index: int, shape: LayerShape) -> dict[str, tuple[int, ...]]:
     """Names (within the layer) and shapes of the tensors that layer `index` holds when it has `shape`."""
+    return dict(_tensor_shapes(shape, *(getattr(config, name) for name in SHAPING)))
+
+
+@lru_cache(maxsize=4096)  # budgets ask for the same few shapes again and again, and building a module takes a while
+def _tensor_shapes(shape: LayerShape, *shaping: int | bool) -> dict[str, tuple[int, ...]]:
+    config = PrunedConfig(**dict(zip(SHAPING, shaping, strict=True)), num_hidden_layers=1, num_attention_heads=1)
     with init_empty_weights():
-        layer = PrunedDecoderLayer(config, index, shape)
+        layer = PrunedDecoderLayer(config, 0, shape)
     return {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 
 from distprune import InputError, status
 from distprune.checkpoint import durable
@@ -175,23 +176,18 @@ def test_own_samples_are_drawn_once(run, output, digests, calls):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_told_to_stop_can_be_gone_on_with(run, save_model, calibrate, digests, output, sent):
     model = save_model(num_hidden_layers=24)
-    options = {"--calibration": calibrate(model), "--output": output, "--sparsity": 0.3, "--micro-batch": 3}
+    options = {
+        "--calibration": calibrate(model),
+        "--output": output,
+        "--sparsity": 0.3,
+        "--micro-batch": 3,
+        "--workers": 1,
+        "--device": "cpu",
+        "--address": ray.get_runtime_context().gcs_address,
+    }
     arguments = [str(part) for option in options.items() for part in option]
-    command = [
-        sys.executable,
-        "-m",
-        "distprune.cli",
-        "prune",
-        str(model),
-        *arguments,
-        "--device",
-        "cpu",
-        "--workers",
-        "1",
-    ]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": "local"}
-    ) as process:
+    command = [sys.executable, "-m", "distprune.cli", "prune", str(model), *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         told = []
         for line in process.stderr:
             told.append(line)

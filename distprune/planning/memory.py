@@ -1,0 +1,223 @@
+"""Peak memory of workers, driver and nodes.
+
+A worker holds one layer's weights, its statistics, one micro-batch of activations and, while it solves, some copies of
+the largest Gram matrix. What passes through the object store lies in memory that its node's processes share, and counts
+in the resident memory of each that has touched it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distprune.planning.scenario import Scenario
+from distprune.planning.work import FLOAT32, moment_size, tap_widths
+from distprune.statistics import Cross, HeadGram
+
+MIB, GIB = 2**20, 2**30
+
+#: A process with Python, torch, transformers and Ray in it: 530 MiB when it has done next to nothing.
+BASE_RESIDENT = 570 * MIB
+#: The same with CUDA's libraries.
+BASE_RESIDENT_CUDA = 3 * GIB
+#: What CUDA and its linear algebra take of a GPU for each process, before the first tensor. Not in torch's own figure.
+CUDA_CONTEXT = 1 * GIB
+#: Of what a task allocates, what the allocator holds beyond it.
+FRAGMENTATION = 1.1
+#: Ray gives the object store this share of a node, and kills workers where more than that share is used.
+STORE_SHARE, USABLE_SHARE = 0.3, 0.95
+#: Sequences that the model writes at once, when it makes its own calibration set.
+OWN_SAMPLES_BATCH = 128
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Peaks in bytes. Resident memory counts what is shared with the object store; ``node_host`` counts it once.
+
+    Attributes:
+        worker_device: what torch allocates on a worker's GPU; 0 without one.
+        gpu: of the fullest GPU, CUDA's own share included.
+        worker_resident, driver_resident: of each process.
+        store: what the object store of the driver's node holds at most; beyond its capacity it spills to disk.
+        node_host: of the fullest node, which is the driver's.
+        disk: what the folder that the run works in, beside its output, holds at most.
+    """
+
+    worker_device: int
+    gpu: int
+    worker_resident: int
+    driver_resident: int
+    store: int
+    node_host: int
+    disk: int
+
+
+def plan_memory(scenario: Scenario) -> MemoryPlan:
+    placement, on_gpu = scenario.placement, scenario.placement.device == "cuda"
+    store = _store_peak(scenario)
+    shared = store if scenario.cluster.host_memory is None else min(store, STORE_SHARE * scenario.cluster.host_memory)
+    task = FRAGMENTATION * max(_task_peaks(scenario).values())
+    device = task if on_gpu else 0.0
+    private = (BASE_RESIDENT_CUDA if on_gpu else BASE_RESIDENT) + max(
+        _host_of_tasks(scenario) + (0.0 if on_gpu else task), _own_samples(scenario)
+    )
+    driver = BASE_RESIDENT + _driver(scenario)
+    return MemoryPlan(
+        worker_device=round(device),
+        gpu=round((device + CUDA_CONTEXT) * placement.workers_per_gpu) if on_gpu else 0,
+        worker_resident=round(private + shared),
+        driver_resident=round(driver + shared),
+        store=store,
+        node_host=round(placement.workers_per_node * private + driver + shared),
+        disk=_disk(scenario),
+    )
+
+
+# ---------------------------------------------------------------- where the layer is
+
+
+def _task_peaks(scenario: Scenario) -> dict[str, float]:
+    """Bytes on the device where layers run, by task: the greatest layer's."""
+    layers = _different_layers(scenario)
+    peaks = {
+        "dense pass": max(_peak(scenario, index, pruning=False) for index in layers),
+        "prune": max(_peak(scenario, index, pruning=True) for index in layers),
+    }
+    if scenario.config.distill:
+        peaks["distill"] = max(_distill_peak(scenario, index) for index in layers)
+    return peaks
+
+
+def _different_layers(scenario: Scenario) -> list[int]:
+    """One layer of each shape, dense and pruned: the others are as large."""
+    seen = {(scenario.shape(index), scenario.shapes[index]): index for index in range(scenario.layers)}
+    return list(seen.values())
+
+
+def _peak(scenario: Scenario, index: int, *, pruning: bool) -> float:
+    """The weights as stored and as they run, the statistics, and whichever is more of running and solving."""
+    statistics = _statistics(scenario, index, pruning=pruning)
+    running = _running_weights(scenario, index) + _activations(scenario, index) + _measuring(scenario, index, pruning)
+    pruned = FLOAT32 * _pruned_parameters(scenario, index) if pruning else 0
+    solving = FLOAT32 * _parameters(scenario, index) + max(pruned, scenario.solve(index, pruning=pruning).workspace)
+    return statistics + max(running, solving)
+
+
+def _parameters(scenario: Scenario, index: int) -> int:
+    return scenario.stored_bytes[index] // scenario.stored_dtype.itemsize
+
+
+def _pruned_parameters(scenario: Scenario, index: int) -> int:
+    return scenario.pruned_bytes[index] // scenario.stored_dtype.itemsize
+
+
+def _running_weights(scenario: Scenario, index: int) -> int:
+    """Of the module's own copy: none on the CPU where the checkpoint's dtype serves."""
+    itemsize = scenario.dtype.itemsize
+    shares = scenario.placement.device == "cpu" and itemsize == scenario.stored_dtype.itemsize
+    return 0 if shares else itemsize * _parameters(scenario, index)
+
+
+def _statistics(scenario: Scenario, index: int, *, pruning: bool) -> int:
+    widths = tap_widths(scenario.shape(index), scenario.hidden)
+    return FLOAT32 * sum(moment_size(moment, widths) for moment in scenario.moments(index, pruning=pruning))
+
+
+def _measuring(scenario: Scenario, index: int, pruning: bool) -> int:
+    """One micro-batch's measurement of the largest moment, and its activations in float32."""
+    widths, tokens = tap_widths(scenario.shape(index), scenario.hidden), _micro_batch_tokens(scenario)
+    return max(
+        (
+            FLOAT32 * moment_size(moment, widths)
+            + FLOAT32 * tokens * (widths[moment.tap] + (widths[moment.other] if isinstance(moment, Cross) else 0))
+            # A product of single heads works on a copy of them.
+            + (FLOAT32 * tokens * widths[moment.tap] if isinstance(moment, HeadGram) else 0)
+            for moment in scenario.moments(index, pruning=pruning)
+        ),
+        default=0,
+    )
+
+
+def _micro_batch_tokens(scenario: Scenario) -> int:
+    calibration = scenario.calibration
+    return min(scenario.config.micro_batch, calibration.samples) * calibration.length
+
+
+def _activations(scenario: Scenario, index: int) -> int:
+    """Of one micro-batch: what is observed, some of it still of the last one, and what runs at the widest place."""
+    shape, hidden = scenario.shape(index), scenario.hidden
+    values, heads = shape.query_heads * shape.value_dim, shape.query_heads * shape.query_key_dim
+    widest = shape.ffn_width + max(3 * shape.ffn_width, 6 * heads)
+    return _micro_batch_tokens(scenario) * scenario.dtype.itemsize * (7 * hidden + values + widest)
+
+
+def _distill_peak(scenario: Scenario, index: int) -> float:
+    """The student in float32, its gradients and AdamW's two moments, its products' copies, and what backward needs.
+
+    Of the dense layers that judge it: what backward needs, in 16 bits, and on a GPU their weights.
+    """
+    options, lessons, on_gpu = scenario.config.distill, scenario.lessons, scenario.placement.device == "cuda"
+    shape, hidden = scenario.shapes[index], scenario.hidden
+    temporary = FLOAT32 if on_gpu else 0  # all parameters are stepped at once there
+    parameter = scenario.dtype.itemsize + (4 * FLOAT32 + temporary if options.train == "full" else 1.5 * FLOAT32)
+    saved = 3 * shape.ffn_width + 4 * hidden + 2 * shape.query_heads * (shape.query_key_dim + shape.value_dim)
+    batch = min(options.batch, lessons.samples) * lessons.length
+    judges = _judges(scenario)
+    weights = judges * scenario.dtype.itemsize * _parameters(scenario, index) if on_gpu else 0
+    return parameter * _pruned_parameters(scenario, index) + (1 + judges / 2) * FLOAT32 * batch * saved + weights
+
+
+def _judges(scenario: Scenario) -> int:
+    """Dense layers that a layer looks ahead to; fewer for the last ones."""
+    return min(scenario.config.distill.look_ahead, scenario.layers - 1)
+
+
+# ---------------------------------------------------------------- the host's side
+
+
+def _host_of_tasks(scenario: Scenario) -> float:
+    """The greatest of: a table that is checked, weights with the hidden states that leave or are learnt from."""
+    largest = max(info.nbytes for info in scenario.checkpoint.tensors.values())
+    layer = max(scenario.stored_bytes)
+    learnt_from = 0
+    if scenario.lessons:
+        learnt_from = 2 * scenario.hidden_states(scenario.lessons) + _judges(scenario) * layer
+    return max(largest, layer + max(scenario.hidden_states(scenario.calibration), learnt_from))
+
+
+def _own_samples(scenario: Scenario) -> float:
+    """The whole model and its KV cache, where no calibration set is given. On a GPU it spreads over what there is."""
+    if scenario.config.calibration is not None or scenario.placement.device == "cuda":
+        return 0.0
+    dense, rows = scenario.dense, min(OWN_SAMPLES_BATCH, scenario.config.samples)
+    cached = 2 * dense.num_key_value_heads * dense.head_dim * scenario.layers * scenario.config.sequence_length
+    logits = rows * dense.vocab_size * (FLOAT32 + FLOAT32 + 8)
+    return scenario.bytes_before + scenario.outer_bytes + rows * cached * scenario.dtype.itemsize + logits
+
+
+def _driver(scenario: Scenario) -> float:
+    """Hidden states on their way through the journal, or a shard as it is made of parts: mapped from their files."""
+    after = scenario.bytes_after + scenario.outer_bytes
+    return max(scenario.hidden_states(scenario.calibration), min(after, _largest_shard(scenario)))
+
+
+def _largest_shard(scenario: Scenario) -> int:
+    return max(scenario.config.max_shard_size, *scenario.pruned_bytes)
+
+
+def _store_peak(scenario: Scenario) -> int:
+    """A layer's input, its output, and the output as it is put once more, for every worker; and its pruned layer."""
+    workers, states = scenario.placement.workers, scenario.hidden_states(scenario.calibration)
+    layer = max(scenario.pruned_bytes)
+    relays = min(workers, scenario.blocks)
+    peak = max(3 * states, relays * ((3 if scenario.block_length > 1 else 1) * states + layer))
+    if scenario.lessons:
+        # Distillation runs so many layers ahead, each with its input and its target.
+        ahead = 2 * workers + 2
+        peak = max(peak, ahead * scenario.hidden_states(scenario.lessons) + 2 * workers * layer)
+    return peak
+
+
+def _disk(scenario: Scenario) -> int:
+    """Every block's input and the pruned layers; or all parts, and the shards that they become."""
+    states = scenario.blocks * scenario.hidden_states(scenario.calibration)
+    return scenario.bytes_after + max(states, scenario.bytes_after + 2 * scenario.outer_bytes)

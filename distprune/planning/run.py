@@ -1,0 +1,116 @@
+"""A run's plan, from its configuration, a checkpoint's headers and the machines that are to be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from distprune.config import PruneConfig
+from distprune.planning import memory as constants
+from distprune.planning.cluster import Cluster
+from distprune.planning.headers import open_headers
+from distprune.planning.memory import MemoryPlan, plan_memory
+from distprune.planning.scenario import Scenario, make_scenario, parameter_counts
+from distprune.planning.solves import ITERATIONS
+from distprune.planning.stages import StagePlan, plan_stages
+from distprune.planning.verdict import Verdict, judge
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Parameters are counts, memory is in bytes, times are in seconds.
+
+    Attributes:
+        blocks, block_length: runs of layers that are pruned on each other's outputs, and the layers of each.
+        bytes_read: from the checkpoint, over all workers and stages; the page cache may serve a part of it.
+        bytes_stored: put into the object store, over the run.
+        bytes_written: to the output's disk, journal and parts that become shards included.
+        assumptions: every rate and constant that the figures rest on.
+    """
+
+    model: str
+    method: str
+    sparsity: float
+    device: str
+    hardware: str
+    workers: int
+    cluster: Cluster
+    layers: int
+    blocks: int
+    block_length: int
+    samples: int
+    sequence_length: int
+    decoder_parameters_before: int
+    decoder_parameters_after: int
+    total_parameters_before: int
+    total_parameters_after: int
+    memory: MemoryPlan
+    bytes_read: float
+    bytes_stored: float
+    bytes_written: float
+    stages: list[StagePlan]
+    seconds: float
+    assumptions: Mapping[str, float]
+    verdict: Verdict
+
+
+def plan_run(
+    config: PruneConfig,
+    cluster: Cluster,
+    *,
+    hardware: str | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> RunPlan:
+    """What a run would take. Reads configuration, headers and the calibration sets' sizes alone, and writes nothing.
+
+    Args:
+        config: the run.
+        cluster: what is to be asked for.
+        hardware: a key of :data:`distprune.planning.RATES`; by default "h100" where workers have GPUs, else "cpu".
+        rates: fields of :class:`distprune.planning.Rates` to replace.
+
+    Raises:
+        InputError: the input is unusable; names it and the mend.
+    """
+    on_gpu = config.device == "cuda" or (config.device == "auto" and cluster.gpus)
+    checkpoint = open_headers(config.model, config.revision, config.trust_remote_code)
+    scenario = make_scenario(config, checkpoint, cluster, hardware or ("h100" if on_gpu else "cpu"), rates or {})
+    memory, stages = plan_memory(scenario), plan_stages(scenario)
+    return RunPlan(
+        model=config.model,
+        method=config.method,
+        sparsity=config.sparsity,
+        device=scenario.placement.device,
+        hardware=scenario.hardware,
+        workers=scenario.placement.workers,
+        cluster=cluster,
+        layers=scenario.layers,
+        blocks=scenario.blocks,
+        block_length=scenario.block_length,
+        samples=scenario.calibration.samples,
+        sequence_length=scenario.calibration.length,
+        **parameter_counts(scenario),
+        memory=memory,
+        bytes_read=sum(stage.bytes_read for stage in stages),
+        bytes_stored=sum(stage.bytes_stored for stage in stages),
+        bytes_written=sum(stage.bytes_written for stage in stages),
+        stages=stages,
+        seconds=sum(stage.seconds for stage in stages),
+        assumptions=_assumptions(scenario),
+        verdict=judge(scenario, memory),
+    )
+
+
+def _assumptions(scenario: Scenario) -> dict[str, float]:
+    """The worker's rates by their names, and the constants of memory and of solves."""
+    on_gpu = scenario.placement.device == "cuda"
+    base = constants.BASE_RESIDENT_CUDA if on_gpu else constants.BASE_RESIDENT
+    context = {"cuda_context": constants.CUDA_CONTEXT} if on_gpu else {}
+    return {
+        **asdict(scenario.rates),
+        "worker_base_resident": base,
+        "driver_base_resident": constants.BASE_RESIDENT,
+        **context,
+        "fragmentation": constants.FRAGMENTATION,
+        "qp_iterations": ITERATIONS,
+    }

@@ -1,0 +1,216 @@
+"""A run that has not been asked for yet: everything that its plan is computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from distprune.budgets import ParameterTarget, layer_parameters, outer_parameters
+from distprune.calibration import open_calibration
+from distprune.checkpoint import Checkpoint
+from distprune.config import PruneConfig
+from distprune.decoder_layer import LayerShape
+from distprune.errors import InputError
+from distprune.families import Family
+from distprune.methods import Method, make_method
+from distprune.modeling import PrunedConfig
+from distprune.planning.cluster import Cluster, Placement, place_workers
+from distprune.planning.headers import dense_model
+from distprune.planning.rates import Rates, rates_of
+from distprune.planning.shapes import expected_shapes
+from distprune.planning.solves import Problem, Solve, solve_of
+from distprune.planning.work import Work, forward_flops, moment_work, tap_widths, total
+from distprune.statistics import Moment
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """A calibration set, known by its size alone."""
+
+    samples: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A configuration, on a checkpoint known by its headers, on a cluster that is only described."""
+
+    config: PruneConfig
+    checkpoint: Checkpoint
+    cluster: Cluster
+    hardware: str
+    rate_overrides: Mapping[str, float]
+    family: Family
+    dense: PrunedConfig
+    method: Method
+    target: ParameterTarget
+    shapes: tuple[LayerShape, ...]
+    stored_bytes: tuple[int, ...]  # of each layer in the checkpoint
+    pruned_bytes: tuple[int, ...]  # of each layer in the result
+    outer_bytes: int  # of embedding, final norm and head
+    stored_dtype: torch.dtype
+    calibration: TokenSet
+    lessons: TokenSet | None  # what distillation learns from
+
+    @property
+    def layers(self) -> int:
+        return self.dense.num_hidden_layers
+
+    @property
+    def hidden(self) -> int:
+        return self.dense.hidden_size
+
+    @property
+    def block_length(self) -> int:
+        return self.config.block_length(self.layers)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.layers // self.block_length)
+
+    @cached_property
+    def placement(self) -> Placement:
+        return place_workers(self.config, self.cluster, self.layers)
+
+    @cached_property
+    def rates(self) -> Rates:
+        return rates_of(self.hardware, self.config.threads_per_worker, self.rate_overrides)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of forward passes."""
+        if self.config.dtype == "auto":
+            return self.checkpoint.tensors[self.family.embedding].dtype
+        return getattr(torch, self.config.dtype)
+
+    # ---------------------------------------------------------------- bytes
+
+    def hidden_states(self, texts: TokenSet) -> int:
+        """Bytes of the hidden states between two layers."""
+        return texts.tokens * self.hidden * self.dtype.itemsize
+
+    @property
+    def bytes_before(self) -> int:
+        """Of all decoder layers in the checkpoint."""
+        return sum(self.stored_bytes)
+
+    @property
+    def bytes_after(self) -> int:
+        """Of all decoder layers in the result."""
+        return sum(self.pruned_bytes)
+
+    # ---------------------------------------------------------------- one layer
+
+    def shape(self, index: int) -> LayerShape:
+        return self.dense.layer_shape(index)
+
+    def moments(self, index: int, *, pruning: bool) -> list[Moment]:
+        """What is collected for a layer in the pruning pass, or in the dense pass."""
+        dense = self.shape(index)
+        if pruning:
+            return list(self.method.pruning_moments(dense, self.shapes[index]))
+        return list(self.method.dense_moments(dense))
+
+    def solve(self, index: int, *, pruning: bool) -> Solve:
+        moments = self.moments(index, pruning=pruning)
+        if not pruning and not moments:
+            return Solve(Work(), 0)
+        planned = self.shapes[index] if pruning else None
+        return solve_of(self.method.name, Problem(self.hidden, self.shape(index), planned, moments))
+
+    def moved(self, size: float) -> Work:
+        """Bytes that go to a GPU or come from it, where there is one."""
+        return Work(moved=float(size)) if self.placement.device == "cuda" else Work()
+
+    def forward(self, shape: LayerShape, texts: TokenSet) -> Work:
+        return Work(forward=forward_flops(shape, self.hidden, texts.samples, texts.length))
+
+    def observation(self, index: int, *, pruning: bool) -> Work:
+        """Reading a layer, running it over the calibration set and collecting its moments."""
+        widths = tap_widths(self.shape(index), self.hidden)
+        batches = -(-self.calibration.samples // self.config.micro_batch)
+        measured = total(
+            moment_work(moment, widths, self.calibration.tokens, batches, self.dtype.itemsize)
+            for moment in self.moments(index, pruning=pruning)
+        )
+        read = Work(read=self.stored_bytes[index])
+        moved = self.moved(self.stored_bytes[index] + 2 * self.hidden_states(self.calibration))
+        return read + moved + self.forward(self.shape(index), self.calibration) + measured
+
+
+def make_scenario(
+    config: PruneConfig, checkpoint: Checkpoint, cluster: Cluster, hardware: str, rate_overrides: Mapping[str, float]
+) -> Scenario:
+    """
+    Raises:
+        InputError: the checkpoint can't be pruned, or not so far, or a calibration set doesn't fit it.
+    """
+    method = make_method(config.method, config.options)
+    family, dense = dense_model(checkpoint)
+    target = ParameterTarget(dense, config.sparsity, config.count_embeddings)
+    shapes = tuple(expected_shapes(method, target, config.align))
+    own = TokenSet(config.samples, config.sequence_length)
+    calibration = _token_set(config.calibration, dense) or own
+    lessons = None
+    if config.distill:
+        lessons = _token_set(config.distill.calibration, dense) or calibration
+    _check_length(calibration, dense)
+    tensors, indices = checkpoint.tensors, range(dense.num_hidden_layers)
+    layers = [[tensors[name] for name in family.layer_shapes(dense, index)] for index in indices]
+    dtype = layers[0][0].dtype  # a pruned layer's tensors are all of its first norm's
+    counts = (layer_parameters(dense, index, shape) for index, shape in enumerate(shapes))
+    return Scenario(
+        config=config,
+        checkpoint=checkpoint,
+        cluster=cluster,
+        hardware=hardware,
+        rate_overrides=rate_overrides,
+        family=family,
+        dense=dense,
+        method=method,
+        target=target,
+        shapes=shapes,
+        stored_bytes=tuple(sum(info.nbytes for info in layer) for layer in layers),
+        pruned_bytes=tuple(dtype.itemsize * count for count in counts),
+        outer_bytes=sum(tensors[name].nbytes for name in family.outer_shapes(dense)),
+        stored_dtype=dtype,
+        calibration=calibration,
+        lessons=lessons,
+    )
+
+
+def _token_set(path: Path | None, dense: PrunedConfig) -> TokenSet | None:
+    if path is None:
+        return None
+    texts = TokenSet(*open_calibration(path).tokens.shape)
+    _check_length(texts, dense)
+    return texts
+
+
+def _check_length(texts: TokenSet, dense: PrunedConfig) -> None:
+    if texts.length > dense.max_position_embeddings:
+        raise InputError(
+            f"windows of {texts.length} tokens exceed the model's context of {dense.max_position_embeddings}. "
+            "Give a shorter --sequence-length."
+        )
+
+
+def parameter_counts(scenario: Scenario) -> dict[str, int]:
+    """Of the decoder layers and of everything, before and after."""
+    before = scenario.target.dense
+    after = scenario.bytes_after // scenario.stored_dtype.itemsize
+    outer = outer_parameters(scenario.dense)
+    return {
+        "decoder_parameters_before": before,
+        "decoder_parameters_after": after,
+        "total_parameters_before": before + outer,
+        "total_parameters_after": after + outer,
+    }

@@ -1,0 +1,185 @@
+"""What the methods' solves cost: operations, and the memory they need beside weights and statistics.
+
+Each is a count of what its solver does to its largest matrices, checked against measured runs. A method that has no
+entry is taken to factor and invert each of its Gram matrices once in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from distprune.decoder_layer import LayerShape
+from distprune.planning.work import Work, matrix_parameters, moment_size, tap_widths
+from distprune.statistics import Cross, Gram, Moment
+
+# Iterations of a quadratic program that chooses units, of at most 2000.
+ITERATIONS = 100
+
+
+@dataclass(frozen=True)
+class Solve:
+    """``workspace`` is in bytes."""
+
+    work: Work
+    workspace: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer that is to be pruned, with the moments that were collected for it; ``planned`` None in the dense pass."""
+
+    hidden: int
+    dense: LayerShape
+    planned: LayerShape | None
+    moments: Sequence[Moment]
+
+    @property
+    def parameters(self) -> int:
+        return matrix_parameters(self.dense, self.hidden)
+
+    def has_gram(self, tap: str) -> bool:
+        return Gram(tap) in self.moments
+
+    def sizes(self) -> list[int]:
+        """Numbers that each matrix among the moments holds."""
+        widths = tap_widths(self.dense, self.hidden)
+        return [moment_size(moment, widths) for moment in self.moments if isinstance(moment, Gram | Cross)]
+
+
+def solve_of(method: str, problem: Problem) -> Solve:
+    """The solve of a layer: profile where nothing is planned yet, and pruning where it is."""
+    if problem.planned == problem.dense:
+        return Solve(Work(), 0)
+    return SOLVES.get(method, _inverses)(problem)
+
+
+def _inverses(problem: Problem) -> Solve:
+    """Every Gram matrix averaged in float32, copied to float64, factored and inverted; weights gone over."""
+    hidden, work, workspace = (
+        problem.hidden,
+        _weights_gone_over(problem),
+        8.0 * problem.hidden * problem.dense.ffn_width,
+    )
+    widths = tap_widths(problem.dense, hidden)
+    for width in {widths[moment.tap] for moment in problem.moments if isinstance(moment, Gram)}:
+        work += Work(solve_float64=width**3 + 4.0 * width**2 * hidden)
+        workspace = max(workspace, 20.0 * width**2 + 16.0 * width * hidden)
+    return Solve(work, workspace)
+
+
+def _weights_gone_over(problem: Problem) -> Work:
+    """Scores and slices: some ten passes over the layer's weights in float32."""
+    return Work(passed=40.0 * problem.parameters)
+
+
+# ---------------------------------------------------------------- Olica
+
+
+def _olica(problem: Problem) -> Solve:
+    return _olica_profile(problem) if problem.planned is None else _olica_prune(problem)
+
+
+def _olica_profile(problem: Problem) -> Solve:
+    """Ridge regression of the FFN's output on its input, and how well it predicts."""
+    return Solve(_ridge(problem.hidden), 24.0 * problem.hidden**2) if problem.sizes() else Solve(Work(), 0)
+
+
+def _ridge(width: int) -> Work:
+    return Work(solve_float32=(1 / 3 + 2 + 2) * width**3)
+
+
+def _olica_prune(problem: Problem) -> Solve:
+    """Low-rank queries and keys, each by the eigenvectors of W Wᵀ; and the linear calibration."""
+    hidden, dense, planned = problem.hidden, problem.dense, problem.planned
+    queries, keys = (heads * dense.query_key_dim for heads in (dense.query_heads, dense.kv_heads))
+    work = _weights_gone_over(problem) + _low_rank(queries, hidden) + _low_rank(keys, hidden)
+    workspace = _low_rank_workspace(queries, hidden)
+    if planned.calibration_rank:
+        dropped = dense.ffn_width - planned.ffn_width
+        products = Work(solve_float32=2.0 * hidden * dropped * (hidden + dropped))
+        work += _ridge(hidden) + _low_rank(hidden, hidden) + products
+        averages = 4.0 * sum(problem.sizes())
+        picked = 4.0 * dropped * (dense.ffn_width + 3 * hidden)
+        factored = 12.0 * hidden**2 + _low_rank_workspace(hidden, hidden)
+        workspace = max(workspace, averages + picked, factored)
+    return Solve(work, workspace)
+
+
+def _low_rank(rows: int, columns: int) -> Work:
+    return Work(solve_float64=2.0 * rows**2 * columns, eigen=9.0 * rows**3)
+
+
+def _low_rank_workspace(rows: int, columns: int) -> float:
+    """W scaled, in both precisions; W Wᵀ, its eigenvectors thrice and LAPACK's two, in float64."""
+    return 12.0 * rows * columns + 48.0 * rows**2
+
+
+# ---------------------------------------------------------------- OOPS
+
+
+def _oops(problem: Problem) -> Solve:
+    if problem.planned is None:
+        return _oops_profile(problem)
+    hidden, dense, planned = problem.hidden, problem.dense, problem.planned
+    values, kept = dense.query_heads * dense.value_dim, planned.query_heads * planned.value_dim
+    work, workspace = _weights_gone_over(problem), 0.0
+    if problem.has_gram("attention_values"):
+        work += _refit(values, kept, hidden) + Work(solve_float32=2.0 * values**2 * hidden)
+        interaction = 4.0 * values * hidden * (dense.query_heads + 2) + 8.0 * values**2
+        workspace = max(interaction, _refit_workspace(values, kept, hidden))
+    if problem.has_gram("ffn_neurons"):
+        width, kept = dense.ffn_width, planned.ffn_width
+        work += _refit(width, kept, hidden) + _selection(width) + Work(solve_float32=2.0 * width**2 * hidden)
+        # To choose: the average, the interaction, the same scaled, in float32; three of the program's in float64.
+        workspace = max(workspace, 36.0 * width**2, _refit_workspace(width, kept, hidden))
+    return Solve(work, workspace)
+
+
+def _oops_profile(problem: Problem) -> Solve:
+    """Magnitudes of all weights, and how the heads of a group act together."""
+    dense, hidden = problem.dense, problem.hidden
+    values, per_group = dense.query_heads * dense.value_dim, dense.query_heads // dense.kv_heads
+    products = Work(solve_float32=2.0 * values**2 * hidden / dense.kv_heads)
+    workspace = 4.0 * problem.parameters + 4.0 * values * hidden * (per_group + 2)
+    return Solve(_weights_gone_over(problem) + products, workspace)
+
+
+def _selection(width: int) -> Work:
+    """A quadratic program of one row: a factorization, then iterations that read the factor."""
+    return Work(solve_float64=width**3 / 3, passed=ITERATIONS * 8.0 * width**2)
+
+
+def _refit(width: int, kept: int, hidden: int) -> Work:
+    """Ridge regression in closed form, and the residuals that show it to be the box program's solution."""
+    return Work(
+        solve_float32=2.0 * width * kept * hidden,
+        solve_float64=kept**3 / 3 + 18.0 * kept**2 * hidden,
+    )
+
+
+def _refit_workspace(width: int, kept: int, hidden: int) -> float:
+    """The average and the interaction in float32; three of the program's matrices and its many rows in float64."""
+    return 8.0 * width**2 + 24.0 * kept**2 + 148.0 * kept * hidden
+
+
+# ---------------------------------------------------------------- SlimGPT
+
+
+def _slimgpt(problem: Problem) -> Solve:
+    """The inverse of a Gram matrix, from which columns leave; never more than two such matrices."""
+    dense, planned, hidden = problem.dense, problem.planned or problem.dense, problem.hidden
+    values, left = dense.query_heads * dense.value_dim, planned.query_heads * planned.value_dim
+    work, workspace = _weights_gone_over(problem), 0.0
+    for tap, width, kept in (
+        ("attention_values", values, left),
+        ("ffn_neurons", dense.ffn_width, planned.ffn_width),
+    ):
+        if problem.has_gram(tap):
+            updates = 2 / 3 * (width**3 - kept**3) + hidden * (width**2 - kept**2)
+            work += Work(solve_float64=width**3 + updates)
+            workspace = max(workspace, 20.0 * width**2 + 16.0 * width * hidden)
+    return Solve(work, workspace)
+
+
+SOLVES: dict[str, Callable[[Problem], Solve]] = {"olica": _olica, "oops": _oops, "slimgpt": _slimgpt}

@@ -1,0 +1,170 @@
+"""What every stage of a run does, and how long it would take on the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distprune.planning.memory import OWN_SAMPLES_BATCH
+from distprune.planning.scenario import Scenario, TokenSet
+from distprune.planning.work import FLOAT32, Work, matrix_parameters, total
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """FLOPs of forward passes (and backward ones), of products of statistics and of solves; bytes; seconds."""
+
+    name: str
+    forward_flops: float
+    statistics_flops: float
+    solve_flops: float
+    bytes_read: float
+    bytes_stored: float
+    bytes_written: float
+    seconds: float
+
+
+def plan_stages(scenario: Scenario) -> list[StagePlan]:
+    stages = [_start(scenario), _check(scenario)]
+    if scenario.config.calibration is None:
+        stages.append(_own_samples(scenario))
+    stages += [_dense_pass(scenario), _prune(scenario)]
+    if scenario.config.distill:
+        stages.append(_distill(scenario))
+    return [*stages, _assemble(scenario)]
+
+
+def _stage(name: str, work: Work, seconds: float) -> StagePlan:
+    return StagePlan(
+        name, work.forward, work.statistics, work.solves, work.read, work.stored, work.written, round(seconds, 3)
+    )
+
+
+def _seconds(scenario: Scenario, work: Work) -> float:
+    """Of one call of a worker."""
+    seconds = work.seconds(scenario.rates, float32=scenario.dtype == torch.float32)
+    return scenario.placement.slowdown * seconds + scenario.rates.call_seconds
+
+
+def _shared_out(scenario: Scenario, chains: Sequence[float]) -> float:
+    """How long the workers take for chains of calls, each one after the other: the longest, or all in equal shares."""
+    return max(*chains, sum(chains) / scenario.placement.workers) if chains else 0.0
+
+
+def _while_written(scenario: Scenario, seconds: float, journal: Work) -> float:
+    """The driver writes while the workers go on, so the slower of the two counts."""
+    return max(seconds, journal.seconds(scenario.rates))
+
+
+# ---------------------------------------------------------------- before the layers
+
+
+def _start(scenario: Scenario) -> StagePlan:
+    return _stage("start", Work(), scenario.rates.start_seconds)
+
+
+def _check(scenario: Scenario) -> StagePlan:
+    """Every weight is read once and looked at. All workers of a node read from one disk."""
+    size = scenario.bytes_before + scenario.outer_bytes
+    reading = size / scenario.rates.read / min(scenario.cluster.nodes, scenario.placement.workers)
+    looking = Work(passed=float(size)).seconds(scenario.rates) * scenario.placement.slowdown
+    return _stage("check", Work(read=size), max(reading, looking / scenario.placement.workers))
+
+
+def _own_samples(scenario: Scenario) -> StagePlan:
+    """One worker runs the whole model, a token of all samples at a time: every token reads every weight.
+
+    What a GPU can't hold waits on its host, and goes there for every token.
+    """
+    config, size = scenario.config, scenario.bytes_before + scenario.outer_bytes
+    steps = config.sequence_length * -(-config.samples // OWN_SAMPLES_BATCH)
+    head = 2.0 * scenario.dense.vocab_size * scenario.hidden * scenario.calibration.tokens
+    forward = total(scenario.forward(scenario.shape(index), scenario.calibration) for index in range(scenario.layers))
+    work = forward + Work(forward=head, passed=float(steps * size), read=size)
+    work += scenario.moved(steps * max(0, size - scenario.cluster.gpu_memory))
+    return _stage("own samples", work, _seconds(scenario, work))
+
+
+# ---------------------------------------------------------------- layer by layer
+
+
+def _dense_pass(scenario: Scenario) -> StagePlan:
+    """A relay: a layer starts when the one before it is done. The driver keeps hidden states in its journal."""
+    handed_on = Work(stored=2.0 * scenario.hidden_states(scenario.calibration))
+    calls = [handed_on]
+    for index in range(scenario.layers):
+        solve = scenario.solve(index, pruning=False).work
+        calls.append(scenario.observation(index, pruning=False) + solve + handed_on)
+    journal = Work(written=float(scenario.layers * scenario.hidden_states(scenario.calibration)))
+    seconds = sum(_seconds(scenario, call) for call in calls)
+    return _stage("dense pass", total(calls) + journal, _while_written(scenario, seconds, journal))
+
+
+def _prune(scenario: Scenario) -> StagePlan:
+    """Blocks side by side, and inside a block a relay."""
+    calls = [_prune_layer(scenario, index) for index in range(scenario.layers)]
+    seconds = [_seconds(scenario, call) for call in calls]
+    length = scenario.block_length
+    chains = [sum(seconds[start : start + length]) for start in range(0, scenario.layers, length)]
+    propagated = scenario.layers - scenario.blocks
+    states = propagated * scenario.hidden_states(scenario.calibration)
+    journal = Work(written=float(states + scenario.bytes_after))
+    return _stage("prune", total(calls) + journal, _while_written(scenario, _shared_out(scenario, chains), journal))
+
+
+def _prune_layer(scenario: Scenario, index: int) -> Work:
+    work = scenario.observation(index, pruning=True) + scenario.solve(index, pruning=True).work
+    work += Work(stored=scenario.pruned_bytes[index])
+    if (index + 1) % scenario.block_length and index + 1 < scenario.layers:
+        work += scenario.forward(scenario.shapes[index], scenario.calibration)
+        states = 2.0 * scenario.hidden_states(scenario.calibration)
+        work += Work(stored=states) + scenario.moved(states)
+    return work
+
+
+def _distill(scenario: Scenario) -> StagePlan:
+    """The dense model runs ahead as a relay; the pruned layers learn side by side."""
+    lessons = scenario.lessons
+    size = 2.0 * scenario.hidden_states(lessons)
+    states = Work(stored=size) + scenario.moved(size)
+    ahead, learning = [states], []
+    for index in range(scenario.layers):
+        read = Work(read=scenario.stored_bytes[index]) + scenario.moved(scenario.stored_bytes[index])
+        ahead.append(read + scenario.forward(scenario.shape(index), lessons) + states)
+        learning.append(_learn(scenario, index))
+    relay, learnt = ([_seconds(scenario, call) for call in calls] for calls in (ahead, learning))
+    seconds = max(sum(relay) + learnt[-1], (sum(relay) + sum(learnt)) / scenario.placement.workers)
+    parts = Work(written=float(scenario.bytes_after))
+    return _stage("distill", total([*ahead, *learning]) + parts, _while_written(scenario, seconds, parts))
+
+
+def _learn(scenario: Scenario, index: int) -> Work:
+    """Forward and backward over the training samples, an optimizer step a batch, the held-out samples twice.
+
+    The dense layers that judge the output run forward on it and on the target; backward, for the output's gradient.
+    """
+    options, lessons, shape = scenario.config.distill, scenario.lessons, scenario.shapes[index]
+    held_out = min(max(1, round(options.held_out * lessons.samples)), lessons.samples - 1)
+    training = options.epochs * (lessons.samples - held_out)
+    steps = options.epochs * -(-(lessons.samples - held_out) // options.batch)
+    one = TokenSet(1, lessons.length)
+    work = scenario.forward(shape, one) * (3.0 * training + 2.0 * held_out)
+    for judge in range(index + 1, min(index + 1 + options.look_ahead, scenario.layers)):
+        work += scenario.forward(scenario.shape(judge), one) * (3.0 * training + 4.0 * held_out)
+        work += Work(read=scenario.stored_bytes[judge])
+    # A step reads and writes weights, gradients and both moments, casts the weights and clears the gradients.
+    optimizer = Work(passed=float(steps) * matrix_parameters(shape, scenario.hidden) * 12 * FLOAT32)
+    lesson = scenario.moved(2.0 * options.epochs * scenario.hidden_states(lessons))
+    return work + optimizer + lesson + Work(stored=2.0 * scenario.pruned_bytes[index])
+
+
+# ---------------------------------------------------------------- after the layers
+
+
+def _assemble(scenario: Scenario) -> StagePlan:
+    """Embedding and head become parts too, and all parts are written anew as shards."""
+    outer = scenario.outer_bytes
+    work = Work(read=outer, written=float(scenario.bytes_after + 2 * outer))
+    return _stage("assemble", work, work.seconds(scenario.rates))

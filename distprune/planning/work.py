@@ -1,0 +1,107 @@
+"""What a task does, counted: operations by kind, and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+
+from distprune.decoder_layer import LayerShape
+from distprune.planning.rates import Rates
+from distprune.statistics import Cross, Gram, HeadGram, Moment
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations, and bytes where it says so."""
+
+    forward: float = 0.0
+    statistics: float = 0.0  # products in float32
+    solve_float32: float = 0.0
+    solve_float64: float = 0.0
+    eigen: float = 0.0
+    passed: float = 0.0  # bytes of arrays gone over
+    moved: float = 0.0  # bytes between a GPU and its host
+    stored: float = 0.0  # bytes through the object store
+    read: float = 0.0  # bytes from the checkpoint
+    written: float = 0.0  # bytes to disk
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(times * mine for mine in astuple(self)))
+
+    @property
+    def solves(self) -> float:
+        return self.solve_float32 + self.solve_float64 + self.eigen
+
+    def seconds(self, rates: Rates, *, float32: bool = False) -> float:
+        """One worker's time, one thing after the other; ``float32`` says that forward passes are in it."""
+        return (
+            self.forward / (rates.forward_float32 if float32 else rates.forward)
+            + (self.statistics + self.solve_float32) / rates.float32
+            + self.solve_float64 / rates.float64
+            + self.eigen / rates.eigen
+            + self.passed / rates.memory
+            + self.moved / rates.link
+            + self.stored / rates.store
+            + self.read / rates.read
+            + self.written / rates.write
+        )
+
+
+def total(works: Iterable[Work]) -> Work:
+    return sum(works, Work())
+
+
+def forward_flops(shape: LayerShape, hidden: int, samples: int, length: int) -> float:
+    """Of one forward pass of a layer over (samples, length, hidden); attention over all pairs, as a mask leaves it."""
+    attention = 2 * length * shape.query_heads * (shape.query_key_dim + shape.value_dim)
+    return float(samples * length) * (2 * matrix_parameters(shape, hidden) + attention)
+
+
+def matrix_parameters(shape: LayerShape, hidden: int) -> int:
+    """Weights that every token is multiplied with."""
+
+    def projection(out: int, rank: int | None) -> int:
+        return out * hidden if rank is None else rank * (out + hidden)
+
+    heads, groups = shape.query_heads, shape.kv_heads
+    return (
+        projection(heads * shape.query_key_dim, shape.query_rank)
+        + projection(groups * shape.query_key_dim, shape.key_rank)
+        + (groups + heads) * shape.value_dim * hidden
+        + 3 * shape.ffn_width * hidden
+        + 2 * hidden * (shape.calibration_rank or 0)
+    )
+
+
+def tap_widths(shape: LayerShape, hidden: int) -> dict[str, int]:
+    """The width of every activation that can be observed."""
+    narrow = ("attention_input", "attention_output", "ffn_input", "ffn_output")
+    wide = {"attention_values": shape.query_heads * shape.value_dim, "ffn_neurons": shape.ffn_width}
+    return dict.fromkeys(narrow, hidden) | wide
+
+
+def moment_size(moment: Moment, widths: dict[str, int]) -> int:
+    """Numbers that a moment holds."""
+    width = widths[moment.tap]
+    match moment:
+        case Gram():
+            return width * width
+        case Cross(other=other):
+            return width * widths[other]
+        case HeadGram(heads=heads):
+            return width * width // heads
+    return width
+
+
+def moment_work(moment: Moment, widths: dict[str, int], tokens: int, batches: int, itemsize: int) -> Work:
+    """Of measuring it over all tokens: products where it is one, and passes over activations and totals."""
+    size, width = moment_size(moment, widths), widths[moment.tap]
+    products = 2.0 * tokens * size if size > width else 0.0
+    # Read, cast to float32 and gone over once more; a total is read and written with every micro-batch.
+    passed = tokens * width * (itemsize + 3.0 * FLOAT32) + 3.0 * FLOAT32 * size * batches
+    return Work(statistics=products, passed=passed)

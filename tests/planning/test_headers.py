@@ -1,0 +1,123 @@
+"""Where headers come from, and that nothing else is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from huggingface_hub.errors import NotASafetensorsRepoError
+from transformers import AutoConfig
+
+from distprune import InputError
+from distprune.checkpoint import Checkpoint
+from distprune.planning import headers
+from distprune.planning.headers import dense_model, open_headers
+
+
+def test_a_model_of_70_billion_parameters_is_planned_without_its_weights(plan, headers_70b, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(Checkpoint, "read", refuse)
+    planned = plan(headers_70b, method="magnitude")
+    assert planned.total_parameters_before == 70_553_706_496  # the number on its model card
+    assert planned.layers == 80
+
+
+@pytest.fixture
+def hub(small, monkeypatch):
+    """A hub that holds the small model and gives out no more than config.json and headers."""
+    local = Checkpoint.open(small)
+
+    def header(file):
+        tensors = {
+            name: SimpleNamespace(dtype="BF16", shape=list(info.shape))
+            for name, info in local.tensors.items()
+            if info.file == file
+        }
+        return SimpleNamespace(tensors=tensors)
+
+    def from_pretrained(name, **_):
+        assert name == "org/small"
+        return local.config
+
+    metadata = SimpleNamespace(files_metadata={file.name: header(file) for file in local.weight_files})
+    monkeypatch.setattr(headers, "AutoConfig", SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setattr(headers, "get_safetensors_metadata", lambda name, revision: metadata)
+    return metadata
+
+
+def test_a_hub_id_gives_what_its_folder_would(hub, small):
+    local, distant = Checkpoint.open(small), open_headers("org/small", revision="v1")
+    assert {name: (info.shape, info.nbytes) for name, info in distant.tensors.items()} == {
+        name: (info.shape, info.nbytes) for name, info in local.tensors.items()
+    }
+    assert dense_model(distant)[1].to_dict() == dense_model(local)[1].to_dict()
+
+
+def test_a_hub_model_of_a_quantized_dtype_is_refused(hub):
+    next(iter(hub.files_metadata.values())).tensors["lm_head.weight"] = SimpleNamespace(dtype="F8_E4M3", shape=[4, 4])
+    with pytest.raises(InputError, match=r"lm_head\.weight is stored as F8_E4M3"):
+        open_headers("org/small")
+
+
+@pytest.mark.parametrize(
+    "error, words", [(NotASafetensorsRepoError("no"), "no safetensors weights"), (OSError("offline"), "offline")]
+)
+def test_a_hub_that_does_not_answer_is_bad_input(hub, monkeypatch, error, words):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(headers, "get_safetensors_metadata", fail)
+    with pytest.raises(InputError, match=words):
+        open_headers("org/small")
+
+
+@pytest.mark.parametrize("source", ["./nope", "/nope", "~/nope", "a/b/c", "nope.gguf"])
+def test_what_is_not_there_is_not_looked_for_on_the_hub(source):
+    with pytest.raises(InputError, match="does not exist"):
+        open_headers(source)
+
+
+def test_a_gguf_file_gives_what_it_would_be_imported_as(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(40)
+    writer.add_tensor("token_embd.weight", np.zeros((40, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = open_headers(str(file))
+    _, dense = dense_model(checkpoint)
+    assert (dense.hidden_size, dense.intermediate_size, dense.num_key_value_heads) == (32, 48, 2)
+    assert checkpoint.tensors["model.embed_tokens.weight"].nbytes == 40 * 32 * 2
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
+    pytest.importorskip("gguf")
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"not what it says")
+    with pytest.raises(InputError, match="can't be read as GGUF"):
+        open_headers(str(file))
+
+
+def test_a_tensor_that_config_json_does_not_call_for_is_refused(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "fewer")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert AutoConfig.from_pretrained(folder).num_hidden_layers == 3
+    with pytest.raises(InputError, match=r"model\.layers\.3.*no place"):
+        dense_model(open_headers(str(folder)))

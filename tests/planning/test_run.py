@@ -1,0 +1,188 @@
+"""The plan of a run as a whole: what it promises, how it answers to its options, and its verdict."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+from typer.testing import CliRunner
+
+import distprune
+from distprune import InputError
+from distprune.budgets import ParameterTarget, layer_parameters
+from distprune.cli import app
+from distprune.config import PruneConfig
+from distprune.methods import METHODS
+from distprune.planning import Cluster
+from distprune.planning.headers import dense_model, open_headers
+
+
+def stage(planned, name: str):
+    return next(stage for stage in planned.stages if stage.name == name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_remains_is_within_one_step_of_what_was_asked_for(plan, small, method):
+    planned = plan(method=method, sparsity=0.3)
+    _, dense = dense_model(open_headers(str(small)))
+    target, shape = ParameterTarget(dense, 0.3), dense.layer_shape(0)
+    step = layer_parameters(dense, 0, shape) - layer_parameters(dense, 0, replace(shape, ffn_width=shape.ffn_width - 8))
+    assert abs(planned.decoder_parameters_after - target.remaining) <= step
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_are_those_that_a_run_reaches(plan, run, dense_path, method):
+    _, record = run(method=method, sparsity=0.3)
+    planned = plan(dense_path, method=method, sparsity=0.3, samples=8, sequence_length=16)
+    assert planned.decoder_parameters_before == record.decoder_parameters_before
+    assert planned.total_parameters_before == record.total_parameters_before
+    one_step = 3 * 8 * 64
+    assert abs(planned.decoder_parameters_after - record.decoder_parameters_after) <= one_step
+
+
+def test_a_target_out_of_reach_is_refused(plan):
+    with pytest.raises(InputError, match="can't be reached"):
+        plan(method="olica", sparsity=0.9)
+
+
+def test_windows_beyond_the_context_are_refused(plan):
+    with pytest.raises(InputError, match="context of 512"):
+        plan(sequence_length=1024)
+
+
+def test_the_calibration_set_decides_over_the_own_samples(plan, dense_path, calibration_path):
+    planned = plan(dense_path, calibration=calibration_path)
+    assert (planned.samples, planned.sequence_length) == (8, 16)
+    assert "own samples" not in [stage.name for stage in planned.stages]
+
+
+def test_blocks_are_pruned_side_by_side_and_the_dense_pass_is_a_relay(plan):
+    relay = plan(cluster=Cluster(cpus=4), method="oops")
+    parallel = plan(cluster=Cluster(cpus=4), method="oops", propagation=1)
+    assert (relay.blocks, relay.block_length) == (1, 4)
+    assert (parallel.blocks, parallel.block_length) == (4, 1)
+    assert stage(parallel, "prune").seconds < 0.5 * stage(relay, "prune").seconds
+    assert stage(parallel, "dense pass").seconds == stage(relay, "dense pass").seconds
+    alone = plan(cluster=Cluster(cpus=1), method="oops")
+    assert stage(alone, "prune").seconds == stage(relay, "prune").seconds
+
+
+def test_layers_distil_side_by_side(plan):
+    alone, four = (plan(cluster=Cluster(cpus=count), distill=True, method="flap") for count in (1, 4))
+    assert stage(four, "distill").seconds < stage(alone, "distill").seconds
+    assert stage(four, "distill").forward_flops == stage(alone, "distill").forward_flops > 0
+
+
+def test_a_faster_disk_shortens_what_waits_for_it(plan):
+    slow, fast = (stage(plan(rates={"write": rate}), "assemble").seconds for rate in (1e6, 2e6))
+    assert slow == pytest.approx(2 * fast, rel=0.01)
+
+
+def test_bytes_are_those_of_the_files(plan, small):
+    planned = plan(method="magnitude", sparsity=0, samples=4, sequence_length=8)
+    size = sum(info.nbytes for info in open_headers(str(small)).tensors.values())
+    assert stage(planned, "check").bytes_read == size
+    outer = 2 * (2 * 1000 * 256 + 256)
+    states = 4 * 8 * 256 * 2
+    # Layers as parts and as shards, what lies outside them too, hidden states of both passes in the journal.
+    assert planned.bytes_written == 2 * size + 4 * states + 3 * states
+    assert stage(planned, "dense pass").bytes_read == size - outer
+
+
+def test_statistics_and_solves_count_where_a_method_has_them(plan):
+    plain, quadratic = plan(method="magnitude"), plan(method="oops")
+    assert stage(plain, "prune").statistics_flops == stage(plain, "prune").solve_flops == 0
+    assert stage(quadratic, "prune").statistics_flops > 0
+    assert stage(quadratic, "prune").solve_flops > 0
+
+
+def test_what_fits_is_said_to_fit(plan, headers_70b):
+    planned = plan(headers_70b, Cluster(gpus=8, host_memory=10**12), method="slimgpt")
+    assert planned.verdict.fits
+    assert planned.verdict.problem is planned.verdict.mend is None
+
+
+@pytest.mark.parametrize(
+    "options, cluster, option",
+    [
+        ({"sequence_length": 8192, "micro_batch": 64}, Cluster(gpus=8, host_memory=10**12), "micro_batch"),
+        ({"gpus_per_worker": 0.1, "sequence_length": 2048}, Cluster(gpus=1, host_memory=10**12), "gpus_per_worker"),
+        ({"sequence_length": 2048}, Cluster(gpus=8, host_memory=60 * 10**9), "workers"),
+    ],
+)
+def test_the_mend_names_an_option_that_makes_it_fit(plan, headers_70b, options, cluster, option):
+    options = {"method": "magnitude", **options}
+    refused = plan(headers_70b, cluster, **options).verdict
+    assert not refused.fits
+    assert refused.mend.startswith(f"Give {flag(option)} ")
+    value = float(refused.mend.removesuffix(".").split()[-1])
+    mended = options | {option: value if option == "gpus_per_worker" else int(value)}
+    assert plan(headers_70b, cluster, **mended).verdict.fits
+
+
+def test_a_matrix_that_fits_on_no_gpu_asks_for_larger_ones(plan, headers_70b):
+    cluster = Cluster(gpus=8, gpu_memory=16 * 10**9, host_memory=10**11)
+    verdict = plan(headers_70b, cluster, method="oops").verdict
+    assert "a GPU's 14.9 GiB" in verdict.problem
+    assert "Ask for GPUs of" in verdict.mend
+
+
+def test_planning_imports_no_ray():
+    code = "import sys, distprune.planning; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# ------------------------------------------------------------------ the command
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)], prog_name="distprune")
+
+
+def test_json_is_one_object_the_same_that_python_gives(small):
+    options = {"method": "oops", "sparsity": 0.25, "gpus": 8, "nodes": 2, "host_memory": "512GB"}
+    result = command(small, "--json", *(part for name, value in options.items() for part in (flag(name), value)))
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads(json.dumps(asdict(distprune.plan(str(small), **options))))
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def test_the_table_says_what_the_plan_holds(small):
+    result = command(small, "--gpus", 8, "--distill-epochs", 2, "--rate", "write=3e9", "--propagation", 2)
+    assert result.exit_code == 0, result.output
+    for words in ("2 blocks of 2", "8 GPUs on 1 node", "distill", "dense pass", "write 3 GB/s", "(h100)"):
+        assert words in result.stdout
+    assert result.stdout.strip().endswith("fits; host memory was not checked: give --host-memory")
+
+
+def test_a_yaml_file_of_the_run_serves_the_plan(small, tmp_path):
+    config = PruneConfig(model=str(small), output="elsewhere", method="flap", sparsity=0.4)
+    file = tmp_path / "run.yaml"
+    file.write_text(config.to_yaml())
+    planned = json.loads(command("--config", file, "--json").stdout)
+    assert (planned["method"], planned["sparsity"]) == ("flap", 0.4)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--gpu-memory", "much"), "'much' is no amount of memory"),
+        (("--rate", "write"), "--rate write: write NAME=VALUE"),
+        (("--rate", "speed=3"), "rate 'speed'"),
+        (("--hardware", "abacus"), "hardware 'abacus'"),
+        (("--method", "axe"), "method 'axe' does not exist"),
+        (("--device", "cuda"), "Give --gpus"),
+    ],
+)
+def test_bad_input_is_refused_in_one_message(small, arguments, words):
+    result = command(small, *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,78 @@
+"""Operations and sizes, against PyTorch's own count of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from distprune.decoder_layer import LayerShape, layer_from_state
+from distprune.forward import LayerRunner
+from distprune.modeling import PrunedConfig, PrunedDecoderLayer
+from distprune.planning.rates import RATES
+from distprune.planning.work import Work, forward_flops, moment_size, moment_work, tap_widths
+from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power
+
+CONFIG = PrunedConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=16,
+    attn_implementation="sdpa",
+)
+SAMPLES, LENGTH = 6, 8
+SHAPES = [
+    CONFIG.layer_shape(0),
+    LayerShape(4, 2, 8, 8, ffn_width=24, query_rank=8, key_rank=4, calibration_rank=2),
+    LayerShape(2, 1, 8, 8, ffn_width=40),
+]
+MOMENTS = [
+    Gram("ffn_neurons"),
+    Gram("attention_values"),
+    Cross("ffn_input", "ffn_neurons"),
+    HeadGram("attention_values", 4),
+    Mean("ffn_output"),
+    Power("attention_output"),
+    Peak("attention_input"),
+]
+
+
+def run(shape: LayerShape, observe=None) -> None:
+    module = PrunedDecoderLayer(CONFIG, 0, shape)
+    layer = layer_from_state({name: tensor.detach() for name, tensor in module.state_dict().items()}, shape)
+    runner = LayerRunner(CONFIG, torch.device("cpu"), torch.float32, micro_batch=3)
+    runner.run(layer, 0, torch.randn(SAMPLES, LENGTH, 32), observe=observe)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_forward_pass_counts_every_product(shape):
+    # The fused kernels' products are not counted on every device.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run(shape)
+    assert forward_flops(shape, 32, SAMPLES, LENGTH) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=repr)
+def test_a_moment_is_as_large_as_it_says_and_counts_its_products(moment):
+    counted = []
+
+    def observe(activations):
+        with FlopCounterMode(display=False) as counter:
+            statistics.update(activations)
+        counted.append(counter.get_total_flops())
+
+    statistics = LayerStatistics([moment])
+    run(SHAPES[0], observe)
+    widths = tap_widths(SHAPES[0], 32)
+    assert statistics._totals[moment].numel() == moment_size(moment, widths)
+    work = moment_work(moment, widths, SAMPLES * LENGTH, batches=2, itemsize=4)
+    assert work.statistics == sum(counted)
+
+
+def test_work_adds_up_and_takes_as_long_as_its_rates_say():
+    work = Work(forward=3e14, solve_float64=2.5e13) + Work(forward=3e14, read=2e9) * 2
+    assert work.seconds(RATES["h100"]) == pytest.approx(3 + 1 + 2)
+    assert Work(forward=4e13).seconds(RATES["h100"], float32=True) == pytest.approx(1)
