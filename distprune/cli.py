@@ -53,7 +53,7 @@ DistillCalibration = Annotated[
     Optional[Path], typer.Option(help="calibration set to distil on, which may be larger [that of --calibration]")
 ]
 DistillEpochs = Annotated[Optional[int], typer.Option(help="how often each sample is learnt from [1]")]
-DistillLearningRate = Annotated[Optional[float], typer.Option(help="of AdamW, at its highest [0.0003]")]
+DistillLearningRate = Annotated[Optional[float], typer.Option(help="of AdamW, at its highest [0.0005]")]
 DistillTrain = Annotated[
     Optional[str], typer.Option(metavar="full|lora", help="all weights, or low-rank updates [full]")
 ]

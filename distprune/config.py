@@ -22,7 +22,7 @@ class DistillConfig(BaseModel):
 
     calibration: Path | None = Field(None, description="calibration set to learn from; by default the pruning's own")
     epochs: int = Field(1, ge=1, description="how often each sample is learnt from")
-    learning_rate: float = Field(3e-4, gt=0, description="at its highest; AdamW with warmup and cosine decay")
+    learning_rate: float = Field(5e-4, gt=0, description="at its highest; AdamW with warmup and cosine decay")
     train: Literal["full", "lora"] = Field("full", description="all weights, or low-rank updates folded in at the end")
     rank: int = Field(16, ge=1, description="rank of the low-rank updates")
     look_ahead: int = Field(1, ge=0, description="dense layers after it that also judge a layer's output")
