@@ -30,6 +30,10 @@ class DistillConfig(BaseModel):
     held_out: float = Field(1 / 16, gt=0, lt=1, description="share of the samples that decides what is kept")
     seed: int = Field(0, ge=0, description="seed of the samples' order and of the low-rank updates")
 
+    def end_of_look_ahead(self, index: int, layers: int) -> int:
+        """The first layer whose dense form no longer judges the output of layer ``index``."""
+        return min(index + 1 + self.look_ahead, layers)
+
 
 def switch(value: Any) -> Any:
     """``true`` stands for all defaults, ``false`` for nothing."""

@@ -43,22 +43,45 @@ class Lesson:
     kept: bool
 
 
+@dataclass(frozen=True)
+class Exercise:
+    """What a layer learns from: hidden states of the dense model, (samples, length, d) each.
+
+    Attributes:
+        inputs: at the layer's input.
+        outputs: at its output.
+        ahead: at the output of the last layer that is looked ahead to; ``outputs`` where there is none.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    ahead: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, samples: Tensor | slice) -> Exercise:
+        return Exercise(self.inputs[samples], self.outputs[samples], self.ahead[samples])
+
+    def to(self, *args) -> Exercise:
+        return Exercise(self.inputs.to(*args), self.outputs.to(*args), self.ahead.to(*args))
+
+
 def distill(
     layer: DecoderLayer,
     index: int,
     following: Sequence[DecoderLayer],
-    inputs: Tensor,
-    targets: Tensor,
+    exercise: Exercise,
     runner: LayerRunner,
     options: DistillConfig,
 ) -> tuple[DecoderLayer, Lesson]:
-    """Train a pruned layer to give ``targets`` from ``inputs``.
+    """Train a pruned layer to do what the dense layer does.
 
     Args:
         layer: the pruned layer; it may have low-rank factors and a calibration branch, which train too.
         index: which layer of the model it is.
         following: the dense layers after it that judge its output; they stay as they are.
-        inputs, targets: hidden states at the dense layer's input and output, (samples, length, d).
+        exercise: what it learns from.
         runner: what runs the layer, and on which device.
         options: epochs, learning rate and the like.
 
@@ -66,10 +89,10 @@ def distill(
         The layer with its tensors in the given ones' dtype, or as it was where its held-out loss did not fall.
     """
     student = Student(layer, index, following, runner, options)
-    training, held_out = split(len(inputs), options)
-    before = student.mean_loss(inputs[held_out], targets[held_out])
-    losses = student.train(inputs[training], targets[training])
-    after = student.mean_loss(inputs[held_out], targets[held_out])
+    training, held_out = split(len(exercise), options)
+    before = student.mean_loss(exercise[held_out])
+    losses = student.train(exercise[training])
+    after = student.mean_loss(exercise[held_out])
     lesson = Lesson(averaged(losses, CURVE_POINTS), before, after, kept=after < before)
     return (student.layer() if lesson.kept else layer), lesson
 
@@ -104,15 +127,15 @@ class Student:
             update = LowRankUpdate(linear.weight, self._options.rank, generator)
             parametrize.register_parametrization(linear, "weight", update)
 
-    def train(self, inputs: Tensor, targets: Tensor) -> list[float]:
+    def train(self, exercise: Exercise) -> list[float]:
         """Run the optimizer over all epochs. Returns the loss of every step."""
         options, losses = self._options, []
         parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=BETAS, weight_decay=0.0, fused=True)
-        batches = list(shuffled_batches(len(inputs), options))
+        batches = list(shuffled_batches(len(exercise), options))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(len(batches)))
         for batch in batches:
-            loss = self._loss(inputs[batch], targets[batch])
+            loss = self._loss(exercise[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -121,21 +144,19 @@ class Student:
         return losses
 
     @torch.no_grad()
-    def mean_loss(self, inputs: Tensor, targets: Tensor) -> float:
+    def mean_loss(self, exercise: Exercise) -> float:
         size = self._options.batch
-        pairs = zip(inputs.split(size), targets.split(size), strict=True)
-        return sum(self._loss(x, y).item() * len(x) for x, y in pairs) / len(inputs)
+        batches = [exercise[start : start + size] for start in range(0, len(exercise), size)]
+        return sum(self._loss(batch).item() * len(batch) for batch in batches) / len(exercise)
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, exercise: Exercise) -> Tensor:
         runner, dtype = self._runner, self._dtype
-        inputs, targets = (states.to(runner.device, dtype) for states in (inputs, targets))
+        exercise = exercise.to(runner.device, dtype)
         with torch.autocast(runner.device.type, dtype, enabled=dtype != torch.float32):
-            outputs = runner.forward(self._module, self._index, inputs)
-        loss = relative_error(outputs, targets)
+            outputs = runner.forward(self._module, self._index, exercise.inputs)
+        loss = relative_error(outputs, exercise.outputs)
         if self._following:
-            with torch.no_grad():
-                wanted = self._look_ahead(targets)
-            loss = loss + relative_error(self._look_ahead(outputs), wanted)
+            loss = loss + relative_error(self._look_ahead(outputs), exercise.ahead)
         return loss
 
     def _look_ahead(self, hidden_states: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from distprune.checkpoint import resolve_model
 
 SPARSITIES = (0.2, 0.3, 0.4, 0.5)
 ABLATED = 0.3
-DISTILLED = (128, 256, 512)  # windows to distil on
+DISTILLED = (128, 256, 640)  # windows to distil on
 DISTILLATION_SEED = 1000
 ABLATIONS = {
     "olica": {

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from distprune.config import DistillConfig
 from distprune.decoder_layer import DecoderLayer, LayerShape, LowRank, layer_from_state, state_of
-from distprune.distillation import distill, relative_error, split, warmup_and_cosine
+from distprune.distillation import Exercise, distill, relative_error, split, warmup_and_cosine
 from distprune.forward import LayerRunner
 from distprune.modeling import PrunedConfig, PrunedDecoderLayer
 
@@ -46,6 +46,12 @@ def hidden_states() -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, make_runner().run(random_layer(CONFIG.dense_shape(), 1), 0, inputs).clone()
 
 
+def alone(hidden_states: tuple[torch.Tensor, torch.Tensor]) -> Exercise:
+    """Without layers to look ahead to."""
+    inputs, outputs = hidden_states
+    return Exercise(inputs, outputs, outputs)
+
+
 def error(layer: DecoderLayer, inputs: torch.Tensor, targets: torch.Tensor) -> float:
     """In float64 by numpy."""
     found, wanted = (x.double().numpy() for x in (make_runner().run(layer, 0, inputs), targets))
@@ -62,7 +68,7 @@ def differing(one: DecoderLayer, other: DecoderLayer) -> set[str]:
 def test_a_full_layer_trains_as_the_decoder_layer_of_transformers_does_by_hand(hidden_states, epochs):
     options = DistillConfig(epochs=epochs, learning_rate=1e-2, batch=4, held_out=0.25, seed=3)
     pruned = random_layer(NARROW, 2)
-    found, lesson = distill(pruned, 0, [], *hidden_states, make_runner(), options)
+    found, lesson = distill(pruned, 0, [], alone(hidden_states), make_runner(), options)
 
     config = LlamaConfig(**SIZES | {"intermediate_size": 24}, attn_implementation="sdpa", rms_norm_eps=1e-6)
     module = LlamaDecoderLayer(config, 0)
@@ -109,7 +115,10 @@ def test_dense_layers_that_follow_judge_the_output_and_stay_as_they_are(hidden_s
     pruned, following = random_layer(NARROW, 2), [random_layer(CONFIG.dense_shape(), seed) for seed in (3, 4)]
     copies = copy.deepcopy(following)
     options = DistillConfig(learning_rate=1e-2, epochs=4)
-    learnt, lesson = distill(pruned, 0, following, *hidden_states, runner, options)
+    ahead = hidden_states[1]
+    for index, layer in enumerate(following, 1):
+        ahead = runner.run(layer, index, ahead)
+    learnt, lesson = distill(pruned, 0, following, Exercise(*hidden_states, ahead.clone()), runner, options)
     assert lesson.kept and not any(differing(*pair) for pair in zip(following, copies, strict=True))
 
     inputs, targets = (states[split(SAMPLES, options)[1]] for states in hidden_states)
@@ -130,7 +139,7 @@ def test_dense_layers_that_follow_judge_the_output_and_stay_as_they_are(hidden_s
 def test_factors_and_calibration_branch_learn_too(hidden_states, dtype):
     pruned = random_layer(FACTORED, 2, dtype)
     options = DistillConfig(epochs=8, learning_rate=1e-2)
-    learnt, lesson = distill(pruned, 0, [], *hidden_states, make_runner(dtype), options)
+    learnt, lesson = distill(pruned, 0, [], alone(hidden_states), make_runner(dtype), options)
     assert learnt.shape == FACTORED
     assert {tensor.dtype for tensor in state_of(learnt).values()} == {dtype}
     assert differing(pruned, learnt) == set(state_of(pruned))
@@ -142,7 +151,7 @@ def test_factors_and_calibration_branch_learn_too(hidden_states, dtype):
 
 def test_a_layer_that_does_not_get_better_on_held_out_samples_stays_as_it_was(hidden_states):
     pruned = random_layer(NARROW, 2)
-    layer, lesson = distill(pruned, 0, [], *hidden_states, make_runner(), DistillConfig(learning_rate=100.0))
+    layer, lesson = distill(pruned, 0, [], alone(hidden_states), make_runner(), DistillConfig(learning_rate=100.0))
     assert lesson.held_out_after > lesson.held_out_before and not lesson.kept
     assert layer is pruned
 
@@ -150,7 +159,7 @@ def test_a_layer_that_does_not_get_better_on_held_out_samples_stays_as_it_was(hi
 def test_low_rank_updates_change_no_weight_by_more_than_their_rank(hidden_states):
     pruned = random_layer(FACTORED, 2)
     options = DistillConfig(train="lora", rank=2, epochs=4, learning_rate=1e-2)
-    learnt, lesson = distill(pruned, 0, [], *hidden_states, make_runner(), options)
+    learnt, lesson = distill(pruned, 0, [], alone(hidden_states), make_runner(), options)
     assert lesson.kept
     assert "input_layernorm.weight" not in differing(pruned, learnt)
     for role in [field.name for field in fields(pruned)]:
@@ -165,7 +174,7 @@ def test_low_rank_updates_change_no_weight_by_more_than_their_rank(hidden_states
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(hidden_states):
     pruned = random_layer(NARROW, 2)
     options = [DistillConfig(seed=seed, epochs=3, learning_rate=1e-2) for seed in (0, 0, 1)]
-    made = [distill(pruned, 0, [], *hidden_states, make_runner(), each)[0] for each in options]
+    made = [distill(pruned, 0, [], alone(hidden_states), make_runner(), each)[0] for each in options]
     assert not differing(made[0], made[1])
     assert differing(made[0], made[2])
 

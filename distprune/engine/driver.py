@@ -108,8 +108,8 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
             prune_blocks(pool, plan, profiles, block_length, done, journal, files.keep_pruned, progress)
         if config.distill:
             with work.timed("distill"):
-                texts, ahead, done = config.distill.calibration, 2 * workers.count, files.distilled()
-                distill_layers(pool, layers, texts, ahead, done, files.read, files.keep_distilled, progress)
+                options, most, done = config.distill, 2 * workers.count, files.distilled()
+                distill_layers(pool, layers, options, most, done, files.read, files.keep_distilled, progress)
         peaks = pool.peak_memory()
 
     progress.stage("Assembling", 1)

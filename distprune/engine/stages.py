@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from pathlib import Path
 
 import ray
 from ray import ObjectRef
 
+from distprune.config import DistillConfig
 from distprune.decoder_layer import DecoderLayer, LayerShape, layer_from_state, state_of
 from distprune.distillation import Lesson
 from distprune.engine.journal import Journal, entry_of
@@ -139,50 +139,61 @@ def prune_blocks(
 def distill_layers(
     pool: WorkerPool,
     layers: int,
-    calibration: Path | None,
-    ahead: int,
+    options: DistillConfig,
+    most: int,
     done: Collection[int],
     source: LayerSource,
     sink: DistilledSink,
     progress: Progress,
 ) -> None:
-    """Every pruned layer learns from the dense layer's hidden states, all at once.
+    """Every pruned layer learns from the dense model's hidden states, all at once.
 
-    The dense model runs over the distillation's calibration set, no more than ``ahead`` layers before those that have
-    learnt, so that the hidden states of few layers exist at a time. Layers that are ``done`` are passed over.
+    The dense model runs over the distillation's calibration set as far as is needed for ``most`` layers to learn at a
+    time, so that the hidden states of few layers exist at once. Layers that are ``done`` are passed over.
     """
     progress.stage("Distilling", layers, len(done))
-    last = max(set(range(layers)) - set(done), default=-1)
+    states: dict[int, ObjectRef] = {}  # the dense hidden states at the input of layers
+    advancing: set[int] = set()
     learning: set[int] = set()
-    waiting: list[tuple[int, ObjectRef]] = []
+    waiting = sorted(set(range(layers)) - set(done))
 
-    def enter(index: int, stored: ObjectRef) -> None:
-        """The dense hidden states at the input of layer ``index`` are there."""
-        if len(learning) < ahead:
-            pool.submit(partial(leave, index, stored), "advance", index, stored)
-            if index not in done:
-                learning.add(index)
-        else:
-            waiting.append((index, stored))
+    def arrive(index: int, hidden_states: Parcel) -> None:
+        """The dense hidden states at the input of layer ``index``, or at the model's end, are there."""
+        states[index] = ray.put(hidden_states)
+        go_on()
 
-    def leave(index: int, inputs: ObjectRef, targets: Parcel) -> None:
-        stored = ray.put(targets)
-        if index not in done:
-            layer = source(index)
-            arguments = index, layer.shape, pack_all(state_of(layer)), inputs, stored
-            pool.submit(partial(receive, index, layer.shape), "distill", *arguments)
-        if index < last:
-            enter(index + 1, stored)
+    def go_on() -> None:
+        """Let the next layers learn, or the dense model advance until they can."""
+        while waiting and len(learning) < most:
+            index, newest = waiting[0], max(states)
+            for passed in [number for number in states if number < min(index, newest)]:
+                del states[passed]
+            needed = index, index + 1, options.end_of_look_ahead(index, layers)
+            if newest < needed[-1]:
+                advance(newest)
+                return
+            start(index, [states[number] for number in needed])
+
+    def advance(index: int) -> None:
+        if index not in advancing:
+            advancing.add(index)
+            pool.submit(partial(arrive, index + 1), "advance", index, states[index])
+
+    def start(index: int, exercise: list[ObjectRef]) -> None:
+        waiting.remove(index)
+        learning.add(index)
+        layer = source(index)
+        arguments = index, layer.shape, pack_all(state_of(layer)), *exercise
+        pool.submit(partial(receive, index, layer.shape), "distill", *arguments)
 
     def receive(index: int, shape: LayerShape, tensors: dict[str, Parcel], lesson: Lesson) -> None:
         sink(index, layer_from_state(unpack_all(tensors), shape), lesson)
-        learning.discard(index)
-        if waiting:
-            enter(*waiting.pop())
+        learning.remove(index)
         progress.advance()
+        go_on()
 
-    if last >= 0:
-        pool.submit(lambda embedded: enter(0, ray.put(embedded)), "embed", calibration)
+    if waiting:
+        pool.submit(partial(arrive, 0), "embed", options.calibration)
     pool.run()
 
 

@@ -19,7 +19,7 @@ from distprune.calibration import build_calibration, open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer, LayerShape, state_of
-from distprune.distillation import Lesson, distill
+from distprune.distillation import Exercise, Lesson, distill
 from distprune.errors import ConvergenceWarning, InputError
 from distprune.families import family_of
 from distprune.forward import LayerRunner
@@ -137,12 +137,12 @@ class LayerTasks:
         clock.lap("propagate")
         return PrunedLayer(pruned.to("cpu"), output, Report(clock.laps, warned))
 
-    def distill(self, index: int, layer: DecoderLayer, inputs: Tensor, targets: Tensor) -> tuple[DecoderLayer, Lesson]:
-        """The pruned layer after learning to give the dense layer's outputs, ``targets``, and how that went."""
+    def distill(self, index: int, layer: DecoderLayer, exercise: Exercise) -> tuple[DecoderLayer, Lesson]:
+        """The pruned layer after learning to do what the dense layer does, and how that went."""
         options = self.config.distill
-        after = range(index + 1, min(index + 1 + options.look_ahead, self.dense.num_hidden_layers))
-        following = [self._read_layer(number) for number in after]
-        learnt, lesson = distill(layer, index, following, inputs, targets, self.runner, options)
+        end = options.end_of_look_ahead(index, self.dense.num_hidden_layers)
+        following = [self._read_layer(number) for number in range(index + 1, end)]
+        learnt, lesson = distill(layer, index, following, exercise, self.runner, options)
         check_solution(learnt, index)
         return learnt.to("cpu"), lesson
 

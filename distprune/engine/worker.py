@@ -11,7 +11,7 @@ import torch
 
 from distprune.config import PruneConfig
 from distprune.decoder_layer import LayerShape, layer_from_state, state_of
-from distprune.distillation import Lesson
+from distprune.distillation import Exercise, Lesson
 from distprune.engine.memory import PeakMemory, peak_memory
 from distprune.engine.tasks import LayerTasks, Report
 from distprune.engine.transport import Parcel, pack, pack_all, unpack, unpack_all
@@ -93,10 +93,11 @@ class Worker:
 
     @ray.method(num_returns=2)
     def distill(
-        self, index: int, shape: LayerShape, tensors: Parcels, inputs: Parcel, targets: Parcel
+        self, index: int, shape: LayerShape, tensors: Parcels, inputs: Parcel, outputs: Parcel, ahead: Parcel
     ) -> tuple[Parcels, Lesson]:
         layer = layer_from_state(unpack_all(tensors), shape)
-        learnt, lesson = self.tasks.distill(index, layer, unpack(inputs), unpack(targets))
+        exercise = Exercise(unpack(inputs), unpack(outputs), unpack(ahead))
+        learnt, lesson = self.tasks.distill(index, layer, exercise)
         return pack_all(state_of(learnt)), lesson
 
     def peak_memory(self) -> PeakMemory:

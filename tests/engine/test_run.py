@@ -119,7 +119,7 @@ def test_distillation_runs_ahead_of_what_has_learnt_by_a_few_layers_at_most(run,
     methods = [call.method for call in started]
     ahead = [methods[:end].count("advance") - methods[:end].count("distill") for end in range(len(methods))]
     assert methods.count("advance") == methods.count("distill") == 8
-    assert max(ahead) <= 2
+    assert max(ahead) <= 2 + 1  # as many layers as may learn, and the one looked ahead to
 
 
 class Raises(Progress):

@@ -11,6 +11,7 @@ from distprune.budgets import ParameterTarget
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
+from distprune.distillation import Exercise
 from distprune.engine import load_record
 from distprune.engine.tasks import LayerTasks
 
@@ -74,23 +75,25 @@ def test_a_run_prunes_each_layer_on_the_outputs_that_propagation_says(run, make_
             assert torch.equal(written.read([name])[name], tensor), name
 
 
-def test_a_run_distils_each_layer_on_the_dense_models_hidden_states(run, make_tasks, dense_path):
-    options = {"distill": {"learning_rate": 1e-3, "epochs": 2, "batch": 2}}
+@pytest.mark.parametrize("look_ahead", [0, 1, 2])
+def test_a_run_distils_each_layer_on_the_dense_models_hidden_states(run, make_tasks, dense_path, look_ahead):
+    options = {"distill": {"learning_rate": 1e-3, "epochs": 2, "batch": 2, "look_ahead": look_ahead}}
     pruned, distilled = (Checkpoint.open(run(sparsity=0.3, **more)[0]) for more in ({}, options))
     lessons = [layer.distillation for layer in load_record(distilled.path).layers]
     assert any(lesson.kept for lesson in lessons)
 
     tasks = make_tasks(dense_path, **options)
-    inputs = tasks.embed()
+    states = [tasks.embed()]
+    for index in range(LAYERS):
+        states.append(tasks.advance(index, states[-1]))
     for index, lesson in enumerate(lessons):
-        targets = tasks.advance(index, inputs)
         shapes = tasks.family.layer_shapes(pruned.config, index)
         layer = tasks.family.layer_from_checkpoint(pruned.read(shapes), pruned.config, index)
-        learnt, found = tasks.distill(index, layer, inputs, targets)
+        exercise = Exercise(states[index], states[index + 1], states[min(index + 1 + look_ahead, LAYERS)])
+        learnt, found = tasks.distill(index, layer, exercise)
         assert found == lesson
         for name, tensor in tasks.family.layer_to_checkpoint(learnt, index).items():
             assert torch.equal(distilled.read([name])[name], tensor), name
-        inputs = targets
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
