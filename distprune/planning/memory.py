@@ -180,7 +180,8 @@ def _host_of_tasks(scenario: Scenario) -> float:
     layer = max(scenario.stored_bytes)
     learnt_from = 0
     if scenario.lessons:
-        learnt_from = 2 * scenario.hidden_states(scenario.lessons) + _judges(scenario) * layer
+        judges = _judges(scenario)
+        learnt_from = (3 if judges else 2) * scenario.hidden_states(scenario.lessons) + judges * layer
     return max(largest, layer + max(scenario.hidden_states(scenario.calibration), learnt_from))
 
 

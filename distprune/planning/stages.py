@@ -143,7 +143,7 @@ def _distill(scenario: Scenario) -> StagePlan:
 def _learn(scenario: Scenario, index: int) -> Work:
     """Forward and backward over the training samples, an optimizer step a batch, the held-out samples twice.
 
-    The dense layers that judge the output run forward on it and on the target; backward, for the output's gradient.
+    The dense layers that judge the output run forward on it and backward, for its gradient.
     """
     options, lessons, shape = scenario.config.distill, scenario.lessons, scenario.shapes[index]
     held_out = min(max(1, round(options.held_out * lessons.samples)), lessons.samples - 1)
@@ -152,11 +152,12 @@ def _learn(scenario: Scenario, index: int) -> Work:
     one = TokenSet(1, lessons.length)
     work = scenario.forward(shape, one) * (3.0 * training + 2.0 * held_out)
     for judge in range(index + 1, min(index + 1 + options.look_ahead, scenario.layers)):
-        work += scenario.forward(scenario.shape(judge), one) * (3.0 * training + 4.0 * held_out)
+        work += scenario.forward(scenario.shape(judge), one) * (2.0 * training + 2.0 * held_out)
         work += Work(read=scenario.stored_bytes[judge])
     # A step reads and writes weights, gradients and both moments, casts the weights and clears the gradients.
     optimizer = Work(passed=float(steps) * matrix_parameters(shape, scenario.hidden) * 12 * FLOAT32)
-    lesson = scenario.moved(2.0 * options.epochs * scenario.hidden_states(lessons))
+    exercise = 3.0 if options.look_ahead else 2.0
+    lesson = scenario.moved(exercise * options.epochs * scenario.hidden_states(lessons))
     return work + optimizer + lesson + Work(stored=2.0 * scenario.pruned_bytes[index])
 
 

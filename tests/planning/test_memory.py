@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer, layer_from_state
-from distprune.distillation import distill
+from distprune.distillation import Exercise, distill
 from distprune.forward import LayerRunner
 from distprune.methods import METHODS
 from distprune.modeling import PrunedDecoderLayer
@@ -123,7 +123,8 @@ def test_the_peak_of_distillation_is_foretold(scenario, train, look_ahead):
     layer, lessons = random_layer(scenario, pruned=True), scenario.lessons
     inputs, targets = (hidden_states(scenario, lessons) for _ in range(2))
     with live_tensors() as counted:
-        distill(layer, 0, following, inputs, targets, runner(scenario), scenario.config.distill)
+        exercise = Exercise(inputs, targets, targets)
+        distill(layer, 0, following, exercise, runner(scenario), scenario.config.distill)
     copies = inputs.nbytes + targets.nbytes  # which the plan counts with the host's memory
     assert planned_memory._distill_peak(scenario, 0) == pytest.approx(counted.peak - copies, rel=0.2)
 
