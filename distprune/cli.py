@@ -63,7 +63,9 @@ Propagation = Annotated[
 MicroBatch = Annotated[Optional[int], typer.Option(help="samples in one forward pass [16]")]
 Dtype = Annotated[Optional[str], typer.Option(help="auto, float32, bfloat16 or float16 [auto]")]
 Device = Annotated[Optional[str], typer.Option(help="auto, cpu or cuda [auto]")]
-Workers = Annotated[Optional[int], typer.Option(help="worker actors [one a GPU, or a CPU share]")]
+Workers = Annotated[
+    Optional[str], typer.Option(metavar="MAX|MIN:MAX", help="worker actors [one a GPU, or a CPU share]")
+]
 ThreadsPerWorker = Annotated[Optional[int], typer.Option(help="CPU threads of each worker [1]")]
 GpusPerWorker = Annotated[Optional[float], typer.Option(help="GPUs each worker asks for [1 on cuda]")]
 Address = Annotated[Optional[str], typer.Option(help="Ray cluster to join [RAY_ADDRESS or a local one]")]

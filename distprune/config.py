@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from distprune.errors import InputError
 
@@ -38,6 +39,14 @@ class DistillConfig(BaseModel):
 def switch(value: Any) -> Any:
     """``true`` stands for all defaults, ``false`` for nothing."""
     return ({} if value else None) if isinstance(value, bool) else value
+
+
+def check_range(text: str) -> str:
+    """``MIN:MAX``, two whole numbers from 1."""
+    least, _, most = text.partition(":")
+    if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+        raise ValueError("give a number, or MIN:MAX")
+    return text
 
 
 class PruneConfig(BaseModel):
@@ -72,7 +81,9 @@ class PruneConfig(BaseModel):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes GPUs where the cluster has any")
 
-    workers: int | None = Field(None, ge=1, description="worker actors; by default one a GPU, or one a CPU share")
+    workers: Annotated[int, Field(ge=1)] | Annotated[str, AfterValidator(check_range)] | None = Field(
+        None, description="worker actors, at most, or 'MIN:MAX'; by default one a GPU, or one a CPU share"
+    )
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of each worker")
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs a worker asks Ray for; 1 on cuda by default")
     address: str | None = Field(None, description="Ray cluster to join; by default RAY_ADDRESS, or a local one")
@@ -86,6 +97,13 @@ class PruneConfig(BaseModel):
     def block_length(self, layers: int) -> int:
         """Layers pruned on each other's outputs in a row, for a model of ``layers`` layers."""
         return layers if self.propagation == "full" else min(self.propagation, layers)
+
+    def worker_range(self) -> tuple[int, int | None]:
+        """How many workers a run waits for before it starts, and how many it may have; None is all that fit."""
+        if isinstance(self.workers, str):
+            least, most = map(int, self.workers.split(":"))
+            return least, most
+        return 1, self.workers
 
     def decisive(self) -> dict[str, Any]:
         """Every option that can change a byte of the result; model and calibration sets are known by their content."""
@@ -128,12 +146,26 @@ def _explain(problem: Mapping[str, Any]) -> str:
             return f"'{option}' is not an option. Options: {known}."
     if problem["loc"][0] == "propagation":
         return f"option 'propagation' is {problem['input']!r}: give a number of layers from 1, or 'full'."
+    if problem["loc"][0] == "workers":
+        return f"option 'workers' is {problem['input']!r}: give a number from 1, or 'MIN:MAX'."
     return f"option '{option}' is {problem['input']!r}: {problem['msg']}."
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes 2:8 for a text; YAML 1.1 takes it for a number of base 60."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [("tag:yaml.org,2002:str", re.compile(r"^[0-9]+:[0-9]+$")), *resolvers]
+    if first in "0123456789"
+    else resolvers
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}). Check --config.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -127,6 +127,8 @@ def test_distillation_is_a_switch_or_options_overridden_one_by_one(yaml_file, in
         ("distill: {epoch: 2}", "'distill.epoch' is not an option. Options: calibration, epochs, "),
         ("distill: {epochs: 0}", "option 'distill.epochs' is 0: .*greater than or equal to 1"),
         ("distill: {train: half}", "option 'distill.train' is 'half': .*'full' or 'lora'"),
+        ("workers: 0", "option 'workers' is 0: give a number from 1, or 'MIN:MAX'"),
+        ("workers: 3:2", "option 'workers' is '3:2': give a number from 1, or 'MIN:MAX'"),
         ("- model", "must be a mapping of option names to values"),
         ("just a text", "must be a mapping of option names to values"),
         ("", "must be a mapping of option names to values"),
@@ -151,6 +153,14 @@ def test_a_missing_file_and_missing_options_are_named(tmp_path, yaml_file):
         load_config(None, {"model": "m"})
     with pytest.raises(InputError, match=r"^option 'model' must be given"):
         load_config(yaml_file({"output": "o"}), {})
+
+
+def test_workers_are_a_number_or_a_range(yaml_file):
+    def given(content) -> tuple:
+        return load_config(yaml_file(f"model: m\noutput: o\n{content}"), {}).worker_range()
+
+    ranges = [given(content) for content in ("", "workers: 4", "workers: 2:8", "workers: '3'")]
+    assert ranges == [(1, None), (1, 4), (2, 8), (1, 3)]
 
 
 def test_blocks_are_as_long_as_propagation_says_and_the_model_is():

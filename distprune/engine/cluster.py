@@ -32,7 +32,7 @@ def connected(config: PruneConfig) -> Iterator[None]:
     try:
         if address == "local":
             # A laptop may be asked for more workers than it has cores.
-            cpus = max(os.cpu_count() or 1, (config.workers or 1) * config.threads_per_worker)
+            cpus = max(os.cpu_count() or 1, (config.worker_range()[1] or 1) * config.threads_per_worker)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         else:
             check_listens(address)
@@ -74,12 +74,16 @@ def check_listens(address: str) -> None:
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """How many workers a run has and what each asks Ray for."""
+    """How many workers a run may have, what each asks Ray for, and how many must be up before it starts.
+
+    Those for which there is no room wait, and Ray's autoscaler sees what they wait for.
+    """
 
     count: int
     device: str
     cpus: float
     gpus: float
+    least: int = 1
 
 
 def plan_workers(config: PruneConfig, nodes: Sequence[Mapping[str, float]], layers: int) -> WorkerPlan:
@@ -93,15 +97,17 @@ def plan_workers(config: PruneConfig, nodes: Sequence[Mapping[str, float]], laye
     gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(device == "cuda")
     asked = {"CPU": float(config.threads_per_worker), "GPU": gpus}
 
-    fitting = sum(count_fitting(asked, node) for node in nodes)
-    if fitting < 1:
+    fitting, (least, most) = sum(count_fitting(asked, node) for node in nodes), config.worker_range()
+    # Where a range is given, the cluster is expected to grow.
+    if fitting < 1 and not isinstance(config.workers, str):
         found = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise InputError(
             f"no worker fits on any node of the Ray cluster: each asks for {asked['CPU']:g} CPUs and {gpus:g} GPUs, "
             f"and the nodes have {found or 'not been found'}. Lower --threads-per-worker or --gpus-per-worker, or give "
-            "--device cpu."
+            "--device cpu; or give --workers MIN:MAX where the cluster is to grow."
         )
-    return WorkerPlan(min(config.workers or fitting, layers), device, asked["CPU"], gpus)
+    count = min(most or fitting, layers)
+    return WorkerPlan(count, device, asked["CPU"], gpus, min(least, count))
 
 
 def count_fitting(asked: Mapping[str, float], node: Mapping[str, float]) -> int:

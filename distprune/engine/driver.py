@@ -144,9 +144,11 @@ def copy_model_files(job: Job, folder: Path) -> None:
 def worker_pool(job: Job, workers: WorkerPlan, calibration: Path, progress: Progress) -> Iterator[WorkerPool]:
     pool = WorkerPool(workers, job.config, job.model_path.resolve(), calibration.resolve())
     try:
-        if not pool.is_up(PATIENCE):
-            wanted = f"{workers.cpus:g} CPUs and {workers.gpus:g} GPUs"
-            progress.note(f"Waiting until the Ray cluster has {wanted} free for a worker ...")
+        if not pool.are_up(workers.least, PATIENCE):
+            wanted = f"{workers.cpus:g} CPUs and {workers.gpus:g} GPUs free for "
+            wanted += "a worker" if workers.least == 1 else f"each of {workers.least} workers"
+            progress.note(f"Waiting until the Ray cluster has {wanted} ...")
+            pool.are_up(workers.least, None)
         yield pool
     finally:
         pool.shutdown()

@@ -1,17 +1,22 @@
 """Worker actors and the calls that wait for an idle one.
 
-A worker, or the node it is on, may vanish at any moment: its call goes back into the queue for whichever worker is idle
-next, and Ray restarts it where it finds room. What calls give is fetched to the driver's node at once, so that nothing
-but the call itself is ever lost with a worker.
+Workers join when there is room for them. A worker, or the node it is on, may vanish at any moment: its call goes back
+into the queue for whichever worker is idle next, and Ray restarts it where it finds room. What calls give is fetched to
+the driver's node at once, so that nothing but the call itself is ever lost with a worker. A call that takes far longer
+than its like is also given to an idle worker; calls are pure, so whichever ends first gives the bytes that the other
+would.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import ray
@@ -33,6 +38,10 @@ from distprune.errors import InputError, WorkersLost
 
 # A call survives this many losses of its worker; more mean that the layer itself is what kills it (out of memory).
 LOSSES = 4
+# An idle worker takes over a call that has run this many times as long as its like usually do.
+STRAGGLES = 3
+FEWEST_ENDED = 3  # calls of a kind that must have ended before one is said to straggle
+LOOK_EVERY = 1.0  # seconds
 LOST = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError)
 
 
@@ -45,15 +54,30 @@ class Later:
 
 @dataclass
 class Call:
-    """A worker's method, its arguments and who takes its results; ``losses`` counts the workers lost in it."""
+    """A worker's method, its arguments and who takes its results.
+
+    ``losses`` counts the workers lost in it, ``copies`` those at work on it now.
+    """
 
     method: str
     arguments: tuple
     then: Callable[..., None]
     losses: int = 0
+    copies: int = 0
+    done: bool = False
 
     def __str__(self) -> str:
         return f"'{self.method}'" + (f" of layer {self.arguments[0]}" if self.arguments else "")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A call at work: where, since when, and its results to be."""
+
+    worker: Any
+    call: Call
+    results: list[ObjectRef]
+    since: float
 
 
 class WorkerPool:
@@ -62,7 +86,8 @@ class WorkerPool:
     def __init__(self, plan: WorkerPlan, config: PruneConfig, model_path: Path, calibration_path: Path):
         options = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "max_restarts": -1}
         self._queue: deque[Call] = deque()
-        self._running: dict[ObjectRef, tuple[Any, Call, list[ObjectRef]]] = {}
+        self._running: dict[ObjectRef, Running] = {}
+        self._took: dict[str, list[float]] = {}
         self._starting: dict[ObjectRef, Any] = {}
         self._idle: deque[Any] = deque()
         self.workers = [
@@ -72,10 +97,10 @@ class WorkerPool:
         for worker in self.workers:
             self._await(worker)
 
-    def is_up(self, patience: float) -> bool:
-        """Whether a worker is up within ``patience`` seconds."""
-        done, _ = ray.wait(list(self._starting), timeout=patience, fetch_local=False)
-        return bool(done)
+    def are_up(self, count: int, patience: float | None) -> bool:
+        """Whether so many workers are up within ``patience`` seconds; None waits until they are."""
+        done, _ = ray.wait(list(self._starting), num_returns=count, timeout=patience, fetch_local=False)
+        return len(done) == count
 
     def submit(self, then: Callable[..., None], method: str, *arguments: Any) -> None:
         """Queue the workers' ``method(*arguments)``; :meth:`run` calls ``then`` with its results.
@@ -95,24 +120,39 @@ class WorkerPool:
             WorkersLost: a call lost too many workers.
             ray.exceptions.RayError: a call failed otherwise.
         """
-        while self._queue or self._running:
-            (done, *_), _ = ray.wait([*self._running, *self._starting], fetch_local=False)
-            if done in self._starting:
-                fetch(done)
-                self._employ(self._starting.pop(done))
+        while self._queue or any(not running.call.done for running in self._running.values()):
+            ended, _ = ray.wait([*self._running, *self._starting], timeout=LOOK_EVERY, fetch_local=False)
+            if not ended:
+                self._take_over_stragglers()
+            elif ended[0] in self._starting:
+                fetch(ended[0])
+                self._employ(self._starting.pop(ended[0]))
             else:
-                self._finish(done)
+                self._finish(self._running.pop(ended[0]))
 
-    def _finish(self, done: ObjectRef) -> None:
-        worker, call, results = self._running.pop(done)
+    def _finish(self, running: Running) -> None:
+        call = running.call
+        call.copies -= 1
         try:
-            values = fetch(results)
+            values = fetch(running.results)
         except LOST as error:
-            self._put_back(call, error)
-            self._await(worker)
+            self._await(running.worker)
+            if not call.done and not call.copies:
+                self._put_back(call, error)
         else:
-            self._employ(worker)
-            call.then(*values)
+            self._employ(running.worker)
+            if not call.done:
+                call.done = True
+                self._took.setdefault(call.method, []).append(time.monotonic() - running.since)
+                call.then(*values)
+
+    def _take_over_stragglers(self) -> None:
+        for running in list(self._running.values()):
+            took = self._took.get(running.call.method, [])
+            usual = median(took) if len(took) >= FEWEST_ENDED else inf
+            late = time.monotonic() - running.since > STRAGGLES * max(usual, LOOK_EVERY)
+            if self._idle and late and running.call.copies == 1 and not running.call.done:
+                self._start(self._idle.popleft(), running.call)
 
     def _employ(self, worker: Any) -> None:
         self._idle.append(worker)
@@ -129,7 +169,8 @@ class WorkerPool:
         arguments = [argument.make() if isinstance(argument, Later) else argument for argument in call.arguments]
         results = getattr(worker, call.method).remote(*arguments)
         results = results if isinstance(results, list) else [results]
-        self._running[results[0]] = worker, call, results
+        call.copies += 1
+        self._running[results[0]] = Running(worker, call, results, time.monotonic())
 
     def _put_back(self, call: Call, error: Exception) -> None:
         call.losses += 1

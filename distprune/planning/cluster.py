@@ -87,7 +87,7 @@ def place_workers(config: PruneConfig, cluster: Cluster, layers: int) -> Placeme
     device = config.device if config.device != "auto" else "cuda" if cluster.gpus else "cpu"
     if device == "cpu":
         fitting = cluster.nodes * max(1, cluster.cpus // config.threads_per_worker)
-        workers = min(config.workers or fitting, layers)
+        workers = min(config.worker_range()[1] or fitting, layers)
         per_node = -(-workers // cluster.nodes)
         return Placement(device, workers, per_node, 0, max(1.0, per_node * config.threads_per_worker / cluster.cpus))
     if not cluster.gpus:
@@ -96,7 +96,7 @@ def place_workers(config: PruneConfig, cluster: Cluster, layers: int) -> Placeme
     fitting = cluster.gpus * per_gpu if per_gpu else int(cluster.gpus // config.gpus_per_worker)
     if not fitting:
         raise InputError(f"a worker asks for {config.gpus_per_worker:g} GPUs, and there are {cluster.gpus}.")
-    workers = min(config.workers or fitting, layers)
+    workers = min(config.worker_range()[1] or fitting, layers)
     return Placement(device, workers, -(-workers // cluster.nodes), -(-workers // cluster.gpus), 1.0)
 
 

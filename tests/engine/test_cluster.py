@@ -11,9 +11,17 @@ import ray
 from distprune import InputError
 from distprune.config import PruneConfig
 from distprune.engine.cluster import WorkerPlan, connected, plan_workers
+from distprune.engine.pool import WorkerPool
 from distprune.engine.progress import Progress
 
 CPU_NODE, GPU_NODE = {"CPU": 8.0, "memory": 1e9}, {"CPU": 16.0, "GPU": 4.0}
+
+
+class Holder:
+    """Takes up room."""
+
+    def ready(self) -> None:
+        pass
 
 
 def plan(nodes, layers=80, **options) -> WorkerPlan:
@@ -73,6 +81,36 @@ def test_there_are_no_more_workers_than_layers():
 def test_a_worker_that_fits_nowhere_is_bad_input(nodes, options):
     with pytest.raises(InputError, match=r"no worker fits on any node .*: each asks for .* --device cpu"):
         plan(nodes, **options)
+
+
+def test_a_range_of_workers_is_for_clusters_that_grow():
+    assert plan([CPU_NODE], workers="2:20") == WorkerPlan(20, "cpu", 1, 0, least=2)
+    assert plan([], workers="1:4").count == 4
+    assert plan([CPU_NODE], workers="8:200", layers=5) == WorkerPlan(5, "cpu", 1, 0, least=5)
+
+
+def test_a_run_waits_for_the_fewest_workers_and_takes_those_that_join(run, new_workers, monkeypatch):
+    """Of 4 workers the cluster has room for 2 at first; when the run has begun, room for the others is freed."""
+    free = ray.available_resources()["CPU"]
+    holder = ray.remote(num_cpus=free - 2)(Holder).remote()
+    ray.get(holder.ready.remote())
+    employed = []
+    employ = WorkerPool._employ
+
+    def note_and_employ(self, worker):
+        employed.append(worker)
+        employ(self, worker)
+
+    class Frees(Progress):
+        def stage(self, name, total, done=0):
+            if name == "Pruning":
+                ray.kill(holder)
+                time.sleep(8)  # until the others have been started
+
+    monkeypatch.setattr(WorkerPool, "_employ", note_and_employ)
+    _, record = run(workers="2:4", propagation=1, progress=Frees())
+    assert record.workers == 4
+    assert len(set(employed)) > 2
 
 
 def test_workers_take_the_gpus_that_they_ask_for(run, new_workers, calls):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -95,6 +96,27 @@ def test_losing_a_worker_that_distils_gives_the_same_bytes(distilled_by_one_work
     folder, _ = run(workers=2, **DISTILLED)
     assert [call.losses for call in lost] == [1, 1]
     assert digests(folder) == distilled_by_one_worker
+
+
+def test_a_call_that_hangs_is_taken_over_by_an_idle_worker_and_gives_the_same_bytes(
+    by_one_worker, run, new_workers, digests, monkeypatch
+):
+    monkeypatch.setattr(pool, "LOOK_EVERY", 0.2)
+    start, started = pool.WorkerPool._start, []
+
+    def hang_once(self, worker, call):
+        if call.method == "prune" and call.arguments[0] == 3:
+            if not call.copies:
+                worker.__ray_call__.remote(lambda _: time.sleep(300))
+            started.append(worker)
+        start(self, worker, call)
+
+    monkeypatch.setattr(pool.WorkerPool, "_start", hang_once)
+    begun = time.monotonic()
+    folder, _ = run(sparsity=0.3, max_shard_size=60_000, workers=2)
+    assert time.monotonic() - begun < 100
+    assert len(started) == 2 and started[0] != started[1]
+    assert digests(folder) == by_one_worker["full"]
 
 
 def test_a_call_that_keeps_losing_its_workers_is_named(run, lose, monkeypatch):

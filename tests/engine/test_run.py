@@ -177,6 +177,6 @@ def test_a_run_says_that_it_waits_for_its_first_worker(run, monkeypatch):
         def note(self, text):
             notes.append(text)
 
-    monkeypatch.setattr(WorkerPool, "is_up", lambda pool, patience: False)
+    monkeypatch.setattr(WorkerPool, "are_up", lambda pool, count, patience: False)
     run(progress=Notes())
     assert notes == ["Waiting until the Ray cluster has 1 CPUs and 0 GPUs free for a worker ..."]
