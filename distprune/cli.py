@@ -57,6 +57,7 @@ DistillLearningRate = Annotated[Optional[float], typer.Option(help="of AdamW, at
 DistillTrain = Annotated[
     Optional[str], typer.Option(metavar="full|lora", help="all weights, or low-rank updates [full]")
 ]
+DistillLookAhead = Annotated[Optional[int], typer.Option(help="next layers that also judge a layer's output [1]")]
 Propagation = Annotated[
     Optional[str], typer.Option(help="layers pruned on each other's outputs in a row, or full [full]")
 ]
@@ -152,6 +153,7 @@ def prune(
     distill_epochs: DistillEpochs = None,
     distill_learning_rate: DistillLearningRate = None,
     distill_train: DistillTrain = None,
+    distill_look_ahead: DistillLookAhead = None,
     propagation: Propagation = None,
     micro_batch: MicroBatch = None,
     dtype: Dtype = None,
@@ -212,6 +214,7 @@ def plan(
     distill_calibration: DistillCalibration = None,
     distill_epochs: DistillEpochs = None,
     distill_train: DistillTrain = None,
+    distill_look_ahead: DistillLookAhead = None,
     propagation: Propagation = None,
     micro_batch: MicroBatch = None,
     dtype: Dtype = None,
@@ -273,6 +276,7 @@ def compare(
     distill_epochs: DistillEpochs = None,
     distill_learning_rate: DistillLearningRate = None,
     distill_train: DistillTrain = None,
+    distill_look_ahead: DistillLookAhead = None,
     propagation: Propagation = None,
     micro_batch: MicroBatch = None,
     dtype: Dtype = None,

@@ -56,7 +56,9 @@ class Oops(Method):
     selection: Literal["qp", "score"] = Field("qp", description="choose units together, or each by its own score")
     attention: bool = Field(True, description="KV groups and query heads may go, not only FFN neurons")
     query_heads: bool = Field(True, description="single query heads may go, as many from each KV group")
-    radius: float = Field(inf, ge=0, description="how far the refit may move a weight, over the rms of its row")
+    radius: float | None = Field(
+        None, ge=0, description="how far the refit may move a weight, over the rms of its row; null is no limit"
+    )
     damping: float = Field(0.01, gt=0, description="ridge penalty over the mean of the Gram matrix's diagonal")
 
     # ---------------------------------------------------------------- the dense pass
@@ -225,7 +227,7 @@ class Oops(Method):
         """QP reconstruction: the projection from the ``kept`` channels that gives the dense output back best."""
         weight = projection.weight
         start = weight[:, kept]
-        radius = self.radius * weight.square().mean(dim=1, keepdim=True).sqrt()
+        radius = inf if self.radius is None else self.radius * weight.square().mean(dim=1, keepdim=True).sqrt()
         solution = box_ridge(gram[kept][:, kept], weight @ gram[:, kept], start, radius, self.damping)
         warn_unless_converged(solution, f"the refit from {len(kept)} channels")
         return Linear(solution.x, projection.bias)
