@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,9 @@ def test_a_process_that_is_told_to_stop_can_be_gone_on_with(run, save_model, cal
     }
     arguments = [str(part) for option in options.items() for part in option]
     command = [sys.executable, "-m", "distprune.cli", "prune", str(model), *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # Where the tests run in the background, SIGINT is ignored, and children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         told = []
         for line in process.stderr:
             told.append(line)
