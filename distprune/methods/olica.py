@@ -23,6 +23,7 @@ from distprune.budgets import ParameterTarget, aligned, fill_with_ffn
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank, slice_linear
 from distprune.errors import InputError
 from distprune.methods.base import Method, Profile
+from distprune.methods.units import keep_neurons
 from distprune.solvers import (
     factor_input_scaled,
     factor_output_scaled,
@@ -176,13 +177,7 @@ class Olica(Method):
         calibration = None
         if planned.calibration_rank:
             calibration = self._calibrate(layer.down.weight, dropped, planned.calibration_rank, statistics)
-        return replace(
-            layer,
-            gate=slice_linear(layer.gate, rows=kept),
-            up=slice_linear(layer.up, rows=kept),
-            down=slice_linear(layer.down, columns=kept),
-            calibration=calibration,
-        )
+        return replace(keep_neurons(layer, kept), calibration=calibration)
 
     def _calibrate(self, down: Tensor, dropped: Tensor, rank: int, statistics: LayerStatistics) -> LowRank:
         """Linear calibration: what the dropped neurons gave, r = a_dropped W_droppedᵀ, as a low-rank map of x.
