@@ -47,9 +47,12 @@ class ParameterTarget:
     count_embeddings: bool = False
 
     @property
+    def dense_shapes(self) -> list[LayerShape]:
+        return [self.config.layer_shape(index) for index in range(self.config.num_hidden_layers)]
+
+    @property
     def dense(self) -> int:
-        shapes = [self.config.layer_shape(index) for index in range(self.config.num_hidden_layers)]
-        return decoder_parameters(self.config, shapes)
+        return decoder_parameters(self.config, self.dense_shapes)
 
     @property
     def counted(self) -> int:

@@ -49,10 +49,10 @@ class Flap(Method):
     # ---------------------------------------------------------------- the budget
 
     def check_target(self, target: ParameterTarget, align: int) -> None:
-        fill_with_ffn(target, [self._with_groups(shape, 1) for shape in dense_shapes(target.config)], align)
+        fill_with_ffn(target, [self._with_groups(shape, 1) for shape in target.dense_shapes], align)
 
     def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
-        dense = dense_shapes(target.config)
+        dense = target.dense_shapes
         if target.sparsity == 0:
             return dense
         scores = [(spared(profile["groups"], 1), spared(profile["neurons"], align)) for profile in profiles]
@@ -129,10 +129,6 @@ def compensated_bias(projection: Linear, kept: Tensor, mean: Tensor) -> Tensor:
     """The projection's bias, plus what the channels that are not ``kept`` give in the mean, (out,)."""
     lost = projection.weight @ mean.index_fill(0, kept, 0.0)
     return lost if projection.bias is None else projection.bias + lost
-
-
-def dense_shapes(config: PrunedConfig) -> list[LayerShape]:
-    return [config.layer_shape(index) for index in range(config.num_hidden_layers)]
 
 
 def heads_per_group(shape: LayerShape) -> int:

@@ -98,7 +98,7 @@ class Olica(Method):
 
     def _shapes(self, target: ParameterTarget, calibrated: set[int], align: int) -> list[LayerShape]:
         config = target.config
-        dense = [config.layer_shape(index) for index in range(config.num_hidden_layers)]
+        dense = target.dense_shapes
         if target.sparsity == 0:
             return dense
         value_output, query_key = self.attention_sparsities(target.decoder_sparsity)

@@ -117,8 +117,7 @@ class Oops(Method):
         fill_with_ffn(target, [self._smallest(target.config.layer_shape(index)) for index in layers], align)
 
     def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
-        config = target.config
-        dense = [config.layer_shape(index) for index in range(config.num_hidden_layers)]
+        dense = target.dense_shapes
         if target.sparsity == 0:
             return dense
         ratios = torch.stack([profile["outlier_ratio"] for profile in profiles])

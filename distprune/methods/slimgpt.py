@@ -45,7 +45,7 @@ class SlimGPT(Method):
 
     def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
         config = target.config
-        dense = [config.layer_shape(index) for index in range(config.num_hidden_layers)]
+        dense = target.dense_shapes
         if target.sparsity == 0:
             return dense
         sparsities = incremental_sparsities(target.decoder_sparsity, len(dense), self.first_layer)

@@ -32,8 +32,7 @@ class ScoredUnits(Method):
         self.plan(target, (), align)
 
     def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
-        config, sparsity = target.config, target.decoder_sparsity
-        dense = [config.layer_shape(index) for index in range(config.num_hidden_layers)]
+        dense, sparsity = target.dense_shapes, target.decoder_sparsity
         if target.sparsity == 0:
             return dense
         return fill_with_ffn(target, [with_fewer_groups(shape, sparsity) for shape in dense], align)
