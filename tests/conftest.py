@@ -24,7 +24,7 @@ from transformers import (
 from distprune import prune
 from distprune.calibration import CalibrationMetadata, load_tokenizer, tokenizer_fingerprint, write_calibration
 from distprune.engine import RunRecord
-from distprune.engine.pool import Call, WorkerPool
+from distprune.engine.pool import Share, WorkerPool
 from distprune.engine.worker import Worker
 
 SHUTDOWN = WorkerPool.shutdown
@@ -197,7 +197,7 @@ def ray_cluster():
     ray.init("local", num_cpus=6, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with pytest.MonkeyPatch.context() as patch:
         recycled = Recycled()
-        patch.setattr("distprune.engine.pool.Worker", recycled)
+        patch.setattr("distprune.engine.runtime.Worker", recycled)
         patch.setattr(WorkerPool, "shutdown", lambda pool: recycled.take_back(pool))
         yield
     ray.shutdown()
@@ -206,7 +206,7 @@ def ray_cluster():
 @pytest.fixture
 def new_workers(ray_cluster, monkeypatch):
     """Runs of this test start and end their own worker processes."""
-    monkeypatch.setattr("distprune.engine.pool.Worker", Worker)
+    monkeypatch.setattr("distprune.engine.runtime.Worker", Worker)
     monkeypatch.setattr(WorkerPool, "shutdown", SHUTDOWN)
 
 
@@ -251,9 +251,10 @@ def calls(monkeypatch) -> list[tuple[str, ActorHandle]]:
         init(pool, *arguments)
         ray.get(list(pool._starting))
 
-    def note_and_start(pool: WorkerPool, worker: ActorHandle, call: Call) -> None:
-        start(pool, worker, call)
-        made.append((call.method, worker))
+    def note_and_start(pool: WorkerPool, share: Share) -> None:
+        start(pool, share)
+        if share.piece == 0:
+            made.append((share.call.method, share.worker))
 
     monkeypatch.setattr(WorkerPool, "__init__", init_and_wait)
     monkeypatch.setattr(WorkerPool, "_start", note_and_start)

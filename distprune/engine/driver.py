@@ -10,6 +10,7 @@ from distprune.checkpoint import copy_side_files, hold_lock, partial_directory, 
 from distprune.config import PruneConfig
 from distprune.engine.assembly import assemble
 from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers, sigterm_interrupts
+from distprune.engine.dense_pass import DensePass
 from distprune.engine.journal import fingerprint
 from distprune.engine.layer_files import LayerFiles
 from distprune.engine.memory import peak_memory
@@ -17,7 +18,8 @@ from distprune.engine.pool import WorkerPool
 from distprune.engine.preflight import Job, check_job
 from distprune.engine.progress import Progress
 from distprune.engine.record import CALIBRATION_FILE, OWN_FILES, RunRecord, layer_records, load_record, parameter_counts
-from distprune.engine.stages import check_weights, distill_layers, prune_blocks, sweep, write_own_samples
+from distprune.engine.runtime import RayRuntime
+from distprune.engine.stages import check_weights, distill_layers, prune_blocks, write_own_samples
 from distprune.engine.work import CHECK, PUBLISHING, Outline, Work
 from distprune.errors import InputError, WorkersLost
 
@@ -100,7 +102,7 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
         if config.calibration is None:
             work.once("own samples", lambda: write_own_samples(pool, progress))
         with work.timed("dense pass"):
-            profiles = sweep(pool, layers, block_length, journal, progress)
+            profiles = DensePass(pool, layers, block_length, config.micro_batch, journal, progress).run()
         plan = job.method.plan(job.target, profiles, config.align)
         files = LayerFiles(job, plan, work.writer, journal, progress)
         with work.timed("prune"):
@@ -142,7 +144,8 @@ def copy_model_files(job: Job, folder: Path) -> None:
 
 @contextmanager
 def worker_pool(job: Job, workers: WorkerPlan, calibration: Path, progress: Progress) -> Iterator[WorkerPool]:
-    pool = WorkerPool(workers, job.config, job.model_path.resolve(), calibration.resolve())
+    runtime = RayRuntime(workers, job.config, job.model_path.resolve(), calibration.resolve())
+    pool = WorkerPool(runtime, workers.count)
     try:
         if not pool.are_up(workers.least, PATIENCE):
             wanted = f"{workers.cpus:g} CPUs and {workers.gpus:g} GPUs free for "

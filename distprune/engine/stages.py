@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-
-import ray
-from ray import ObjectRef
+from typing import Any
 
 from distprune.config import DistillConfig
 from distprune.decoder_layer import DecoderLayer, LayerShape, layer_from_state, state_of
@@ -14,13 +12,10 @@ from distprune.distillation import Lesson
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.pool import Later, WorkerPool
 from distprune.engine.progress import Progress
+from distprune.engine.states import DENSE, PRUNED, load_states, save_states
 from distprune.engine.tasks import Report
-from distprune.engine.transport import Parcel, pack, pack_all, unpack, unpack_all
+from distprune.engine.transport import Parcel, pack_all, unpack_all
 from distprune.methods import Profile
-
-# Kinds of journal entries: what the method remembers of a layer; the hidden states at a layer's input that the dense
-# model gives, and those that its pruned predecessors give.
-PROFILE, DENSE, PRUNED = "profile", "dense", "pruned"
 
 #: Called with each pruned layer as soon as it is back: index, layer, and what its task tells.
 PrunedSink = Callable[[int, DecoderLayer, Report], None]
@@ -58,41 +53,6 @@ def write_own_samples(pool: WorkerPool, progress: Progress) -> None:
     pool.run()
 
 
-def sweep(pool: WorkerPool, layers: int, block_length: int, journal: Journal, progress: Progress) -> list[Profile]:
-    """The dense pass: hidden states handed from layer to layer, and what the method remembers of each.
-
-    The hidden states at the input of every block stay in the journal, where pruning finds them.
-
-    Returns:
-        The profiles of all layers.
-    """
-    done = journal.count(PROFILE)
-    progress.stage("Dense pass", layers, done)
-
-    def submit(index: int, hidden_states: Parcel) -> None:
-        pool.submit(partial(receive, index), "sweep", index, ray.put(hidden_states))
-
-    def receive(index: int, hidden_states: Parcel, profile: dict[str, Parcel]) -> None:
-        if index + 1 < layers:
-            submit(index + 1, hidden_states)
-            save_states(journal, DENSE, index + 1, hidden_states)
-        journal.write(entry_of(PROFILE, index), tensors=unpack_all(profile))
-        if index % block_length:
-            journal.remove(entry_of(DENSE, index))
-        progress.advance()
-
-    def begin(embedded: Parcel) -> None:
-        submit(0, embedded)
-        save_states(journal, DENSE, 0, embedded)
-
-    if done == 0:
-        pool.submit(begin, "embed")
-    elif done < layers:
-        submit(done, load_states(journal, DENSE, done))
-    pool.run()
-    return [journal.tensors(entry_of(PROFILE, index)) for index in range(layers)]
-
-
 def prune_blocks(
     pool: WorkerPool,
     plan: Sequence[LayerShape],
@@ -114,14 +74,17 @@ def prune_blocks(
     def ends_block(index: int) -> bool:
         return index + 1 == len(plan) or (index + 1) % block_length == 0
 
-    def submit(index: int, hidden_states: ObjectRef | Later) -> None:
+    def submit(index: int, hidden_states: Any) -> None:
         arguments = index, hidden_states, plan[index], pack_all(profiles[index]), not ends_block(index)
         pool.submit(partial(receive, index), "prune", *arguments)
 
+    def stored_states(kind: str, index: int) -> Any:
+        return pool.put(load_states(journal, kind, index))
+
     def receive(index: int, tensors: dict[str, Parcel], output: Parcel | None, report: Report) -> None:
         if not ends_block(index):
-            submit(index + 1, ray.put(output))
-            save_states(journal, PRUNED, index + 1, output)
+            submit(index + 1, pool.put(output))
+            save_states(journal, PRUNED, index + 1, [output])
         sink(index, layer_from_state(unpack_all(tensors), plan[index]), report)
         for kind in (DENSE, PRUNED):
             journal.remove(entry_of(kind, index))
@@ -132,7 +95,7 @@ def prune_blocks(
         index = next((index for index in block if index not in done), None)
         if index is not None:
             kind = DENSE if index == start else PRUNED
-            submit(index, Later(partial(stored_states, journal, kind, index)))
+            submit(index, Later(partial(stored_states, kind, index)))
     pool.run()
 
 
@@ -152,14 +115,14 @@ def distill_layers(
     time, so that the hidden states of few layers exist at once. Layers that are ``done`` are passed over.
     """
     progress.stage("Distilling", layers, len(done))
-    states: dict[int, ObjectRef] = {}  # the dense hidden states at the input of layers
+    states: dict[int, Any] = {}  # the dense hidden states at the input of layers
     advancing: set[int] = set()
     learning: set[int] = set()
     waiting = sorted(set(range(layers)) - set(done))
 
     def arrive(index: int, hidden_states: Parcel) -> None:
         """The dense hidden states at the input of layer ``index``, or at the model's end, are there."""
-        states[index] = ray.put(hidden_states)
+        states[index] = pool.put(hidden_states)
         go_on()
 
     def go_on() -> None:
@@ -179,7 +142,7 @@ def distill_layers(
             advancing.add(index)
             pool.submit(partial(arrive, index + 1), "advance", index, states[index])
 
-    def start(index: int, exercise: list[ObjectRef]) -> None:
+    def start(index: int, exercise: list[Any]) -> None:
         waiting.remove(index)
         learning.add(index)
         layer = source(index)
@@ -195,19 +158,3 @@ def distill_layers(
     if waiting:
         pool.submit(partial(arrive, 0), "embed", options.calibration)
     pool.run()
-
-
-# ---------------------------------------------------------------- hidden states in the journal
-
-
-def save_states(journal: Journal, kind: str, index: int, hidden_states: Parcel) -> None:
-    journal.write(entry_of(kind, index), tensors={"hidden_states": unpack(hidden_states)})
-
-
-def load_states(journal: Journal, kind: str, index: int) -> Parcel:
-    return pack(journal.tensors(entry_of(kind, index))["hidden_states"])
-
-
-def stored_states(journal: Journal, kind: str, index: int) -> ObjectRef:
-    """The hidden states in the object store."""
-    return ray.put(load_states(journal, kind, index))

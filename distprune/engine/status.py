@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from distprune.checkpoint import is_locked, partial_directory
+from distprune.engine.dense_pass import PROFILE
 from distprune.engine.journal import Journal
 from distprune.engine.layer_files import DISTILLED, PRUNED
 from distprune.engine.record import load_record
-from distprune.engine.stages import PROFILE
 from distprune.engine.work import OUTLINE, Outline, Work
 from distprune.errors import InputError
 

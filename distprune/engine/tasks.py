@@ -44,8 +44,22 @@ class PrunedLayer:
     report: Report
 
 
+class ForgottenError(Exception):
+    """A worker is asked to go on with what it never began: it is a new process in the place of a lost one."""
+
+
+@dataclass
+class Swept:
+    """A dense layer between the pieces of its input: what was seen so far, and of how many pieces."""
+
+    index: int
+    layer: DecoderLayer
+    statistics: LayerStatistics
+    pieces: int = 0
+
+
 class LayerTasks:
-    """The tasks of one run on one device. Holds the open checkpoint and no weights between calls."""
+    """The tasks of one run on one device. Holds the open checkpoint, and no weights but of the layer that it sweeps."""
 
     def __init__(self, config: PruneConfig, model_path: Path, calibration_path: Path, device: torch.device):
         self.config, self.device = config, device
@@ -55,6 +69,7 @@ class LayerTasks:
         self.dense = self.family.dense_config(self.checkpoint.config)
         self.method = make_method(config.method, config.options)
         self.runner = LayerRunner(self.dense, device, self._compute_dtype(), config.micro_batch)
+        self._swept: Swept | None = None
 
     def _compute_dtype(self) -> torch.dtype:
         if self.config.dtype == "auto":
@@ -93,16 +108,30 @@ class LayerTasks:
         rows = self.checkpoint.read_rows(self.family.embedding, ids)
         return rows.to(self.runner.dtype)[positions]
 
-    def sweep(self, index: int, hidden_states: Tensor) -> tuple[Tensor, Profile]:
-        """The dense layer's output hidden states, and what the method wants to remember of it.
+    def sweep(
+        self, index: int, hidden_states: Tensor, piece: int = 0, pieces: int = 1
+    ) -> tuple[Tensor, Profile | None]:
+        """The dense layer's output hidden states; after the last piece also what the method wants to remember of it.
+
+        The samples come in ``pieces`` calls one after the other, with nothing else in between.
 
         Raises:
+            ForgottenError: the pieces before this one were not seen here.
             InputError: the model's activations exceed the range of the dtype.
         """
-        layer = self._read_layer(index)
-        output, statistics = self._observe(layer, index, hidden_states, self.method.dense_moments(layer.shape))
+        if piece == 0:
+            layer = self._read_layer(index)
+            self._swept = Swept(index, layer.to(self.device), LayerStatistics(self.method.dense_moments(layer.shape)))
+        swept = self._swept
+        if swept is None or (swept.index, swept.pieces) != (index, piece):
+            raise ForgottenError(f"piece {piece} of layer {index}")
+        swept.pieces += 1
+        output = self.runner.run(swept.layer, index, hidden_states, observe=swept.statistics.update)
         check_hidden_states(output, index)
-        profile = self.method.profile(layer.to(self.device, torch.float32), statistics)
+        if swept.pieces < pieces:
+            return output, None
+        self._swept = None
+        profile = self.method.profile(swept.layer.to(torch.float32), swept.statistics)
         return output, {name: value.cpu() for name, value in profile.items()}
 
     def advance(self, index: int, hidden_states: Tensor) -> Tensor:
@@ -147,6 +176,7 @@ class LayerTasks:
         return learnt.to("cpu"), lesson
 
     def _read_layer(self, index: int) -> DecoderLayer:
+        self._swept = None  # given up for whatever this is for
         tensors = self.checkpoint.read(self.family.layer_shapes(self.dense, index))
         return self.family.layer_from_checkpoint(tensors, self.dense, index)
 

@@ -22,7 +22,7 @@ Parcels = dict[str, Parcel]
 
 @ray.remote
 class Worker:
-    """One device and the tasks that run on it. It keeps no state that a restarted worker would miss."""
+    """One device and the tasks that run on it. What a restarted worker would miss is the layer that it sweeps."""
 
     def __init__(self, config: PruneConfig, model_path: Path, calibration_path: Path, device: str):
         # Threads are set, not taken from the machine: results may change in the last bit with their number.
@@ -76,9 +76,9 @@ class Worker:
         return pack(self.tasks.embed(calibration))
 
     @ray.method(num_returns=2)
-    def sweep(self, index: int, hidden_states: Parcel) -> tuple[Parcel, Parcels]:
-        output, profile = self.tasks.sweep(index, unpack(hidden_states))
-        return pack(output), pack_all(profile)
+    def sweep(self, index: int, pieces: int, piece: int, hidden_states: Parcel) -> tuple[Parcel, Parcels | None]:
+        output, profile = self.tasks.sweep(index, unpack(hidden_states), piece, pieces)
+        return pack(output), None if profile is None else pack_all(profile)
 
     @ray.method(num_returns=3)
     def prune(

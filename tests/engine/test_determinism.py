@@ -70,11 +70,11 @@ def lose(new_workers, calls, monkeypatch):
     def choose(is_chosen) -> list[pool.Call]:
         start = pool.WorkerPool._start
 
-        def kill_and_start(self, worker, call):
-            if is_chosen(call):
-                worker.__ray_call__.remote(lambda _: os.kill(os.getpid(), signal.SIGKILL))
-                lost.append(call)
-            start(self, worker, call)
+        def kill_and_start(self, share):
+            if is_chosen(share):
+                share.worker.__ray_call__.remote(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+                lost.append(share.call)
+            start(self, share)
 
         monkeypatch.setattr(pool.WorkerPool, "_start", kill_and_start)
         return lost
@@ -82,9 +82,16 @@ def lose(new_workers, calls, monkeypatch):
     return choose
 
 
+def first_share_of(chosen):
+    """Whether a share is the first of one of the chosen calls, as (method, layer), that has lost no worker yet."""
+    return lambda share: (
+        (share.call.method, *share.call.arguments[:1]) in chosen and share.piece == 0 and not share.call.losses
+    )
+
+
 def test_losing_workers_in_the_middle_of_calls_gives_the_same_bytes(by_one_worker, run, lose, digests):
     chosen = {("sweep", 1), ("prune", 2)}
-    lost = lose(lambda call: (call.method, *call.arguments[:1]) in chosen and not call.losses)
+    lost = lose(first_share_of(chosen))
     folder, _ = run(sparsity=0.3, max_shard_size=60_000, workers=2)
     assert [call.losses for call in lost] == [1, 1]
     assert digests(folder) == by_one_worker["full"]
@@ -92,7 +99,7 @@ def test_losing_workers_in_the_middle_of_calls_gives_the_same_bytes(by_one_worke
 
 def test_losing_a_worker_that_distils_gives_the_same_bytes(distilled_by_one_worker, run, lose, digests):
     chosen = {("advance", 2), ("distill", 1)}
-    lost = lose(lambda call: (call.method, *call.arguments[:1]) in chosen and not call.losses)
+    lost = lose(first_share_of(chosen))
     folder, _ = run(workers=2, **DISTILLED)
     assert [call.losses for call in lost] == [1, 1]
     assert digests(folder) == distilled_by_one_worker
@@ -104,12 +111,12 @@ def test_a_call_that_hangs_is_taken_over_by_an_idle_worker_and_gives_the_same_by
     monkeypatch.setattr(pool, "LOOK_EVERY", 0.2)
     start, started = pool.WorkerPool._start, []
 
-    def hang_once(self, worker, call):
-        if call.method == "prune" and call.arguments[0] == 3:
-            if not call.copies:
-                worker.__ray_call__.remote(lambda _: time.sleep(300))
-            started.append(worker)
-        start(self, worker, call)
+    def hang_once(self, share):
+        if (share.call.method, *share.call.arguments[:1]) == ("prune", 3):
+            if not started:
+                share.worker.__ray_call__.remote(lambda _: time.sleep(300))
+            started.append(share.worker)
+        start(self, share)
 
     monkeypatch.setattr(pool.WorkerPool, "_start", hang_once)
     begun = time.monotonic()
@@ -121,7 +128,7 @@ def test_a_call_that_hangs_is_taken_over_by_an_idle_worker_and_gives_the_same_by
 
 def test_a_call_that_keeps_losing_its_workers_is_named(run, lose, monkeypatch):
     monkeypatch.setattr(pool, "LOSSES", 0)
-    lose(lambda call: call.method == "sweep")
+    lose(lambda share: share.call.method == "sweep")
     with pytest.raises(InputError, match=r"'sweep' of layer 0 lost 1 workers in a row.*--micro-batch"):
         run()
 

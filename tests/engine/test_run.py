@@ -14,8 +14,9 @@ from ray.exceptions import RayTaskError
 from distprune import InputError, inspect
 from distprune.calibration import open_calibration
 from distprune.engine import load_record
-from distprune.engine.pool import WorkerPool, fetch
+from distprune.engine.pool import WorkerPool
 from distprune.engine.progress import Progress
+from distprune.engine.runtime import RayRuntime
 
 
 def test_the_record_tells_memory_time_and_parameters(pruned):
@@ -112,9 +113,7 @@ def test_the_record_tells_how_distillation_went(run):
 def test_distillation_runs_ahead_of_what_has_learnt_by_a_few_layers_at_most(run, save_model, monkeypatch):
     started = []
     start = WorkerPool._start
-    monkeypatch.setattr(
-        WorkerPool, "_start", lambda pool, worker, call: started.append(call) or start(pool, worker, call)
-    )
+    monkeypatch.setattr(WorkerPool, "_start", lambda pool, share: started.append(share.call) or start(pool, share))
     run(save_model(num_hidden_layers=8), sparsity=0.3, distill=True)
     methods = [call.method for call in started]
     ahead = [methods[:end].count("advance") - methods[:end].count("distill") for end in range(len(methods))]
@@ -165,9 +164,9 @@ def test_bad_input_in_a_worker_is_bad_input_here_and_other_errors_keep_their_tra
         raise error
 
     with pytest.raises(InputError, match=r"^tensor t is bad$"):
-        fetch(fail.remote(InputError("tensor t is bad")))
+        RayRuntime.fetch([fail.remote(InputError("tensor t is bad"))])
     with pytest.raises(RayTaskError, match=r"(?s)raise error.*RuntimeError: a mistake"):
-        fetch(fail.remote(RuntimeError("a mistake")))
+        RayRuntime.fetch([fail.remote(RuntimeError("a mistake"))])
 
 
 def test_a_run_says_that_it_waits_for_its_first_worker(run, monkeypatch):

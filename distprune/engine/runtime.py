@@ -1,0 +1,83 @@
+"""What the pool asks of Ray, in one place: actors started and stopped, calls made, waited for and fetched.
+
+The scheduler knows nothing else of Ray, so that the simulation of large clusters can give it a clock of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from distprune.config import PruneConfig
+from distprune.engine.cluster import WorkerPlan
+from distprune.engine.tasks import ForgottenError
+from distprune.engine.worker import Worker
+from distprune.errors import InputError
+
+LOST = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError, ForgottenError)
+
+
+class RayRuntime:
+    """Worker actors of one run."""
+
+    #: What fetching raises where the worker, and not what it did, is at fault.
+    lost: tuple[type[Exception], ...] = LOST
+
+    def __init__(self, plan: WorkerPlan, config: PruneConfig, model_path: Path, calibration_path: Path):
+        self._options = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "max_restarts": -1}
+        self._arguments = config, model_path, calibration_path, plan.device
+
+    def start_worker(self) -> Any:
+        """A new worker, which Ray starts where and when there is room, and again when it is lost."""
+        return Worker.options(**self._options).remote(*self._arguments)
+
+    def call(self, worker: Any, method: str, arguments: Sequence[Any] = ()) -> list[ObjectRef]:
+        """A worker's method begins when it is free and its arguments are there; its results to be."""
+        results = getattr(worker, method).remote(*arguments)
+        return results if isinstance(results, list) else [results]
+
+    def wait(self, results: Sequence[ObjectRef], count: int = 1, timeout: float | None = None) -> list[ObjectRef]:
+        """Those of the results that are there as soon as ``count`` are, or after ``timeout`` seconds."""
+        return ray.wait(list(results), num_returns=count, timeout=timeout, fetch_local=False)[0]
+
+    @staticmethod
+    def fetch(results: Sequence[ObjectRef]) -> list[Any]:
+        """The values of a call's results.
+
+        Raises:
+            InputError: what the worker raised.
+            Exception: one of :attr:`lost`, or any other failure.
+        """
+        try:
+            return ray.get(list(results))
+        except RayTaskError as error:
+            if isinstance(error.cause, InputError | ForgottenError):
+                raise error.cause from None
+            raise
+
+    def put(self, value: Any) -> ObjectRef:
+        """A value where every worker can get it, until nothing here refers to it any more."""
+        return ray.put(value)
+
+    def stop(self, workers: Sequence[Any], starting: Sequence[ObjectRef]) -> None:
+        for ready in starting:
+            ray.cancel(ready)
+        for worker in workers:
+            ray.kill(worker)
+
+    def now(self) -> float:
+        """Seconds on a clock that only goes forward."""
+        return time.monotonic()
