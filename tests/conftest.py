@@ -243,7 +243,7 @@ def digests() -> Callable[[Path], dict[str, str]]:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[str, ActorHandle]]:
-    """Method and worker of every call, in order; the runs' first call waits until all workers are up."""
+    """Method and worker of every step of a call, in order; the runs' first call waits until all workers are up."""
     made: list[tuple[str, ActorHandle]] = []
     start, init = WorkerPool._start, WorkerPool.__init__
 
@@ -253,8 +253,7 @@ def calls(monkeypatch) -> list[tuple[str, ActorHandle]]:
 
     def note_and_start(pool: WorkerPool, share: Share) -> None:
         start(pool, share)
-        if share.piece == 0:
-            made.append((share.call.method, share.worker))
+        made.append((share.step.method, share.worker))
 
     monkeypatch.setattr(WorkerPool, "__init__", init_and_wait)
     monkeypatch.setattr(WorkerPool, "_start", note_and_start)

@@ -1,11 +1,12 @@
 """The dense pass: hidden states handed from layer to layer, and what the method remembers of each.
 
-A pipeline: each worker has one layer, and gets the samples in pieces, each as soon as the layer before has passed it
-on. With one worker, or one piece, it is a relay.
+A pipeline: each worker reads one layer ahead of time, gets the samples in pieces, each as soon as the layer before has
+passed it on, and ends with the layer's profile, when the next layers have long been at work.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 
 from distprune.engine.journal import Journal, entry_of
@@ -17,8 +18,17 @@ from distprune.methods import Profile
 
 #: Journal entries of what the method remembers of a layer.
 PROFILE = "profile"
-# Pieces for every worker: the more, the sooner all of them have a layer, and the more calls.
+# Pieces for every worker: the more, the sooner all of them are at work, and the more calls.
 PIECES_PER_WORKER = 4
+
+
+@dataclass
+class OpenLayer:
+    """A layer between its reading and its profile: the pieces of its input so far, and those of its output."""
+
+    call: Call
+    fed: int = 0
+    given: list[Parcel] = field(default_factory=list)
 
 
 class DensePass:
@@ -36,58 +46,63 @@ class DensePass:
     ):
         self.pool, self.journal, self.progress = pool, journal, progress
         self.layers, self.block_length, self.micro_batch = layers, block_length, micro_batch
-        self._calls: dict[int, Call] = {}  # of the layers at work
-        self._given: dict[int, list[Parcel]] = {}  # the pieces of their output so far
+        self._open: dict[int, OpenLayer] = {}
 
     def run(self) -> list[Profile]:
         """Go on where the journal ends. Returns the profiles of all layers."""
-        done = self.journal.count(PROFILE)
+        entries = [entry_of(PROFILE, index) for index in range(self.layers)]
+        done = next((index for index, entry in enumerate(entries) if not self.journal.has(entry)), self.layers)
         self.progress.stage("Dense pass", self.layers, done)
         if done == 0:
-            self.pool.submit(self._begin, "embed")
+            self.pool.submit(self._embedded, "embed")
         elif done < self.layers:
-            self._feed_whole(done, load_states(self.journal, DENSE, done))
+            self._begin(done, load_states(self.journal, DENSE, done))
         self.pool.run()
-        return [self.journal.tensors(entry_of(PROFILE, index)) for index in range(self.layers)]
+        return [self.journal.tensors(entry) for entry in entries]
 
-    def _begin(self, embedded: Parcel) -> None:
-        save_states(self.journal, DENSE, 0, [embedded])
-        self._feed_whole(0, embedded)
+    def _embedded(self, hidden_states: Parcel) -> None:
+        save_states(self.journal, DENSE, 0, [hidden_states])
+        self._begin(0, hidden_states)
 
-    def _feed_whole(self, index: int, hidden_states: Parcel) -> None:
+    def _begin(self, first: int, hidden_states: Parcel) -> None:
         """Give a layer all of its input at once, in the pieces that the layers after it will get."""
         workers = len(self.pool.workers)
-        most = PIECES_PER_WORKER * workers if workers > 1 else 1
-        pieces = split(len(hidden_states.array), self.micro_batch, most)
-        self._pieces = len(pieces)
-        for number, samples in enumerate(pieces):
-            self._feed(index, number, Parcel(hidden_states.array[samples], hidden_states.dtype))
+        pieces = split(len(hidden_states.array), self.micro_batch, PIECES_PER_WORKER * workers if workers > 1 else 1)
+        self._pieces, self._next = len(pieces), first
+        self._open_until(first + workers)
+        for samples in pieces:
+            self._feed(first, Parcel(hidden_states.array[samples], hidden_states.dtype))
 
-    def _feed(self, index: int, number: int, piece: Parcel) -> None:
-        if number == 0:
-            arguments = index, self._pieces
-            self._calls[index] = self.pool.submit_pieces(
-                partial(self._receive, index), self._pieces, "sweep", *arguments
-            )
-        self.pool.feed(self._calls[index], number, self.pool.put(piece))
+    def _open_until(self, end: int) -> None:
+        """Let workers read the layers before ``end`` and wait for their input."""
+        for index in range(self._next, min(end, self.layers)):
+            self._open[index] = OpenLayer(self.pool.submit_steps(1 + self._pieces + 1))
+            self.pool.add_step(self._open[index].call, lambda _: None, "open_layer", index)
+            self._next = index + 1
 
-    def _receive(self, index: int, output: Parcel, profile: dict[str, Parcel] | None) -> None:
-        """A piece of a layer's output is there, and with the last one its profile."""
-        given = self._given.setdefault(index, [])
-        if index + 1 < self.layers:
-            self._feed(index + 1, len(given), output)
-            given.append(output)
-        if profile is not None:
-            self._keep(index, profile)
+    def _feed(self, index: int, piece: Parcel) -> None:
+        self._open_until(index + 1)
+        layer = self._open[index]
+        self.pool.add_step(layer.call, partial(self._pass_on, index), "sweep", index, layer.fed, self.pool.put(piece))
+        layer.fed += 1
+        if layer.fed == self._pieces:
+            self.pool.add_step(layer.call, partial(self._keep, index), "profile", index, self._pieces)
+
+    def _pass_on(self, index: int, output: Parcel) -> None:
+        if index + 1 == self.layers:
+            return
+        self._feed(index + 1, output)
+        given = self._open[index].given
+        given.append(output)
+        if len(given) == self._pieces:
+            save_states(self.journal, DENSE, index + 1, given)
 
     def _keep(self, index: int, profile: dict[str, Parcel]) -> None:
-        given = self._given.pop(index)
-        if given:
-            save_states(self.journal, DENSE, index + 1, given)
+        del self._open[index]
+        self._open_until(index + 1 + len(self.pool.workers))
         self.journal.write(entry_of(PROFILE, index), tensors=unpack_all(profile))
         if index % self.block_length:
             self.journal.remove(entry_of(DENSE, index))
-        del self._calls[index]
         self.progress.advance()
 
 

@@ -6,12 +6,14 @@ the driver's node at once, so that nothing but the call itself is ever lost with
 than its like is also given to an idle worker; calls are pure, so whichever ends first gives the bytes that the other
 would.
 
-A call may be fed in pieces, all of which go to the one worker that has begun it, each as soon as it is there. Of two
-such calls the second can live on what the first gives piece by piece, so that both work at once: a pipeline.
+A call may have several steps, all by the one worker that has begun it and each as soon as it is known. Of two such
+calls the second can live on what the first gives step by step, so that both go on at once: a pipeline.
 """
 
 from __future__ import annotations
 
+import itertools
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,51 +41,58 @@ class Later:
     make: Callable[[], Any]
 
 
-@dataclass(eq=False)
-class Call:
-    """A worker's method, its arguments and who takes its results.
-
-    Attributes:
-        pieces: how many pieces it is fed; 1 is an ordinary call.
-        fed: the arguments that each piece adds, as far as they are there.
-        taken: the pieces whose results were passed on.
-        losses: the workers lost in it.
-        copies: the workers at work on it now.
-    """
+@dataclass(frozen=True)
+class Step:
+    """A worker's method, its arguments and who takes its results."""
 
     method: str
     arguments: tuple
     then: Callable[..., None]
-    pieces: int = 1
-    fed: list[tuple] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"'{self.method}'" + (f" of layer {self.arguments[0]}" if self.arguments else "")
+
+
+@dataclass(eq=False)
+class Call:
+    """Steps that one worker takes one after the other.
+
+    Attributes:
+        order: its place in the queue. It depends on no call that was queued after it.
+        length: how many steps it has.
+        steps: those that are known.
+        taken: the steps whose results were passed on.
+        losses: the workers lost in it.
+        copies: the workers at work on it now.
+    """
+
+    order: int
+    length: int
+    steps: list[Step] = field(default_factory=list)
     taken: int = 0
     losses: int = 0
     copies: int = 0
 
     @property
     def done(self) -> bool:
-        return self.taken == self.pieces
-
-    def __str__(self) -> str:
-        return f"'{self.method}'" + (f" of layer {self.arguments[0]}" if self.arguments else "")
+        return self.taken == self.length
 
 
 @dataclass(frozen=True)
 class Share:
-    """A worker's next or present piece of a call."""
+    """A worker's next or present step of a call."""
 
     worker: Any
     call: Call
-    piece: int = 0
+    number: int = 0
 
     @property
-    def is_fed(self) -> bool:
-        return self.piece < len(self.call.fed)
+    def is_known(self) -> bool:
+        return self.number < len(self.call.steps)
 
     @property
-    def kind(self) -> tuple[str, int]:
-        """What takes about as long."""
-        return self.call.method, self.piece
+    def step(self) -> Step:
+        return self.call.steps[self.number]
 
 
 @dataclass(frozen=True)
@@ -100,10 +109,11 @@ class WorkerPool:
 
     def __init__(self, runtime: RayRuntime, count: int):
         self._runtime = runtime
-        self._queue: deque[Call] = deque()
+        self._orders = itertools.count()
+        self._queue: list[Call] = []
         self._running: dict[Any, Running] = {}
-        self._hungry: list[Share] = []  # workers that have begun a call whose next piece is not there yet
-        self._took: dict[tuple[str, int], list[float]] = {}
+        self._waiting: list[Share] = []  # workers whose call's next step is not known yet
+        self._took: dict[str, list[float]] = {}
         self._starting: dict[Any, Any] = {}
         self._idle: deque[Any] = deque()
         self.workers = [runtime.start_worker() for _ in range(count)]
@@ -119,22 +129,22 @@ class WorkerPool:
 
         An argument may be a :class:`Later`.
         """
-        self._enqueue(Call(method, arguments, then, fed=[()]))
+        self._enqueue(Call(next(self._orders), 1, [Step(method, arguments, then)]))
 
-    def submit_pieces(self, then: Callable[..., None], pieces: int, method: str, *arguments: Any) -> Call:
-        """Queue a call that :meth:`feed` feeds: ``method(*arguments, *piece)`` for each piece in turn, on one worker.
+    def submit_steps(self, length: int) -> Call:
+        """Queue a call of so many steps, which :meth:`add_step` tells as they become known.
 
-        ``then`` is called with the results of each piece, in their order and once, whoever is lost in between.
+        They may live on the results of calls that were queued before, not of later ones.
         """
-        call = Call(method, arguments, then, pieces)
+        call = Call(next(self._orders), length)
         self._enqueue(call)
         return call
 
-    def feed(self, call: Call, *piece: Any) -> None:
-        """Give a call its next piece."""
-        call.fed.append(piece)
-        for share in [share for share in self._hungry if share.call is call]:
-            self._hungry.remove(share)
+    def add_step(self, call: Call, then: Callable[..., None], method: str, *arguments: Any) -> None:
+        """Tell a call its next step; ``then`` gets its results once, whoever is lost in between."""
+        call.steps.append(Step(method, arguments, then))
+        for share in [share for share in self._waiting if share.call is call]:
+            self._waiting.remove(share)
             self._go_on(share)
 
     def put(self, value: Any) -> Any:
@@ -151,8 +161,7 @@ class WorkerPool:
             WorkersLost: a call lost too many workers.
             ray.exceptions.RayError: a call failed otherwise.
         """
-        while self._queue or self._hungry or any(not running.share.call.done for running in self._running.values()):
-            self._feed_the_queue_first()
+        while self._queue or self._waiting or any(not running.share.call.done for running in self._running.values()):
             ended = self._runtime.wait([*self._running, *self._starting], timeout=LOOK_EVERY)
             if not ended:
                 self._take_over_stragglers()
@@ -170,51 +179,45 @@ class WorkerPool:
             call.copies -= 1
             self._await(share.worker)
             if not call.done and not call.copies:
-                self._put_back(call, error)
+                self._put_back(share, error)
             return
-        self._took.setdefault(share.kind, []).append(self._runtime.now() - running.since)
-        is_new = share.piece == call.taken
+        self._took.setdefault(share.step.method, []).append(self._runtime.now() - running.since)
+        is_new = share.number == call.taken
         call.taken += is_new
         if call.done:
             self._leave(share)
         else:
-            self._go_on(Share(share.worker, call, share.piece + 1))
+            self._go_on(Share(share.worker, call, share.number + 1))
         if is_new:
-            call.then(*values)
+            share.step.then(*values)
 
     def _go_on(self, share: Share) -> None:
-        """Start the share, or keep its worker waiting for what it is to be fed."""
-        if share.is_fed:
+        """Take the step, or keep the worker until it is known."""
+        if share.is_known:
             self._start(share)
         else:
-            self._hungry.append(share)
+            self._waiting.append(share)
+            self._dispatch()
 
     def _leave(self, share: Share) -> None:
-        """A worker ends its part in a call, and so do those that wait to go on with it once it is done."""
+        """A worker ends its part in a call; so do others that wait to go on with it, once it is done."""
         share.call.copies -= 1
         self._employ(share.worker)
         if share.call.done:
-            for other in [other for other in self._hungry if other.call is share.call]:
-                self._hungry.remove(other)
+            for other in [other for other in self._waiting if other.call is share.call]:
+                self._waiting.remove(other)
                 self._leave(other)
-
-    def _feed_the_queue_first(self) -> None:
-        """Let a worker off that waits for a piece, where all do and none is left for the call that would give it."""
-        if self._queue and self._hungry and not self._running:
-            share = self._hungry.pop()
-            self._queue.append(share.call)
-            self._leave(share)
 
     def _take_over_stragglers(self) -> None:
         for running in list(self._running.values()):
-            took, call = self._took.get(running.share.kind, []), running.share.call
+            took, call = self._took.get(running.share.step.method, []), running.share.call
             usual = median(took) if len(took) >= FEWEST_ENDED else inf
             late = self._runtime.now() - running.since > STRAGGLES * max(usual, LOOK_EVERY)
             if self._idle and late and call.copies == 1 and not call.done:
                 self._begin(self._idle.popleft(), call)
 
     def _enqueue(self, call: Call) -> None:
-        self._queue.append(call)
+        insort(self._queue, call, key=lambda queued: queued.order)
         self._dispatch()
 
     def _employ(self, worker: Any) -> None:
@@ -222,8 +225,24 @@ class WorkerPool:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        while self._queue and self._idle:
-            self._begin(self._idle.popleft(), self._queue.popleft())
+        """Give idle workers the first calls in the queue.
+
+        Where none is idle, a call takes the place of the last of the calls after it that wait for their next step: they
+        may be waiting for it.
+        """
+        while self._queue:
+            if self._idle:
+                self._begin(self._idle.popleft(), self._queue.pop(0))
+                continue
+            later = [share for share in self._waiting if share.call.order > self._queue[0].order]
+            if not later:
+                return
+            share = max(later, key=lambda share: share.call.order)
+            self._waiting.remove(share)
+            share.call.copies -= 1
+            self._idle.append(share.worker)
+            if not share.call.copies:
+                insort(self._queue, share.call, key=lambda queued: queued.order)
 
     def _await(self, worker: Any) -> None:
         self._starting[self._runtime.call(worker, "ready")[0]] = worker
@@ -233,20 +252,19 @@ class WorkerPool:
         self._go_on(Share(worker, call))
 
     def _start(self, share: Share) -> None:
-        arguments = *share.call.arguments, *share.call.fed[share.piece]
-        arguments = [argument.make() if isinstance(argument, Later) else argument for argument in arguments]
-        results = self._runtime.call(share.worker, share.call.method, arguments)
+        given = share.step.arguments
+        arguments = [argument.make() if isinstance(argument, Later) else argument for argument in given]
+        results = self._runtime.call(share.worker, share.step.method, arguments)
         self._running[results[0]] = Running(share, results, self._runtime.now())
 
-    def _put_back(self, call: Call, error: Exception) -> None:
-        call.losses += 1
-        if call.losses > LOSSES:
+    def _put_back(self, share: Share, error: Exception) -> None:
+        share.call.losses += 1
+        if share.call.losses > LOSSES:
             raise WorkersLost(
-                f"{call} lost {call.losses} workers in a row, most likely for lack of memory. "
+                f"{share.step} lost {share.call.losses} workers in a row, most likely for lack of memory. "
                 f"Take fewer --workers or a smaller --micro-batch. Ray says: {str(error).strip()}"
             ) from error
-        self._queue.appendleft(call)
-        self._dispatch()
+        self._enqueue(share.call)
 
     def peak_memory(self) -> list[PeakMemory]:
         """Peak memory of every worker that is up."""

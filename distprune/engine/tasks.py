@@ -49,8 +49,8 @@ class ForgottenError(Exception):
 
 
 @dataclass
-class Swept:
-    """A dense layer between the pieces of its input: what was seen so far, and of how many pieces."""
+class OpenLayer:
+    """A dense layer in the dense pass: what was seen of how many pieces of the samples."""
 
     index: int
     layer: DecoderLayer
@@ -59,7 +59,7 @@ class Swept:
 
 
 class LayerTasks:
-    """The tasks of one run on one device. Holds the open checkpoint, and no weights but of the layer that it sweeps."""
+    """The tasks of one run on one device. Holds the open checkpoint, and no weights but those of its open layer."""
 
     def __init__(self, config: PruneConfig, model_path: Path, calibration_path: Path, device: torch.device):
         self.config, self.device = config, device
@@ -69,7 +69,7 @@ class LayerTasks:
         self.dense = self.family.dense_config(self.checkpoint.config)
         self.method = make_method(config.method, config.options)
         self.runner = LayerRunner(self.dense, device, self._compute_dtype(), config.micro_batch)
-        self._swept: Swept | None = None
+        self._open: OpenLayer | None = None
 
     def _compute_dtype(self) -> torch.dtype:
         if self.config.dtype == "auto":
@@ -108,31 +108,38 @@ class LayerTasks:
         rows = self.checkpoint.read_rows(self.family.embedding, ids)
         return rows.to(self.runner.dtype)[positions]
 
-    def sweep(
-        self, index: int, hidden_states: Tensor, piece: int = 0, pieces: int = 1
-    ) -> tuple[Tensor, Profile | None]:
-        """The dense layer's output hidden states; after the last piece also what the method wants to remember of it.
+    def open_layer(self, index: int) -> None:
+        """Begin the dense pass of a layer, which :meth:`sweep` goes on with and :meth:`profile` ends."""
+        layer = self._read_layer(index).to(self.device)
+        self._open = OpenLayer(index, layer, LayerStatistics(self.method.dense_moments(layer.shape)))
 
-        The samples come in ``pieces`` calls one after the other, with nothing else in between.
+    def sweep(self, index: int, piece: int, hidden_states: Tensor) -> Tensor:
+        """The open layer's output hidden states for one piece of the samples; the pieces come in their order.
 
         Raises:
-            ForgottenError: the pieces before this one were not seen here.
+            ForgottenError: the layer is not open here.
             InputError: the model's activations exceed the range of the dtype.
         """
-        if piece == 0:
-            layer = self._read_layer(index)
-            self._swept = Swept(index, layer.to(self.device), LayerStatistics(self.method.dense_moments(layer.shape)))
-        swept = self._swept
-        if swept is None or (swept.index, swept.pieces) != (index, piece):
-            raise ForgottenError(f"piece {piece} of layer {index}")
-        swept.pieces += 1
-        output = self.runner.run(swept.layer, index, hidden_states, observe=swept.statistics.update)
+        layer = self._opened(index, piece)
+        output = self.runner.run(layer.layer, index, hidden_states, observe=layer.statistics.update)
         check_hidden_states(output, index)
-        if swept.pieces < pieces:
-            return output, None
-        self._swept = None
-        profile = self.method.profile(swept.layer.to(torch.float32), swept.statistics)
-        return output, {name: value.cpu() for name, value in profile.items()}
+        layer.pieces += 1
+        return output
+
+    def profile(self, index: int, pieces: int) -> Profile:
+        """What the method wants to remember of the open layer, which has seen all ``pieces``.
+
+        Raises:
+            ForgottenError: the layer is not open here.
+        """
+        opened, self._open = self._opened(index, pieces), None
+        profile = self.method.profile(opened.layer.to(torch.float32), opened.statistics)
+        return {name: value.cpu() for name, value in profile.items()}
+
+    def _opened(self, index: int, pieces: int) -> OpenLayer:
+        if self._open is None or (self._open.index, self._open.pieces) != (index, pieces):
+            raise ForgottenError(f"layer {index} is not open here with {pieces} pieces seen")
+        return self._open
 
     def advance(self, index: int, hidden_states: Tensor) -> Tensor:
         """The dense layer's output hidden states.
@@ -176,7 +183,7 @@ class LayerTasks:
         return learnt.to("cpu"), lesson
 
     def _read_layer(self, index: int) -> DecoderLayer:
-        self._swept = None  # given up for whatever this is for
+        self._open = None  # given up for whatever this is for
         tensors = self.checkpoint.read(self.family.layer_shapes(self.dense, index))
         return self.family.layer_from_checkpoint(tensors, self.dense, index)
 

@@ -22,7 +22,7 @@ Parcels = dict[str, Parcel]
 
 @ray.remote
 class Worker:
-    """One device and the tasks that run on it. What a restarted worker would miss is the layer that it sweeps."""
+    """One device and the tasks that run on it. What a restarted worker would miss is its open layer."""
 
     def __init__(self, config: PruneConfig, model_path: Path, calibration_path: Path, device: str):
         # Threads are set, not taken from the machine: results may change in the last bit with their number.
@@ -75,10 +75,14 @@ class Worker:
     def embed(self, calibration: Path | None = None) -> Parcel:
         return pack(self.tasks.embed(calibration))
 
-    @ray.method(num_returns=2)
-    def sweep(self, index: int, pieces: int, piece: int, hidden_states: Parcel) -> tuple[Parcel, Parcels | None]:
-        output, profile = self.tasks.sweep(index, unpack(hidden_states), piece, pieces)
-        return pack(output), None if profile is None else pack_all(profile)
+    def open_layer(self, index: int) -> None:
+        self.tasks.open_layer(index)
+
+    def sweep(self, index: int, piece: int, hidden_states: Parcel) -> Parcel:
+        return pack(self.tasks.sweep(index, piece, unpack(hidden_states)))
+
+    def profile(self, index: int, pieces: int) -> Parcels:
+        return pack_all(self.tasks.profile(index, pieces))
 
     @ray.method(num_returns=3)
     def prune(

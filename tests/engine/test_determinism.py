@@ -82,16 +82,14 @@ def lose(new_workers, calls, monkeypatch):
     return choose
 
 
-def first_share_of(chosen):
-    """Whether a share is the first of one of the chosen calls, as (method, layer), that has lost no worker yet."""
-    return lambda share: (
-        (share.call.method, *share.call.arguments[:1]) in chosen and share.piece == 0 and not share.call.losses
-    )
+def first_of(chosen):
+    """Whether a share is one of the chosen steps, as (method, layer), of a call that has lost no worker yet."""
+    return lambda share: (share.step.method, *share.step.arguments[:1]) in chosen and not share.call.losses
 
 
 def test_losing_workers_in_the_middle_of_calls_gives_the_same_bytes(by_one_worker, run, lose, digests):
-    chosen = {("sweep", 1), ("prune", 2)}
-    lost = lose(first_share_of(chosen))
+    chosen = {("profile", 1), ("prune", 2)}
+    lost = lose(first_of(chosen))
     folder, _ = run(sparsity=0.3, max_shard_size=60_000, workers=2)
     assert [call.losses for call in lost] == [1, 1]
     assert digests(folder) == by_one_worker["full"]
@@ -99,7 +97,7 @@ def test_losing_workers_in_the_middle_of_calls_gives_the_same_bytes(by_one_worke
 
 def test_losing_a_worker_that_distils_gives_the_same_bytes(distilled_by_one_worker, run, lose, digests):
     chosen = {("advance", 2), ("distill", 1)}
-    lost = lose(first_share_of(chosen))
+    lost = lose(first_of(chosen))
     folder, _ = run(workers=2, **DISTILLED)
     assert [call.losses for call in lost] == [1, 1]
     assert digests(folder) == distilled_by_one_worker
@@ -112,7 +110,7 @@ def test_a_call_that_hangs_is_taken_over_by_an_idle_worker_and_gives_the_same_by
     start, started = pool.WorkerPool._start, []
 
     def hang_once(self, share):
-        if (share.call.method, *share.call.arguments[:1]) == ("prune", 3):
+        if (share.step.method, *share.step.arguments[:1]) == ("prune", 3):
             if not started:
                 share.worker.__ray_call__.remote(lambda _: time.sleep(300))
             started.append(share.worker)
@@ -128,8 +126,8 @@ def test_a_call_that_hangs_is_taken_over_by_an_idle_worker_and_gives_the_same_by
 
 def test_a_call_that_keeps_losing_its_workers_is_named(run, lose, monkeypatch):
     monkeypatch.setattr(pool, "LOSSES", 0)
-    lose(lambda share: share.call.method == "sweep")
-    with pytest.raises(InputError, match=r"'sweep' of layer 0 lost 1 workers in a row.*--micro-batch"):
+    lose(lambda share: share.step.method == "open_layer")
+    with pytest.raises(InputError, match=r"'open_layer' of layer 0 lost 1 workers in a row.*--micro-batch"):
         run()
 
 

@@ -116,11 +116,11 @@ class Stops(Progress):
 @pytest.mark.parametrize(
     ("stage", "steps", "repeated"),
     [
-        ("Dense pass", 2, {"sweep": 2, "prune": 4, "distill": 4}),
-        ("Pruning", 1, {"sweep": 0, "prune": 3, "distill": 4}),
-        ("Pruning", 3, {"sweep": 0, "prune": 1, "distill": 4}),
-        ("Distilling", 3, {"sweep": 0, "prune": 0, "distill": 1}),
-        ("Assembling", 0, {"sweep": 0, "prune": 0, "distill": 0}),
+        ("Dense pass", 2, {"open_layer": 2, "prune": 4, "distill": 4}),
+        ("Pruning", 1, {"open_layer": 0, "prune": 3, "distill": 4}),
+        ("Pruning", 3, {"open_layer": 0, "prune": 1, "distill": 4}),
+        ("Distilling", 3, {"open_layer": 0, "prune": 0, "distill": 1}),
+        ("Assembling", 0, {"open_layer": 0, "prune": 0, "distill": 0}),
     ],
 )
 def test_nothing_that_is_done_is_done_again(run, undisturbed, digests, calls, output, stage, steps, repeated):
@@ -150,7 +150,7 @@ def test_restart_begins_anew(run, digests, calls, output):
     calls.clear()
     changed = OPTIONS | {"sparsity": 0.4}
     folder, _ = run(output=output, restart=True, **changed)
-    assert [method for method, _ in calls].count("sweep") == LAYERS
+    assert [method for method, _ in calls].count("open_layer") == LAYERS
     assert digests(folder) == digests(run(**changed)[0])
 
 

@@ -113,9 +113,9 @@ def test_the_record_tells_how_distillation_went(run):
 def test_distillation_runs_ahead_of_what_has_learnt_by_a_few_layers_at_most(run, save_model, monkeypatch):
     started = []
     start = WorkerPool._start
-    monkeypatch.setattr(WorkerPool, "_start", lambda pool, share: started.append(share.call) or start(pool, share))
+    monkeypatch.setattr(WorkerPool, "_start", lambda pool, share: started.append(share.step) or start(pool, share))
     run(save_model(num_hidden_layers=8), sparsity=0.3, distill=True)
-    methods = [call.method for call in started]
+    methods = [step.method for step in started]
     ahead = [methods[:end].count("advance") - methods[:end].count("distill") for end in range(len(methods))]
     assert methods.count("advance") == methods.count("distill") == 8
     assert max(ahead) <= 2 + 1  # as many layers as may learn, and the one looked ahead to

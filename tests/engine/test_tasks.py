@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from distprune import InputError
@@ -13,7 +14,8 @@ from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.distillation import Exercise
 from distprune.engine import load_record
-from distprune.engine.tasks import LayerTasks
+from distprune.engine.tasks import ForgottenError, LayerTasks
+from distprune.methods import Profile
 
 LAYERS = 4
 
@@ -25,6 +27,22 @@ def make_tasks(calibration_path):
         return LayerTasks(config, model, calibration_path, torch.device("cpu"))
 
     return make
+
+
+def dense_layer(tasks: LayerTasks, index: int, hidden_states: Tensor) -> tuple[Tensor, Profile]:
+    """Output and profile of a layer that gets its input in one piece."""
+    tasks.open_layer(index)
+    return tasks.sweep(index, 0, hidden_states), tasks.profile(index, 1)
+
+
+def test_an_open_layer_that_was_forgotten_is_not_gone_on_with(make_tasks, dense_path):
+    tasks, others = make_tasks(dense_path), make_tasks(dense_path)
+    tasks.open_layer(0)
+    states = tasks.embed()
+    tasks.sweep(0, 0, states)
+    for go_on in (lambda: others.sweep(0, 1, states), lambda: tasks.sweep(0, 2, states), lambda: tasks.profile(1, 1)):
+        with pytest.raises(ForgottenError):
+            go_on()
 
 
 @pytest.mark.parametrize(
@@ -47,7 +65,7 @@ def test_the_dense_pass_gives_the_hidden_states_of_transformers(save_model, make
     hidden_states = tasks.embed()
     torch.testing.assert_close(hidden_states, expected[0], rtol=0, atol=0)
     for index in range(LAYERS):
-        hidden_states, _ = tasks.sweep(index, hidden_states)
+        hidden_states, _ = dense_layer(tasks, index, hidden_states)
         if index + 1 < LAYERS:
             torch.testing.assert_close(hidden_states, expected[index + 1], rtol=1e-5, atol=1e-5)
     # transformers gives the last hidden states after the final norm.
@@ -62,7 +80,7 @@ def test_a_run_prunes_each_layer_on_the_outputs_that_propagation_says(run, make_
     tasks = make_tasks(dense_path)
     dense, profiles = [tasks.embed()], []
     for index in range(LAYERS):
-        output, profile = tasks.sweep(index, dense[-1])
+        output, profile = dense_layer(tasks, index, dense[-1])
         dense.append(output)
         profiles.append(profile)
     plan = tasks.method.plan(ParameterTarget(tasks.dense, 0.3), profiles, align=8)
@@ -121,6 +139,6 @@ def test_activations_beyond_the_dtype_are_refused_with_the_layer(save_model, mak
         model.model.layers[1].mlp.down_proj.weight *= 1e5
     model.save_pretrained(path)
     tasks = make_tasks(path, dtype="float16")
-    hidden_states, _ = tasks.sweep(0, tasks.embed())
+    hidden_states, _ = dense_layer(tasks, 0, tasks.embed())
     with pytest.raises(InputError, match=r"layer 1: its hidden states overflow in float16.*--dtype"):
-        tasks.sweep(1, hidden_states)
+        dense_layer(tasks, 1, hidden_states)

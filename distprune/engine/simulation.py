@@ -1,0 +1,240 @@
+"""A cluster that exists in numbers alone: the engine's own scheduler, on a clock that jumps from event to event.
+
+The pool and the stages are those of a real run. Only what :mod:`distprune.engine.runtime` does is replaced: calls take
+the seconds that were measured for them, and give nothing but what the stages look at.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distprune.decoder_layer import LayerShape
+from distprune.engine.dense_pass import DensePass
+from distprune.engine.pool import WorkerPool
+from distprune.engine.progress import Progress
+from distprune.engine.stages import check_weights, prune_blocks
+from distprune.engine.tasks import Report
+from distprune.engine.transport import Parcel
+
+HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What tasks of one layer take, in seconds; sizes in bytes.
+
+    Attributes:
+        start: until a worker is up.
+        check: reading a layer's weights and looking at them.
+        read: a layer's weights, from disk to the device.
+        forward: all samples through the layer.
+        dense_statistics: the moments of the dense pass, beside the forward pass.
+        profile: what the method then solves.
+        statistics: the moments of the pruning pass, beside the forward pass.
+        solve: pruning the layer.
+        states: the hidden states of all samples.
+        pruned: a pruned layer.
+    """
+
+    start: float
+    check: float
+    read: float
+    forward: float
+    dense_statistics: float
+    profile: float
+    statistics: float
+    solve: float
+    states: int
+    pruned: int
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The cluster.
+
+    Attributes:
+        workers: how many there are, each alike.
+        losses: of a worker, in an hour, on average.
+        replaced: seconds until a lost worker's place is taken, its start not counted.
+        transfer: bytes a second between a node and the driver's.
+        disk: bytes a second that the driver writes.
+    """
+
+    workers: int
+    losses: float = 0.0
+    replaced: float = 180.0
+    transfer: float = 5e9
+    disk: float = 1e9
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is run: a model's layers over samples in micro-batches, pruned in blocks."""
+
+    layers: int
+    block_length: int
+    samples: int
+    micro_batch: int
+
+
+class Vanished(Exception):
+    """The worker of a call is gone."""
+
+
+@dataclass(eq=False)
+class SimulatedWorker:
+    """Up or on its way until ``dies``; ``began`` counts the processes it has had, one after the other."""
+
+    up: float
+    dies: float
+    process: int = 0
+    opened: tuple[int, int] | None = None  # by which process which layer
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a call gives, or why not, and when."""
+
+    at: float
+    value: Any
+    moved: float = 0.0
+
+
+class SimulatedRuntime:
+    """Does what :class:`~distprune.engine.runtime.RayRuntime` does, in no time at all."""
+
+    lost = (Vanished,)
+
+    def __init__(self, costs: Costs, machines: Machines, run: Pass, seed: int = 0):
+        self.costs, self.machines, self.run = costs, machines, run
+        self.clock, self.losses, self.busy = 0.0, 0, 0.0
+        self._random = random.Random(seed)
+
+    def start_worker(self) -> SimulatedWorker:
+        return SimulatedWorker(up=self.costs.start, dies=self._lifetime(self.costs.start))
+
+    def _lifetime(self, begins: float) -> float:
+        rate = self.machines.losses / HOUR
+        return begins + self._random.expovariate(rate) if rate else inf
+
+    def call(self, worker: SimulatedWorker, method: str, arguments: Sequence[Any] = ()) -> list[Result]:
+        self._replace_if_dead(worker)
+        begins = max(self.clock, worker.up)
+        values, seconds, moved = getattr(self, f"_{method}")(worker, *arguments)
+        ends = begins + seconds + moved / self.machines.transfer
+        if worker.dies < ends:
+            self.losses += 1
+            return [Result(worker.dies, Vanished())]
+        self.busy += ends - begins
+        return [Result(ends, value, moved) for value in values]
+
+    def _replace_if_dead(self, worker: SimulatedWorker) -> None:
+        while worker.dies <= self.clock:
+            worker.up = worker.dies + self.machines.replaced + self.costs.start
+            worker.dies = self._lifetime(worker.up)
+            worker.process += 1
+
+    def wait(self, results: Sequence[Result], count: int = 1, timeout: float | None = None) -> list[Result]:
+        ended = sorted(results, key=lambda result: result.at)[:count]
+        self.clock = max(self.clock, min(ended[-1].at, inf if timeout is None else self.clock + timeout))
+        return [result for result in ended if result.at <= self.clock]
+
+    def fetch(self, results: Sequence[Result]) -> list[Any]:
+        """Also writes what came to disk, while the workers go on."""
+        if isinstance(results[0].value, Vanished):
+            raise results[0].value
+        self.clock += results[0].moved / self.machines.disk
+        return [result.value for result in results]
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def stop(self, workers: Sequence[SimulatedWorker], starting: Sequence[Result]) -> None:
+        pass
+
+    def now(self) -> float:
+        return self.clock
+
+    # ---------------------------------------------------------------- the workers' methods: values, seconds, bytes
+
+    def _ready(self, worker: SimulatedWorker) -> tuple:
+        return [None], 0.0, 0.0
+
+    def _check_outer(self, worker: SimulatedWorker) -> tuple:
+        return [None], self.costs.check, 0.0
+
+    def _check_layer(self, worker: SimulatedWorker, index: int) -> tuple:
+        return [None], self.costs.check, 0.0
+
+    def _embed(self, worker: SimulatedWorker) -> tuple:
+        states = Parcel(np.zeros((self.run.samples, 1), np.int8), torch.int8)
+        return [states], 0.0, self.costs.states
+
+    def _open_layer(self, worker: SimulatedWorker, index: int) -> tuple:
+        worker.opened = worker.process, index
+        return [None], self.costs.read, 0.0
+
+    def _sweep(self, worker: SimulatedWorker, index: int, piece: int, states: Parcel) -> tuple:
+        if worker.opened != (worker.process, index):
+            return [Vanished()], 0.0, 0.0
+        share = len(states.array) / self.run.samples
+        return [states], share * (self.costs.forward + self.costs.dense_statistics), share * self.costs.states
+
+    def _profile(self, worker: SimulatedWorker, index: int, pieces: int) -> tuple:
+        if worker.opened != (worker.process, index):
+            return [Vanished()], 0.0, 0.0
+        return [{}], self.costs.profile, 0.0
+
+    def _prune(
+        self, worker: SimulatedWorker, index: int, states: Parcel, planned: LayerShape, profile: Any, propagate: bool
+    ) -> tuple:
+        costs = self.costs
+        seconds = costs.read + costs.forward + costs.statistics + costs.solve + propagate * costs.forward
+        return [{}, states if propagate else None, Report({}, [])], seconds, costs.pruned + propagate * costs.states
+
+
+class MemoryJournal:
+    """A journal of a run that nobody goes on with."""
+
+    def __init__(self):
+        self._entries: dict[str, Mapping[str, Tensor]] = {}
+
+    def write(self, entry: str, report: Any = None, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self._entries[entry] = tensors or {}
+
+    def tensors(self, entry: str) -> Mapping[str, Tensor]:
+        return self._entries[entry]
+
+    def remove(self, entry: str) -> None:
+        self._entries.pop(entry, None)
+
+    def has(self, entry: str) -> bool:
+        return entry in self._entries
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a simulated run went: its seconds, the workers' busy seconds together, and the calls lost with workers."""
+
+    seconds: float
+    busy: float
+    losses: int
+
+
+def simulate(costs: Costs, machines: Machines, run: Pass, seed: int = 0) -> Outcome:
+    """Check, dense pass and pruning on a cluster, by the real scheduler."""
+    runtime = SimulatedRuntime(costs, machines, run, seed)
+    pool, journal, progress = WorkerPool(runtime, min(machines.workers, run.layers)), MemoryJournal(), Progress()
+    check_weights(pool, run.layers, progress)
+    profiles = DensePass(pool, run.layers, run.block_length, run.micro_batch, journal, progress).run()
+    shapes = [LayerShape(1, 1, 1, 1, 1)] * run.layers
+    prune_blocks(pool, shapes, profiles, run.block_length, (), journal, lambda *_: None, progress)
+    return Outcome(runtime.clock, runtime.busy, runtime.losses)
