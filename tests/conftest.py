@@ -25,9 +25,10 @@ from distprune import prune
 from distprune.calibration import CalibrationMetadata, load_tokenizer, tokenizer_fingerprint, write_calibration
 from distprune.engine import RunRecord
 from distprune.engine.pool import Share, WorkerPool
+from distprune.engine.runtime import RayRuntime
 from distprune.engine.worker import Worker
 
-SHUTDOWN = WorkerPool.shutdown
+STOP = RayRuntime.stop
 
 SENTENCES = [
     "The river runs down to the sea, and the sea sends rain back to the hills.",
@@ -186,8 +187,8 @@ class Recycled:
         self.asked[worker] = self.wanted
         return worker
 
-    def take_back(self, pool: WorkerPool) -> None:
-        for worker in pool.workers:
+    def take_back(self, workers: list[ActorHandle]) -> None:
+        for worker in workers:
             self.left.setdefault(self.asked[worker], []).append(worker)
 
 
@@ -198,7 +199,7 @@ def ray_cluster():
     with pytest.MonkeyPatch.context() as patch:
         recycled = Recycled()
         patch.setattr("distprune.engine.runtime.Worker", recycled)
-        patch.setattr(WorkerPool, "shutdown", lambda pool: recycled.take_back(pool))
+        patch.setattr(RayRuntime, "stop", lambda _, workers, __: recycled.take_back(workers))
         yield
     ray.shutdown()
 
@@ -207,7 +208,7 @@ def ray_cluster():
 def new_workers(ray_cluster, monkeypatch):
     """Runs of this test start and end their own worker processes."""
     monkeypatch.setattr("distprune.engine.runtime.Worker", Worker)
-    monkeypatch.setattr(WorkerPool, "shutdown", SHUTDOWN)
+    monkeypatch.setattr(RayRuntime, "stop", STOP)
 
 
 @pytest.fixture(scope="session")

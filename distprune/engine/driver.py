@@ -47,18 +47,20 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunRecord:
             record.save(work.checkpoint, config)
             work.journal.write(PUBLISHING)
             publish(work.checkpoint, config.output, config.overwrite)
-            work.remove()
+            work.clear_away()
     return record
 
 
 def finish_publishing(config: PruneConfig) -> RunRecord | None:
     """The record of a run that ended between publishing its result and clearing up, which is done now."""
     work = Work(partial_directory(config.output))
-    if config.restart or not work.journal.has(PUBLISHING) or work.checkpoint.exists():
+    # An output that is not to be overwritten can only have come from the run that left the folder.
+    is_over = work.is_published() or (work.is_cleared() and not config.overwrite)
+    if config.restart or not is_over or not config.output.is_dir():
         return None
     with hold_lock(work.folder):
         record = load_record(config.output)
-        work.remove()
+        work.clear_away()
     return record
 
 

@@ -60,13 +60,13 @@ class Journal:
     def write(self, entry: str, report: Any = None, tensors: Mapping[str, Tensor] | None = None) -> None:
         if tensors:
             write_tensors(self._tensors_file(entry), {name: tensor.contiguous() for name, tensor in tensors.items()})
-        write_text(self._report_file(entry), json.dumps(report) + "\n")
+        write_text(self.file_of(entry), json.dumps(report) + "\n")
 
     def has(self, entry: str) -> bool:
-        return self._report_file(entry).is_file()
+        return self.file_of(entry).is_file()
 
     def report(self, entry: str) -> Any:
-        return json.loads(self._report_file(entry).read_text(encoding="utf-8"))
+        return json.loads(self.file_of(entry).read_text(encoding="utf-8"))
 
     def tensors(self, entry: str) -> dict[str, Tensor]:
         file = self._tensors_file(entry)
@@ -74,14 +74,15 @@ class Journal:
 
     def remove(self, entry: str) -> None:
         """Remove an entry, if it is there."""
-        self._report_file(entry).unlink(missing_ok=True)
+        self.file_of(entry).unlink(missing_ok=True)
         self._tensors_file(entry).unlink(missing_ok=True)
 
     def count(self, kind: str) -> int:
         """How many layers have an entry of a kind."""
         return len(list(self.folder.glob(f"{kind}-*.json")))
 
-    def _report_file(self, entry: str) -> Path:
+    def file_of(self, entry: str) -> Path:
+        """Where an entry's report is."""
         return self.folder / f"{entry}.json"
 
     def _tensors_file(self, entry: str) -> Path:

@@ -57,7 +57,25 @@ class Work:
         return goes_on
 
     def remove(self) -> None:
+        """Give up what is here."""
+        self.journal.remove(PUBLISHING)  # first of all, or what is left would look as if it had been published
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def clear_away(self) -> None:
+        """Remove what is left when the result is published, last of all what says so."""
+        last = self.journal.file_of(PUBLISHING)
+        for path in self.folder.rglob("*"):
+            if path != last and not path.is_dir():
+                path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def is_published(self) -> bool:
+        """Whether the result was published, and what is here was to be cleared away."""
+        return self.journal.has(PUBLISHING) and not self.checkpoint.exists()
+
+    def is_cleared(self) -> bool:
+        """Whether there is a folder with nothing left in it."""
+        return self.folder.is_dir() and all(path.is_dir() for path in self.folder.rglob("*"))
 
     def is_worth_keeping(self) -> bool:
         """Whether more was done than to see that the input is sound."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import pytest
 import ray
 
 from distprune import InputError, status
-from distprune.checkpoint import durable
 from distprune.engine.progress import Progress
 from distprune.errors import WorkersLost
 
@@ -31,66 +28,6 @@ def undisturbed(run, digests) -> dict[str, str]:
 @pytest.fixture
 def output(tmp_path) -> Path:
     return tmp_path / "pruned"
-
-
-class Killed(BaseException):
-    """Nothing runs after it, as after kill -9: while it is raised, every change of a file fails."""
-
-
-class Disk:
-    """Counts the changes of files that a run makes, and dies at the one it is told to."""
-
-    CHANGES = (
-        (os, "replace"),
-        (os, "rename"),
-        (os, "fsync"),
-        (shutil, "rmtree"),
-        (durable, "save_file"),
-        (Path, "write_text"),
-        (Path, "mkdir"),
-        (Path, "unlink"),
-    )
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, dies_at: int):
-        self.dies_at, self.changes = dies_at, 0
-        for module, name in self.CHANGES:
-            monkeypatch.setattr(module, name, self._counted(getattr(module, name)))
-
-    def _counted(self, change: Callable) -> Callable:
-        def counted(*args, **kwargs):
-            # Locks are freed by the system when a process dies.
-            if not str(args[0]).endswith(".lock"):
-                self.changes += 1
-                if self.changes >= self.dies_at:
-                    raise Killed
-            return change(*args, **kwargs)
-
-        return counted
-
-
-def changes_in(run, output: Path) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        disk = Disk(patch, 10**9)
-        run(output=output, **OPTIONS)
-    return disk.changes
-
-
-def test_a_driver_killed_at_any_change_of_a_file_goes_on_to_the_same_bytes(run, undisturbed, digests, tmp_path):
-    changes = changes_in(run, tmp_path / "counted")
-    assert changes > 150
-    # Every change where the steps of a layer, the assembly and the publishing follow each other; a sample elsewhere.
-    points = sorted({*range(1, changes, 7), *range(changes - 30, changes + 1)})
-    for point in points:
-        output = tmp_path / f"killed-{point}"
-        with pytest.MonkeyPatch.context() as patch:
-            Disk(patch, point)
-            with pytest.raises(Killed):
-                run(output=output, **OPTIONS)
-        assert not output.exists() or digests(output) == undisturbed, point
-        run(output=output, **OPTIONS)
-        assert digests(output) == undisturbed, point
-        assert [name for name in os.listdir(tmp_path) if name.startswith(output.name)] == [output.name], point
-        shutil.rmtree(output)
 
 
 class Stops(Progress):

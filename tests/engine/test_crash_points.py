@@ -1,0 +1,137 @@
+"""A driver that dies at any change of a file, every single one, goes on to the same bytes when it is started again.
+
+The whole engine runs here but Ray: one worker's calls are made in this process, so that hundreds of runs take seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from distprune import prune
+from distprune.checkpoint import durable
+from distprune.engine import driver
+from distprune.engine.runtime import RayRuntime
+from distprune.engine.worker import Worker
+
+OPTIONS = {"sparsity": 0.3, "max_shard_size": 30_000, "propagation": 2, "distill": {"learning_rate": 1e-3, "batch": 2}}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
+
+
+class InlineRuntime(RayRuntime):
+    """Makes calls in this process, at once."""
+
+    def start_worker(self):
+        return Worker.__ray_actor_class__(*self._arguments)
+
+    def call(self, worker, method, arguments=()):
+        values = getattr(worker, method)(*arguments)
+        return [Here(value) for value in values] if isinstance(values, tuple) else [Here(values)]
+
+    def wait(self, results, count=1, timeout=None):
+        return list(results)[:count]
+
+    @staticmethod
+    def fetch(results):
+        return [result.value for result in results]
+
+    def put(self, value):
+        return value
+
+    def stop(self, workers, starting):
+        pass
+
+
+class Here:
+    """A result that is there; unlike its value, it can be a key."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Killed(BaseException):
+    """Nothing runs after it, as after kill -9: once it was raised, every change of a file fails."""
+
+
+class Disk:
+    """Counts the changes of files below a folder, and dies at the one it is told to.
+
+    Opening a file to write, renaming, removing and the like are seen by Python's audit; flushing (which is left out
+    here) and writing safetensors are not. A written file is left torn: half of it is there.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.watching = str(folder), False
+        sys.addaudithook(self._audit)  # for good, so one disk serves all runs
+
+    def watch(self, run: Callable[[], None], dies_at: float = float("inf")) -> int:
+        """Run, until the change with that number. Returns how many changes were made."""
+        self.changes, self.dies_at, self.watching = 0, dies_at, True
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, "fsync", lambda _: self._count())
+                patch.setattr(durable, "save_file", self._torn(durable.save_file, lambda args: args[1]))
+                patch.setattr(Path, "write_text", self._torn(Path.write_text, lambda args: args[0]))
+                run()
+        finally:
+            self.watching = False
+        return self.changes
+
+    def _audit(self, event: str, arguments: tuple) -> None:
+        if self.watching and (event in CHANGES or (event == "open" and (arguments[2] or 0) & WRITING)):
+            path = str(arguments[0])
+            if (path.startswith(self.folder) and not path.endswith(".lock")) or not os.path.isabs(path):
+                self._count()
+
+    def _count(self) -> None:
+        self.changes += 1
+        if self.changes >= self.dies_at:
+            raise Killed
+
+    def _torn(self, write: Callable, path_of: Callable) -> Callable:
+        def torn(*args, **kwargs):
+            self.changes += 1
+            if self.changes < self.dies_at:
+                return write(*args, **kwargs)
+            if self.changes == self.dies_at:
+                self.watching = False
+                write(*args, **kwargs)
+                path = path_of(args)
+                os.truncate(path, os.path.getsize(path) // 2)
+                self.watching = True
+            raise Killed
+
+        return torn
+
+
+@pytest.fixture
+def prune_here(monkeypatch, save_model, calibrate):
+    monkeypatch.setattr(driver, "RayRuntime", InlineRuntime)
+    monkeypatch.setattr(driver, "connected", nullcontext)
+    monkeypatch.setattr(driver, "alive_nodes", lambda: [{"CPU": 1.0}])
+    model = save_model(num_hidden_layers=3)
+    options = {"calibration": calibrate(model), "device": "cpu", "workers": 1, "micro_batch": 3, **OPTIONS}
+    return lambda output: prune(str(model), output, **options)
+
+
+def test_a_driver_killed_at_any_change_of_a_file_goes_on_to_the_same_bytes(prune_here, digests, tmp_path):
+    disk = Disk(tmp_path)
+    changes = disk.watch(lambda: prune_here(tmp_path / "undisturbed"))
+    undisturbed = digests(tmp_path / "undisturbed")
+    assert changes > 200
+    for point in range(1, changes + 1):
+        output = tmp_path / f"killed-{point}"
+        with pytest.raises(Killed):
+            disk.watch(lambda: prune_here(output), point)  # noqa: B023
+        assert not output.exists() or digests(output) == undisturbed, point
+        prune_here(output)
+        assert digests(output) == undisturbed, point
+        assert [name for name in os.listdir(tmp_path) if name.startswith(output.name)] == [output.name], point
+        shutil.rmtree(output)
