@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.pool import Call, WorkerPool
@@ -24,11 +25,10 @@ PIECES_PER_WORKER = 4
 
 @dataclass
 class OpenLayer:
-    """A layer between its reading and its profile: the pieces of its input so far, and those of its output."""
+    """A layer between its reading and its profile, and the pieces of its input so far."""
 
     call: Call
-    fed: int = 0
-    given: list[Parcel] = field(default_factory=list)
+    fed: list[Any] = field(default_factory=list)
 
 
 class DensePass:
@@ -82,20 +82,19 @@ class DensePass:
 
     def _feed(self, index: int, piece: Parcel) -> None:
         self._open_until(index + 1)
-        layer = self._open[index]
-        self.pool.add_step(layer.call, partial(self._pass_on, index), "sweep", index, layer.fed, self.pool.put(piece))
-        layer.fed += 1
-        if layer.fed == self._pieces:
+        layer, put = self._open[index], self.pool.put(piece)
+        self.pool.add_step(layer.call, partial(self._pass_on, index), "sweep", index, len(layer.fed), put)
+        layer.fed.append(put)
+        if len(layer.fed) == self._pieces:
             self.pool.add_step(layer.call, partial(self._keep, index), "profile", index, self._pieces)
 
     def _pass_on(self, index: int, output: Parcel) -> None:
         if index + 1 == self.layers:
             return
         self._feed(index + 1, output)
-        given = self._open[index].given
-        given.append(output)
+        given = self._open[index + 1].fed
         if len(given) == self._pieces:
-            save_states(self.journal, DENSE, index + 1, given)
+            save_states(self.journal, DENSE, index + 1, self.pool.get(given))
 
     def _keep(self, index: int, profile: dict[str, Parcel]) -> None:
         del self._open[index]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
@@ -150,6 +150,10 @@ class WorkerPool:
     def put(self, value: Any) -> Any:
         """A value as an argument that many calls can share."""
         return self._runtime.put(value)
+
+    def get(self, put: Sequence[Any]) -> list[Any]:
+        """Values that were put."""
+        return self._runtime.get(put)
 
     def run(self) -> None:
         """Wait for all calls, in no fixed order, and for those that are submitted meanwhile.

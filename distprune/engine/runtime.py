@@ -72,6 +72,10 @@ class RayRuntime:
         """A value where every worker can get it, until nothing here refers to it any more."""
         return ray.put(value)
 
+    def get(self, put: Sequence[ObjectRef]) -> list[Any]:
+        """Values that were put."""
+        return ray.get(list(put))
+
     def stop(self, workers: Sequence[Any], starting: Sequence[ObjectRef]) -> None:
         for ready in starting:
             ray.cancel(ready)

@@ -157,6 +157,9 @@ class SimulatedRuntime:
     def put(self, value: Any) -> Any:
         return value
 
+    def get(self, put: Sequence[Any]) -> list[Any]:
+        return list(put)
+
     def stop(self, workers: Sequence[SimulatedWorker], starting: Sequence[Result]) -> None:
         pass
 

@@ -206,11 +206,14 @@ def _largest_shard(scenario: Scenario) -> int:
 
 
 def _store_peak(scenario: Scenario) -> int:
-    """A layer's input, its output, and the output as it is put once more, for every worker; and its pruned layer."""
+    """What the workers' calls hold at once: inputs, outputs that are put once more, and pruned layers."""
     workers, states = scenario.placement.workers, scenario.hidden_states(scenario.calibration)
     layer = max(scenario.pruned_bytes)
+    # In the dense pass, the input of every open layer, and what the driver just got.
+    open_layers = min(workers, scenario.layers, scenario.pieces)
     relays = min(workers, scenario.blocks)
-    peak = max(3 * states, relays * ((3 if scenario.block_length > 1 else 1) * states + layer))
+    pruning = relays * ((3 if scenario.block_length > 1 else 1) * states + layer)
+    peak = max(3 * states, (open_layers + 2) * states, pruning)
     if scenario.lessons:
         # Distillation runs so many layers ahead, each with its input and its target.
         ahead = 2 * workers + 2

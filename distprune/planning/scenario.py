@@ -26,6 +26,9 @@ from distprune.planning.solves import Problem, Solve, solve_of
 from distprune.planning.work import Work, forward_flops, moment_work, tap_widths, total
 from distprune.statistics import Moment
 
+# As the engine's dense pass has it.
+PIECES_PER_WORKER = 4
+
 
 @dataclass(frozen=True)
 class TokenSet:
@@ -90,6 +93,13 @@ class Scenario:
         if self.config.dtype == "auto":
             return self.checkpoint.tensors[self.family.embedding].dtype
         return getattr(torch, self.config.dtype)
+
+    @property
+    def pieces(self) -> int:
+        """In how many pieces the samples go through the dense pass."""
+        batches = -(-self.calibration.samples // self.config.micro_batch)
+        workers = self.placement.workers
+        return min(batches, PIECES_PER_WORKER * workers) if workers > 1 else 1
 
     # ---------------------------------------------------------------- bytes
 

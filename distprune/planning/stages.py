@@ -91,15 +91,23 @@ def _own_samples(scenario: Scenario) -> StagePlan:
 
 
 def _dense_pass(scenario: Scenario) -> StagePlan:
-    """A relay: a layer starts when the one before it is done. The driver keeps hidden states in its journal."""
+    """A pipeline: each worker has a layer, and a layer starts when the one before it has passed on its first piece.
+
+    The driver keeps hidden states in its journal.
+    """
     handed_on = Work(stored=2.0 * scenario.hidden_states(scenario.calibration))
-    calls = [handed_on]
-    for index in range(scenario.layers):
-        solve = scenario.solve(index, pruning=False).work
-        calls.append(scenario.observation(index, pruning=False) + solve + handed_on)
+    embedding, *layers = handed_on, *(_observe(scenario, index) + handed_on for index in range(scenario.layers))
     journal = Work(written=float(scenario.layers * scenario.hidden_states(scenario.calibration)))
-    seconds = sum(_seconds(scenario, call) for call in calls)
-    return _stage("dense pass", total(calls) + journal, _while_written(scenario, seconds, journal))
+    pieces = scenario.pieces
+    at_once = min(scenario.placement.workers, scenario.layers, pieces)
+    each = [_seconds(scenario, layer) + (pieces + 1) * scenario.rates.call_seconds for layer in layers]
+    last_starts = (at_once - 1) / pieces * max(each)
+    seconds = _seconds(scenario, embedding) + sum(each) / at_once + last_starts
+    return _stage("dense pass", total([embedding, *layers]) + journal, _while_written(scenario, seconds, journal))
+
+
+def _observe(scenario: Scenario, index: int) -> Work:
+    return scenario.observation(index, pruning=False) + scenario.solve(index, pruning=False).work
 
 
 def _prune(scenario: Scenario) -> StagePlan:

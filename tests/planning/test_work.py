@@ -8,8 +8,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distprune.decoder_layer import LayerShape, layer_from_state
+from distprune.engine import dense_pass
 from distprune.forward import LayerRunner
 from distprune.modeling import PrunedConfig, PrunedDecoderLayer
+from distprune.planning import scenario
 from distprune.planning.rates import RATES
 from distprune.planning.work import Work, forward_flops, moment_size, moment_work, tap_widths
 from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power
@@ -76,3 +78,7 @@ def test_work_adds_up_and_takes_as_long_as_its_rates_say():
     work = Work(forward=3e14, solve_float64=2.5e13) + Work(forward=3e14, read=2e9) * 2
     assert work.seconds(RATES["h100"]) == pytest.approx(3 + 1 + 2)
     assert Work(forward=4e13).seconds(RATES["h100"], float32=True) == pytest.approx(1)
+
+
+def test_the_dense_pass_is_parted_as_the_engine_does():
+    assert scenario.PIECES_PER_WORKER == dense_pass.PIECES_PER_WORKER
