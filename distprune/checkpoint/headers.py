@@ -6,9 +6,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from distprune.errors import InputError
 
@@ -24,50 +26,102 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 QUANTIZED_DTYPES = ("I4", "I8", "U4", "U32", "F4", "F6", "F8")
+LENGTH_BYTES = 8  # a file begins with the length of its header
+LONGEST_HEADER = 100_000_000  # bytes; the format allows no more
+
+Whole = Annotated[int, Field(ge=0)]
+
+
+class Entry(TypedDict):
+    """A tensor as a header has it. The offsets count from the end of the header."""
+
+    dtype: str
+    shape: list[Whole]
+    data_offsets: tuple[Whole, Whole]
+
+
+Header = TypeAdapter(dict[str, Entry])
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a stored tensor lies and what it is."""
+    """Where a stored tensor lies and what it is; ``begin`` is its first byte after the file's header."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
+    begin: int
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Every tensor in a safetensors file, without reading its data.
+    """Every tensor in a safetensors file, without reading or mapping its data, however large it is.
 
     InputError: the file is truncated or is not safetensors, or a tensor has a dtype that can't be pruned.
     """
     try:
-        with safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            slices = {name: opened.get_slice(name) for name in names}
-            return {name: _describe(file, name, found.get_dtype(), found.get_shape()) for name, found in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is truncated or is not a safetensors file ({error}). Download it again.") from error
+        raw, data_bytes = _read_raw(file)
+        entries = _parse(raw)
+    except (OSError, ValueError) as error:
+        raise _not_safetensors(file, error) from error
+    infos = {name: describe(file, name, **entry) for name, entry in entries.items()}
+    if problem := _find_gap(entries, infos, data_bytes):
+        raise _not_safetensors(file, problem)
+    return infos
 
 
 def read_byte_ranges(file: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """A valid file's raw header, and where each tensor's bytes begin and end in the file."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(length)
-    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-    data_start = 8 + length
-    ranges = {name: entry["data_offsets"] for name, entry in entries.items()}
-    return header, {name: (data_start + begin, data_start + end) for name, (begin, end) in ranges.items()}
+    """A file's raw header, and where each tensor's bytes begin and end in the file. ValueError: it has none."""
+    raw, _ = _read_raw(file)
+    start = LENGTH_BYTES + len(raw)
+    offsets = {name: entry["data_offsets"] for name, entry in _parse(raw).items()}
+    return raw, {name: (start + begin, start + end) for name, (begin, end) in offsets.items()}
 
 
-def _describe(file: Path, name: str, stored_dtype: str, shape: list[int]) -> TensorInfo:
-    dtype = DTYPES.get(stored_dtype)
-    if dtype is None:
+def describe(file: Path, name: str, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorInfo:
+    """What a header's entry says. InputError: its dtype can't be pruned."""
+    stored = DTYPES.get(dtype)
+    if stored is None:
         mend = (
             "Quantized checkpoints must be dequantized first: use the model's bf16 or fp16 release."
-            if stored_dtype.startswith(QUANTIZED_DTYPES)
+            if dtype.startswith(QUANTIZED_DTYPES)
             else "Write the model anew in bf16, fp16 or fp32."
         )
-        raise InputError(f"{file}: tensor {name} is stored as {stored_dtype}, which can't be pruned. {mend}")
-    return TensorInfo(file, dtype, tuple(shape), math.prod(shape) * dtype.itemsize)
+        raise InputError(f"{file}: tensor {name} is stored as {dtype}, which can't be pruned. {mend}")
+    return TensorInfo(file, stored, tuple(shape), math.prod(shape) * stored.itemsize, data_offsets[0])
+
+
+def _read_raw(file: Path) -> tuple[bytes, int]:
+    """The header's bytes, and how many bytes of data follow it."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+        if not 0 < length <= min(LONGEST_HEADER, size - LENGTH_BYTES):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        return stream.read(length), size - LENGTH_BYTES - length
+
+
+def _parse(raw: bytes) -> dict[str, Entry]:
+    content = json.loads(raw)
+    if isinstance(content, dict):
+        content.pop("__metadata__", None)
+    try:
+        return Header.validate_python(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, problem['loc'])) or 'header'}: {problem['msg']}") from None
+
+
+def _find_gap(entries: dict[str, Entry], infos: dict[str, TensorInfo], data_bytes: int) -> str | None:
+    """What is wrong with the tensors' places: they must fill the file's data without overlap or gap."""
+    position = 0
+    for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
+        begin, end = entries[name]["data_offsets"]
+        if begin != position or end - begin != infos[name].nbytes:
+            return f"tensor {name} at bytes {begin} to {end}, where {infos[name].nbytes} from {position} are its place"
+        position = end
+    return None if position == data_bytes else f"{data_bytes} bytes of data, and the header tells of {position}"
+
+
+def _not_safetensors(file: Path, reason: object) -> InputError:
+    return InputError(f"{file} is truncated or is not a safetensors file ({reason}). Download it again.")

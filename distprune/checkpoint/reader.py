@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from distprune.checkpoint.fingerprint import compute_fingerprint
@@ -22,6 +20,7 @@ from distprune.checkpoint.layout import (
     read_weight_map,
     require_checkpoint,
 )
+from distprune.checkpoint.tensors import TensorFiles, TensorSource
 from distprune.errors import InputError
 
 LISTED = 5
@@ -29,14 +28,12 @@ LISTED = 5
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint: its configuration and what is known of its tensors from the files' headers.
-
-    Opening is cheap, so a worker is given the path and opens it itself.
-    """
+    """An open checkpoint: its configuration, what is known of its tensors from the files' headers, and their source."""
 
     path: Path
     config: PretrainedConfig
     tensors: Mapping[str, TensorInfo]
+    source: TensorSource = field(default_factory=TensorFiles, compare=False)
 
     @classmethod
     def open(cls, path: Path | str, trust_remote_code: bool = False) -> Checkpoint:
@@ -47,33 +44,24 @@ class Checkpoint:
         """
         path = Path(path)
         require_checkpoint(path)
-        return cls(path, _read_config(path, trust_remote_code), _read_tensor_infos(path))
+        return cls(path, read_config(path, trust_remote_code), _read_tensor_infos(path))
 
     @property
     def weight_files(self) -> list[Path]:
         """The files that hold the tensors, sorted."""
         return sorted({info.file for info in self.tensors.values()})
 
-    def read(self, names: Iterable[str], device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
-        """The named tensors as stored, on `device`, in the order asked for.
-
-        On the CPU a tensor is a private mapping of its file: its pages are read when they are first touched.
-        """
-        names = list(names)
-        by_file = sorted(names, key=lambda name: self._info(name).file)
-        found = {}
-        for file, in_file in groupby(by_file, key=lambda name: self._info(name).file):
-            with safe_open(file, framework="pt", device=str(device)) as opened:
-                found.update((name, opened.get_tensor(name)) for name in in_file)
-        return {name: found[name] for name in names}
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors as stored, on the CPU, in the order asked for."""
+        return self.source.read({name: self._info(name) for name in names})
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows (first dimension) of one tensor on the CPU, such as some tokens' embeddings.
 
         `rows` holds int64 indices of any shape, repeats allowed; the result has shape
-        (*rows.shape, *tensor.shape[1:]). Only the pages that hold those rows are read.
+        (*rows.shape, *tensor.shape[1:]). No more than those rows is read.
         """
-        return self.read([name])[name][rows.cpu()]
+        return self.source.read_rows(name, self._info(name), rows.cpu())
 
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raise InputError unless every tensor in `expected` is there with that shape."""
@@ -114,7 +102,7 @@ class Checkpoint:
         return self.tensors[name]
 
 
-def _read_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
+def read_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
     file = path / CONFIG_FILE
     content = read_json(file)
     for part in (content, content.get("text_config") or {}):

@@ -107,4 +107,4 @@ def _gguf_headers(path: Path) -> Checkpoint:
 def _imported_tensors(path: Path, config: PretrainedConfig) -> Mapping[str, TensorInfo]:
     family, dtype = family_of(config), torch.bfloat16
     shapes = family.tensor_shapes(family.dense_config(config))
-    return {name: TensorInfo(path, dtype, shape, math.prod(shape) * dtype.itemsize) for name, shape in shapes.items()}
+    return {name: TensorInfo(path, dtype, shape, math.prod(shape) * dtype.itemsize, 0) for name, shape in shapes.items()}

@@ -1,0 +1,59 @@
+"""Tensors from the files they lie in, each mapped into memory by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distprune.checkpoint.headers import LENGTH_BYTES, TensorInfo
+from distprune.errors import InputError
+
+
+class TensorSource(Protocol):
+    """Where a checkpoint's tensors come from; :class:`TensorFiles` unless its files are on another machine."""
+
+    def read(self, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+        """Tensors as stored, on the CPU, private to the caller."""
+
+    def read_rows(self, name: str, info: TensorInfo, rows: Tensor) -> Tensor:
+        """Some rows of one tensor; ``rows`` holds int64 indices of any shape."""
+
+
+class TensorFiles:
+    """Reads from the files that the headers were read from, or from where ``locate`` finds them."""
+
+    def locate(self, file: Path) -> Path:
+        return file
+
+    def read(self, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+        return {name: map_tensor(self.locate(info.file), info) for name, info in infos.items()}
+
+    def read_rows(self, name: str, info: TensorInfo, rows: Tensor) -> Tensor:
+        return self.read({name: info})[name][rows]
+
+
+def map_tensor(file: Path, info: TensorInfo) -> Tensor:
+    """A tensor as a private mapping of its own bytes: its pages are read when they are first touched.
+
+    safetensors maps the whole file, which a machine refuses for one that is larger than its memory.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: it can't be read, or is shorter than its header said.
+    """
+    if info.nbytes == 0:
+        return torch.empty(info.shape, dtype=info.dtype)
+    try:
+        with file.open("rb") as stream:
+            start = LENGTH_BYTES + int.from_bytes(stream.read(LENGTH_BYTES), "little") + info.begin
+            content = np.memmap(stream, dtype=np.uint8, mode="c", offset=start, shape=(info.nbytes,))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: can't be read any more ({error}). Do not change a model while it is pruned.") from error
+    return torch.from_numpy(content).view(info.dtype).reshape(info.shape)
