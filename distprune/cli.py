@@ -70,6 +70,9 @@ Workers = Annotated[
 ThreadsPerWorker = Annotated[Optional[int], typer.Option(help="CPU threads of each worker [1]")]
 GpusPerWorker = Annotated[Optional[float], typer.Option(help="GPUs each worker asks for [1 on cuda]")]
 Address = Annotated[Optional[str], typer.Option(help="Ray cluster to join [RAY_ADDRESS or a local one]")]
+Weights = Annotated[
+    Optional[str], typer.Option(metavar="auto|shared|served|hub", help="where workers read the model [auto]")
+]
 Overwrite = Annotated[Optional[bool], typer.Option("--overwrite/--no-overwrite", help="replace an existing output")]
 Restart = Annotated[
     Optional[bool], typer.Option("--restart/--no-restart", help="begin anew where an unfinished run could go on")
@@ -162,6 +165,7 @@ def prune(
     threads_per_worker: ThreadsPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
     address: Address = None,
+    weights: Weights = None,
     max_shard_size: Annotated[Optional[int], typer.Option(help="bytes of one safetensors file [5000000000]")] = None,
     overwrite: Overwrite = None,
     restart: Restart = None,
@@ -285,6 +289,7 @@ def compare(
     threads_per_worker: ThreadsPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
     address: Address = None,
+    weights: Weights = None,
     overwrite: Overwrite = None,
     revision: Revision = None,
     trust_remote_code: OptionalTrust = None,

@@ -13,7 +13,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from distprune.errors import InputError
 
 # What decides where and how fast a run goes, and never what it makes.
-PLACEMENT = ("output", "overwrite", "restart", "workers", "gpus_per_worker", "address")
+PLACEMENT = ("output", "overwrite", "restart", "workers", "gpus_per_worker", "address", "weights")
+
+#: How a worker comes by the weights; see :mod:`distprune.engine.weights`.
+Way = Literal["auto", "shared", "served", "hub"]
 
 
 class DistillConfig(BaseModel):
@@ -88,6 +91,11 @@ class PruneConfig(BaseModel):
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs a worker asks Ray for; 1 on cuda by default")
     address: str | None = Field(None, description="Ray cluster to join; by default RAY_ADDRESS, or a local one")
 
+    weights: Way = Field(
+        "auto",
+        description="where workers read the model: in its folder (shared), from the driver's node (served), from the "
+        "hub, or as each node best can",
+    )
     max_shard_size: int = Field(5 * 10**9, ge=1, description="bytes of one safetensors file at most")
     overwrite: bool = Field(False, description="replace an existing output folder")
     restart: bool = Field(False, description="begin anew where an unfinished run could go on")

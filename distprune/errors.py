@@ -13,5 +13,9 @@ class WorkersLost(InputError):
     """A task lost worker after worker. What the run has done is kept: with fewer workers the same run may go on."""
 
 
+class Unreachable(InputError):
+    """Weights can't be read, which may pass. What the run has done is kept: once they can be, it may go on."""
+
+
 class ConvergenceWarning(UserWarning):
     """An iterative solver stopped before it reached its tolerance; what it gave is used, and the run's record tells."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
@@ -27,9 +28,13 @@ from scale import SHAPES, VOCABULARY, WINDOW, make_calibration, make_model
 from transformers import LlamaConfig
 
 from distprune.budgets import ParameterTarget
+from distprune.calibration import open_calibration
+from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.engine.simulation import Costs, Machines, Pass, simulate
 from distprune.engine.tasks import LayerTasks
+from distprune.engine.weights import Model
+from distprune.families import family_of
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MODELS = (80, 126)
@@ -79,13 +84,15 @@ def measure(arguments: argparse.Namespace) -> Costs:
         # The last layer is never calibrated, so of two the first is.
         make_model(model, LlamaConfig(vocab_size=VOCABULARY, **SHAPES[arguments.shape] | {"num_hidden_layers": 2}))
         make_calibration(calibration, model, arguments.tokens // WINDOW)
-        config = PruneConfig(model=str(model), output="none", method=arguments.method, calibration=calibration)
-        tasks = LayerTasks(config, model, calibration, torch.device("cpu"))
-        return time_tasks(tasks)
+        checkpoint = Checkpoint.open(model)
+        family = family_of(checkpoint.config)
+        config = PruneConfig(model=str(model), output="none", method=arguments.method)
+        opened = Model(family, family.dense_config(checkpoint.config), checkpoint)
+        return time_tasks(LayerTasks(config, opened, torch.device("cpu")), open_calibration(calibration).tokens)
 
 
-def time_tasks(tasks: LayerTasks) -> Costs:
-    states = tasks.embed()
+def time_tasks(tasks: LayerTasks, tokens: np.ndarray) -> Costs:
+    states = tasks.embed(tokens)
     check, _ = timed(lambda: tasks.check_layer(0))
     forward, _ = timed(lambda: tasks.advance(0, states))
     read, _ = timed(lambda: tasks.open_layer(0))

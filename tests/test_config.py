@@ -43,6 +43,7 @@ VALUES = {
     "threads_per_worker": 2,
     "gpus_per_worker": 0.5,
     "address": "auto",
+    "weights": "served",
     "max_shard_size": 1000,
     "overwrite": True,
     "restart": True,

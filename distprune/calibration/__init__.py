@@ -1,4 +1,4 @@
-"""Calibration data: text, or the model's own samples -> packed token ids that every worker maps from one file."""
+"""Calibration data: text, or the model's own samples -> packed token ids in one file."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ __all__ = [
     "Calibration",
     "CalibrationMetadata",
     "build_calibration",
+    "draw_calibration",
     "generate_own_samples",
     "load_tokenizer",
     "open_calibration",
@@ -47,7 +48,36 @@ def build_calibration(
     trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Make a calibration set of `samples` windows of `sequence_length` tokens, write it and open it.
+    """Draw a calibration set as `draw_calibration` does, write it and open it. Raises InputError."""
+    output = prepare_output(output)
+    tokens, metadata = draw_calibration(
+        model_path,
+        texts=texts,
+        field=field,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        on_progress=on_progress,
+    )
+    write_calibration(output, tokens, metadata)
+    return open_calibration(output)
+
+
+def draw_calibration(
+    model_path: str | Path,
+    *,
+    texts: Sequence[str | Path] = (),
+    field: str | None = None,
+    samples: int = 128,
+    sequence_length: int = 128,
+    seed: int = 0,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[np.ndarray, CalibrationMetadata]:
+    """Draw `samples` windows of `sequence_length` tokens -> int32 (samples, sequence_length), and what is said of them.
 
     Each of `texts` (see `sources.read_source`) gives an equal share of the windows, the first ones one more
     where it doesn't come out even; rows take the sources in turn. Without texts the model writes its own
@@ -56,7 +86,6 @@ def build_calibration(
     _check_counts(samples, seed, len(texts))
     config = load_config(model_path, trust_remote_code)
     check_sequence_length(sequence_length, config, model_path)
-    output = prepare_output(output)
     tokenizer = load_tokenizer(model_path, trust_remote_code)
     sources = [read_source(text, field) for text in texts]
     if sources:
@@ -80,8 +109,7 @@ def build_calibration(
         self_generated=not sources,
     )
     _check_vocabulary(tokens, config.vocab_size, model_path)
-    write_calibration(output, tokens, metadata)
-    return open_calibration(output)
+    return tokens, metadata
 
 
 def _windows_of_texts(

@@ -1,6 +1,6 @@
 """The calibration set on disk: an Arrow IPC file with one fixed-size list of int32 token ids a row.
 
-Every worker maps the same file into memory, so the set is read once per machine, and only where it is used.
+The driver maps the file into memory; workers are sent the tokens, which are small.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from distprune.checkpoint.disk import check_free_space
 from distprune.checkpoint.durable import write_tensors, write_text
 from distprune.checkpoint.gguf import import_gguf
 from distprune.checkpoint.headers import TensorInfo
+from distprune.checkpoint.hub import HubFiles, HubModel, find_on_hub, open_on_hub
 from distprune.checkpoint.publish import (
     copy_side_files,
     hold_lock,
@@ -16,18 +17,26 @@ from distprune.checkpoint.publish import (
     publish,
 )
 from distprune.checkpoint.reader import Checkpoint
-from distprune.checkpoint.sources import resolve_model
+from distprune.checkpoint.sources import is_hub_id, resolve_model
+from distprune.checkpoint.tensors import TensorFiles, TensorSource
 from distprune.checkpoint.writer import ShardWriter
 
 __all__ = [
     "Checkpoint",
+    "HubFiles",
+    "HubModel",
     "ShardWriter",
+    "TensorFiles",
     "TensorInfo",
+    "TensorSource",
     "check_free_space",
     "copy_side_files",
+    "find_on_hub",
     "hold_lock",
     "import_gguf",
+    "is_hub_id",
     "is_locked",
+    "open_on_hub",
     "partial_directory",
     "prepare_output",
     "publish",

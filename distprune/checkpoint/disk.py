@@ -13,13 +13,17 @@ GB = 1_000_000_000
 
 def check_free_space(path: Path, needed_bytes: int) -> None:
     """Raise InputError unless `needed_bytes` can be written at `path`, which need not exist yet."""
-    existing = _nearest_existing(Path(path))
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
+    free = free_bytes(path)
+    if free < needed_bytes:
         raise InputError(
-            f"{path} needs {needed_bytes / GB:.2f} GB, but the file system {_mount_point(existing)} "
-            f"has {free_bytes / GB:.2f} GB free. Free some space or choose a path on another file system."
+            f"{path} needs {needed_bytes / GB:.2f} GB, but the file system {_mount_point(_nearest_existing(path))} "
+            f"has {free / GB:.2f} GB free. Free some space or choose a path on another file system."
         )
+
+
+def free_bytes(path: Path) -> int:
+    """What can be written at `path`, which need not exist yet."""
+    return shutil.disk_usage(_nearest_existing(path)).free
 
 
 def _nearest_existing(path: Path) -> Path:

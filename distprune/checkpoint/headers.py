@@ -102,7 +102,7 @@ def _read_raw(file: Path) -> tuple[bytes, int]:
 
 
 def _parse(raw: bytes) -> dict[str, Entry]:
-    content = json.loads(raw)
+    content = json.loads(raw.decode())
     if isinstance(content, dict):
         content.pop("__metadata__", None)
     try:

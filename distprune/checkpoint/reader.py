@@ -44,7 +44,9 @@ class Checkpoint:
         """
         path = Path(path)
         require_checkpoint(path)
-        return cls(path, read_config(path, trust_remote_code), _read_tensor_infos(path))
+        config = read_config(path, trust_remote_code)
+        headers = {file.name: read_header(file) for file in find_weight_files(path)}
+        return cls(path, config, tensors_of(path, headers))
 
     @property
     def weight_files(self) -> list[Path]:
@@ -103,6 +105,7 @@ class Checkpoint:
 
 
 def read_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """A folder's config.json. InputError: it is broken, of an unknown architecture, or of a quantized model."""
     file = path / CONFIG_FILE
     content = read_json(file)
     for part in (content, content.get("text_config") or {}):
@@ -118,8 +121,11 @@ def read_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise InputError(f"transformers can't read {file}: {reason}") from error
 
 
-def _read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
-    headers = {file.name: read_header(file) for file in find_weight_files(path)}
+def tensors_of(path: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """All tensors of a folder's weight files, given each file's header by its name.
+
+    InputError: the folder's index has a tensor in a file that does not hold it.
+    """
     weight_map = read_weight_map(path)
     if not weight_map:
         return {name: info for header in headers.values() for name, info in header.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distprune.checkpoint.headers import LENGTH_BYTES, TensorInfo
-from distprune.errors import InputError
+from distprune.errors import Unreachable
 
 
 class TensorSource(Protocol):
@@ -31,10 +31,16 @@ class TensorFiles:
         return file
 
     def read(self, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-        return {name: map_tensor(self.locate(info.file), info) for name, info in infos.items()}
+        return {name: self.map(info) for name, info in infos.items()}
 
     def read_rows(self, name: str, info: TensorInfo, rows: Tensor) -> Tensor:
-        return self.read({name: info})[name][rows]
+        return self.map(info)[rows]
+
+    def map(self, info: TensorInfo) -> Tensor:
+        try:
+            return map_tensor(self.locate(info.file), info)
+        except FileNotFoundError as error:
+            raise Unreachable(f"{info.file}: is gone. Leave a model where it is while it is pruned.") from error
 
 
 def map_tensor(file: Path, info: TensorInfo) -> Tensor:
@@ -44,7 +50,7 @@ def map_tensor(file: Path, info: TensorInfo) -> Tensor:
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: it can't be read, or is shorter than its header said.
+        Unreachable: it can't be read, or is shorter than its header said.
     """
     if info.nbytes == 0:
         return torch.empty(info.shape, dtype=info.dtype)
@@ -55,5 +61,7 @@ def map_tensor(file: Path, info: TensorInfo) -> Tensor:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: can't be read any more ({error}). Do not change a model while it is pruned.") from error
+        raise Unreachable(
+            f"{file}: can't be read any more ({error}). Do not change a model while it is pruned."
+        ) from error
     return torch.from_numpy(content).view(info.dtype).reshape(info.shape)

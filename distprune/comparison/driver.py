@@ -22,6 +22,7 @@ from distprune.engine.preflight import Job
 from distprune.engine.progress import Progress
 from distprune.engine.record import CALIBRATION_FILE
 from distprune.engine.stages import check_weights, write_own_samples
+from distprune.engine.weights import weight_access
 
 #: Makes what tells how far one step of the comparison is.
 NewProgress = Callable[[], Progress]
@@ -97,10 +98,14 @@ def compare(
 
 def prepare(dense: Job, workers: WorkerPlan, calibration: Path, progress: Progress) -> None:
     """See that the weights are finite numbers and, where no calibration set was given, let the model write its own."""
-    with progress, worker_pool(dense, workers, calibration, progress) as pool:
+    with (
+        progress,
+        weight_access(dense, workers) as model,
+        worker_pool(dense, workers, model, progress) as pool,
+    ):
         check_weights(pool, dense.dense.num_hidden_layers, progress)
         if dense.config.calibration is None:
-            write_own_samples(pool, progress)
+            write_own_samples(pool, calibration, progress)
 
 
 def measure_dense(dense: Job, evaluation: Evaluation, progress: Progress) -> ComparisonRow:
@@ -112,7 +117,7 @@ def measure_dense(dense: Job, evaluation: Evaluation, progress: Progress) -> Com
         sparsity_reached=0.0,
         decoder_parameters=decoder,
         total_parameters=decoder + outer_parameters(dense.dense),
-        perplexity=perplexity_of(dense.model_path, evaluation, dense.config, progress),
+        perplexity=perplexity_of(dense.whole_folder(), evaluation, dense.config, progress),
     )
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.pool import Call, WorkerPool
 from distprune.engine.progress import Progress
@@ -35,6 +37,7 @@ class DensePass:
     """The dense pass of one run.
 
     Args:
+        tokens: of the calibration set, (samples, length).
         layers: of the model.
         block_length: of the hidden states at the input of every block this long, the journal keeps those that pruning
             needs.
@@ -42,9 +45,16 @@ class DensePass:
     """
 
     def __init__(
-        self, pool: WorkerPool, layers: int, block_length: int, micro_batch: int, journal: Journal, progress: Progress
+        self,
+        pool: WorkerPool,
+        tokens: np.ndarray,
+        layers: int,
+        block_length: int,
+        micro_batch: int,
+        journal: Journal,
+        progress: Progress,
     ):
-        self.pool, self.journal, self.progress = pool, journal, progress
+        self.pool, self.tokens, self.journal, self.progress = pool, tokens, journal, progress
         self.layers, self.block_length, self.micro_batch = layers, block_length, micro_batch
         self._open: dict[int, OpenLayer] = {}
 
@@ -54,7 +64,7 @@ class DensePass:
         done = next((index for index, entry in enumerate(entries) if not self.journal.has(entry)), self.layers)
         self.progress.stage("Dense pass", self.layers, done)
         if done == 0:
-            self.pool.submit(self._embedded, "embed")
+            self.pool.submit(self._embedded, "embed", self.pool.put(self.tokens))
         elif done < self.layers:
             self._begin(done, load_states(self.journal, DENSE, done))
         self.pool.run()

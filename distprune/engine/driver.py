@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from distprune.calibration import open_calibration
 from distprune.checkpoint import copy_side_files, hold_lock, partial_directory, publish
 from distprune.config import PruneConfig
 from distprune.engine.assembly import assemble
@@ -20,8 +21,9 @@ from distprune.engine.progress import Progress
 from distprune.engine.record import CALIBRATION_FILE, OWN_FILES, RunRecord, layer_records, load_record, parameter_counts
 from distprune.engine.runtime import RayRuntime
 from distprune.engine.stages import check_weights, distill_layers, prune_blocks, write_own_samples
+from distprune.engine.weights import WeightAccess, weight_access
 from distprune.engine.work import CHECK, PUBLISHING, Outline, Work
-from distprune.errors import InputError, WorkersLost
+from distprune.errors import InputError, Unreachable, WorkersLost
 
 # Seconds until a run says that it waits for its first worker.
 PATIENCE = 30
@@ -84,8 +86,9 @@ def work_folder(job: Job, workers: WorkerPlan, progress: Progress) -> Iterator[W
         yield work
     except WorkersLost:
         raise
-    except InputError:
-        work.remove()
+    except InputError as error:
+        if not (isinstance(error, Unreachable) and work.is_worth_keeping()):
+            work.remove()
         raise
     except BaseException:
         if not work.is_worth_keeping():
@@ -99,12 +102,13 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
     block_length = config.block_length(layers)
     calibration = config.calibration or work.checkpoint / CALIBRATION_FILE
     work.once("copy", lambda: copy_model_files(job, work.checkpoint))
-    with worker_pool(job, workers, calibration, progress) as pool:
+    with weight_access(job, workers) as model, worker_pool(job, workers, model, progress) as pool:
         work.once(CHECK, lambda: check_weights(pool, layers, progress))
         if config.calibration is None:
-            work.once("own samples", lambda: write_own_samples(pool, progress))
+            work.once("own samples", lambda: write_own_samples(pool, calibration, progress))
+        tokens = open_calibration(calibration).tokens
         with work.timed("dense pass"):
-            profiles = DensePass(pool, layers, block_length, config.micro_batch, journal, progress).run()
+            profiles = DensePass(pool, tokens, layers, block_length, config.micro_batch, journal, progress).run()
         plan = job.method.plan(job.target, profiles, config.align)
         files = LayerFiles(job, plan, work.writer, journal, progress)
         with work.timed("prune"):
@@ -113,7 +117,9 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
         if config.distill:
             with work.timed("distill"):
                 options, most, done = config.distill, 2 * workers.count, files.distilled()
-                distill_layers(pool, layers, options, most, done, files.read, files.keep_distilled, progress)
+                if options.calibration is not None:
+                    tokens = open_calibration(options.calibration).tokens
+                distill_layers(pool, tokens, layers, options, most, done, files.read, files.keep_distilled, progress)
         peaks = pool.peak_memory()
 
     progress.stage("Assembling", 1)
@@ -145,9 +151,8 @@ def copy_model_files(job: Job, folder: Path) -> None:
 
 
 @contextmanager
-def worker_pool(job: Job, workers: WorkerPlan, calibration: Path, progress: Progress) -> Iterator[WorkerPool]:
-    runtime = RayRuntime(workers, job.config, job.model_path.resolve(), calibration.resolve())
-    pool = WorkerPool(runtime, workers.count)
+def worker_pool(job: Job, workers: WorkerPlan, model: WeightAccess, progress: Progress) -> Iterator[WorkerPool]:
+    pool = WorkerPool(RayRuntime(workers, job.config, model), workers.count)
     try:
         if not pool.are_up(workers.least, PATIENCE):
             wanted = f"{workers.cpus:g} CPUs and {workers.gpus:g} GPUs free for "

@@ -50,7 +50,8 @@ class Step:
     then: Callable[..., None]
 
     def __str__(self) -> str:
-        return f"'{self.method}'" + (f" of layer {self.arguments[0]}" if self.arguments else "")
+        layer = self.arguments[0] if self.arguments else None
+        return f"'{self.method}'" + (f" of layer {layer}" if isinstance(layer, int) else "")
 
 
 @dataclass(eq=False)

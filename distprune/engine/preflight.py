@@ -10,7 +10,17 @@ from transformers import PreTrainedTokenizerBase
 
 from distprune.budgets import ParameterTarget
 from distprune.calibration import Calibration, load_tokenizer, open_calibration, tokenizer_fingerprint
-from distprune.checkpoint import Checkpoint, check_free_space, partial_directory, prepare_output, resolve_model
+from distprune.checkpoint import (
+    Checkpoint,
+    HubModel,
+    check_free_space,
+    find_on_hub,
+    is_hub_id,
+    open_on_hub,
+    partial_directory,
+    prepare_output,
+    resolve_model,
+)
 from distprune.config import PruneConfig
 from distprune.errors import InputError
 from distprune.families import Family, family_of
@@ -26,12 +36,17 @@ class Job:
     """A run whose input has been found sound: what to prune, how and to what size."""
 
     config: PruneConfig
-    model_path: Path
+    model_path: Path  # of a hub model, perhaps without its weights
+    hub: HubModel | None
     checkpoint: Checkpoint
     family: Family
     dense: PrunedConfig
     method: Method
     target: ParameterTarget
+
+    def whole_folder(self) -> Path:
+        """The model's folder with its weights, which a hub model's are fetched into."""
+        return self.hub.fetch_all() if self.hub else self.model_path
 
     def identity(self, device: str) -> dict[str, Any]:
         """All that decides the bytes of the result on one kind of device, as JSON would give it back."""
@@ -39,7 +54,8 @@ class Job:
         calibration, distillation = (path and open_calibration(path).fingerprint for path in texts)
         return self.config.decisive() | {
             "distprune": __version__,
-            "model": self.checkpoint.fingerprint(),
+            # A commit is known where nothing of it is on this machine but headers.
+            "model": f"{self.hub.repository}@{self.hub.commit}" if self.hub else self.checkpoint.fingerprint(),
             "calibration": calibration,
             "distillation text": distillation,
             "options": self.method.model_dump(mode="json"),
@@ -55,8 +71,8 @@ def check_job(config: PruneConfig) -> Job:
     """
     prepare_output(config.output, config.overwrite)
     method = make_method(config.method, config.options)
-    model_path = resolve_model(config.model, revision=config.revision)
-    checkpoint = Checkpoint.open(model_path, trust_remote_code=config.trust_remote_code)
+    hub, checkpoint = open_model(config)
+    model_path = checkpoint.path
     family = family_of(checkpoint.config)
     dense = family.dense_config(checkpoint.config)
     check_tensors(checkpoint, family, dense)
@@ -70,7 +86,22 @@ def check_job(config: PruneConfig) -> Job:
         check_can_be_split(config, texts)
     there = folder_size(partial_directory(config.output))
     check_free_space(config.output, space_needed(config, checkpoint, dense) - there)
-    return Job(config, model_path, checkpoint, family, dense, method, target)
+    return Job(config, model_path, hub, checkpoint, family, dense, method, target)
+
+
+def open_model(config: PruneConfig) -> tuple[HubModel | None, Checkpoint]:
+    """The checkpoint, of a hub model with no more than its headers unless every node is to read one folder.
+
+    Raises:
+        InputError: no such model, or none that can be pruned or come by in the way asked for.
+    """
+    trust = config.trust_remote_code
+    if is_hub_id(config.model):
+        hub = find_on_hub(config.model, config.revision)
+        return hub, Checkpoint.open(hub.fetch_all(), trust) if config.weights == "shared" else open_on_hub(hub, trust)
+    if config.weights == "hub":
+        raise InputError(f"--weights hub: {config.model} is no hub id. Leave the option out, or give the model's id.")
+    return None, Checkpoint.open(resolve_model(config.model, revision=config.revision).absolute(), trust)
 
 
 def check_can_be_split(config: PruneConfig, texts: tuple[Path | None, Path | None]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,15 +16,15 @@ from ray.exceptions import (
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
-    RayTaskError,
     WorkerCrashedError,
 )
 
 from distprune.config import PruneConfig
 from distprune.engine.cluster import WorkerPlan
 from distprune.engine.tasks import ForgottenError
+from distprune.engine.transport import fetch
+from distprune.engine.weights import WeightAccess
 from distprune.engine.worker import Worker
-from distprune.errors import InputError
 
 LOST = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError, ForgottenError)
 
@@ -36,9 +35,9 @@ class RayRuntime:
     #: What fetching raises where the worker, and not what it did, is at fault.
     lost: tuple[type[Exception], ...] = LOST
 
-    def __init__(self, plan: WorkerPlan, config: PruneConfig, model_path: Path, calibration_path: Path):
+    def __init__(self, plan: WorkerPlan, config: PruneConfig, model: WeightAccess):
         self._options = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "max_restarts": -1}
-        self._arguments = config, model_path, calibration_path, plan.device
+        self._arguments = config, model, plan.device
 
     def start_worker(self) -> Any:
         """A new worker, which Ray starts where and when there is room, and again when it is lost."""
@@ -53,20 +52,14 @@ class RayRuntime:
         """Those of the results that are there as soon as ``count`` are, or after ``timeout`` seconds."""
         return ray.wait(list(results), num_returns=count, timeout=timeout, fetch_local=False)[0]
 
-    @staticmethod
-    def fetch(results: Sequence[ObjectRef]) -> list[Any]:
+    def fetch(self, results: Sequence[ObjectRef]) -> list[Any]:
         """The values of a call's results.
 
         Raises:
             InputError: what the worker raised.
             Exception: one of :attr:`lost`, or any other failure.
         """
-        try:
-            return ray.get(list(results))
-        except RayTaskError as error:
-            if isinstance(error.cause, InputError | ForgottenError):
-                raise error.cause from None
-            raise
+        return fetch(list(results))
 
     def put(self, value: Any) -> ObjectRef:
         """A value where every worker can get it, until nothing here refers to it any more."""

@@ -177,9 +177,8 @@ class SimulatedRuntime:
     def _check_layer(self, worker: SimulatedWorker, index: int) -> tuple:
         return [None], self.costs.check, 0.0
 
-    def _embed(self, worker: SimulatedWorker) -> tuple:
-        states = Parcel(np.zeros((self.run.samples, 1), np.int8), torch.int8)
-        return [states], 0.0, self.costs.states
+    def _embed(self, worker: SimulatedWorker, tokens: np.ndarray) -> tuple:
+        return [Parcel(tokens, torch.int8)], 0.0, self.costs.states
 
     def _open_layer(self, worker: SimulatedWorker, index: int) -> tuple:
         worker.opened = worker.process, index
@@ -236,8 +235,9 @@ def simulate(costs: Costs, machines: Machines, run: Pass, seed: int = 0) -> Outc
     """Check, dense pass and pruning on a cluster, by the real scheduler."""
     runtime = SimulatedRuntime(costs, machines, run, seed)
     pool, journal, progress = WorkerPool(runtime, min(machines.workers, run.layers)), MemoryJournal(), Progress()
+    tokens = np.zeros((run.samples, 1), np.int8)
     check_weights(pool, run.layers, progress)
-    profiles = DensePass(pool, run.layers, run.block_length, run.micro_batch, journal, progress).run()
+    profiles = DensePass(pool, tokens, run.layers, run.block_length, run.micro_batch, journal, progress).run()
     shapes = [LayerShape(1, 1, 1, 1, 1)] * run.layers
     prune_blocks(pool, shapes, profiles, run.block_length, (), journal, lambda *_: None, progress)
     return Outcome(runtime.clock, runtime.busy, runtime.losses)

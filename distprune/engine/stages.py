@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from distprune.calibration import CalibrationMetadata, write_calibration
 from distprune.config import DistillConfig
 from distprune.decoder_layer import DecoderLayer, LayerShape, layer_from_state, state_of
 from distprune.distillation import Lesson
@@ -42,14 +46,15 @@ def check_weights(pool: WorkerPool, layers: int, progress: Progress) -> None:
     pool.run()
 
 
-def write_own_samples(pool: WorkerPool, progress: Progress) -> None:
+def write_own_samples(pool: WorkerPool, output: Path, progress: Progress) -> None:
     """Let the model write its own calibration set: the one step that needs it whole, on one worker."""
     progress.stage("Own samples", 1)
 
-    def receive(_: None) -> None:
+    def receive(tokens: np.ndarray, metadata: CalibrationMetadata) -> None:
+        write_calibration(output, tokens, metadata)
         progress.advance()
 
-    pool.submit(receive, "write_own_samples")
+    pool.submit(receive, "own_samples")
     pool.run()
 
 
@@ -101,6 +106,7 @@ def prune_blocks(
 
 def distill_layers(
     pool: WorkerPool,
+    tokens: np.ndarray,
     layers: int,
     options: DistillConfig,
     most: int,
@@ -156,5 +162,5 @@ def distill_layers(
         go_on()
 
     if waiting:
-        pool.submit(partial(arrive, 0), "embed", options.calibration)
+        pool.submit(partial(arrive, 0), "embed", pool.put(tokens))
     pool.run()

@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from distprune.calibration import build_calibration, open_calibration
-from distprune.checkpoint import Checkpoint
+from distprune.calibration import CalibrationMetadata, draw_calibration
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer, LayerShape, state_of
 from distprune.distillation import Exercise, Lesson, distill
+from distprune.engine.weights import Model
 from distprune.errors import ConvergenceWarning, InputError
-from distprune.families import family_of
 from distprune.forward import LayerRunner
 from distprune.methods import Profile, make_method
 from distprune.statistics import LayerStatistics, Moment
@@ -61,12 +61,9 @@ class OpenLayer:
 class LayerTasks:
     """The tasks of one run on one device. Holds the open checkpoint, and no weights but those of its open layer."""
 
-    def __init__(self, config: PruneConfig, model_path: Path, calibration_path: Path, device: torch.device):
+    def __init__(self, config: PruneConfig, model: Model, device: torch.device):
         self.config, self.device = config, device
-        self.model_path, self.calibration_path = model_path, calibration_path
-        self.checkpoint = Checkpoint.open(model_path, trust_remote_code=config.trust_remote_code)
-        self.family = family_of(self.checkpoint.config)
-        self.dense = self.family.dense_config(self.checkpoint.config)
+        self.family, self.dense, self.checkpoint = model.family, model.dense, model.checkpoint
         self.method = make_method(config.method, config.options)
         self.runner = LayerRunner(self.dense, device, self._compute_dtype(), config.micro_batch)
         self._open: OpenLayer | None = None
@@ -88,23 +85,24 @@ class LayerTasks:
         """The same for the tensors outside the decoder layers."""
         self.checkpoint.check_finite(self.family.outer_shapes(self.dense))
 
-    def write_own_samples(self) -> None:
-        """Sample the whole model, spread over GPU, host memory and disk if large, and write the calibration set."""
-        build_calibration(
-            self.model_path,
+    def own_samples(self, folder: Path) -> tuple[np.ndarray, CalibrationMetadata]:
+        """The calibration set that the whole model writes, spread over GPU, host memory and disk if large.
+
+        Args:
+            folder: holds the whole model.
+        """
+        return draw_calibration(
+            folder,
             samples=self.config.samples,
             sequence_length=self.config.sequence_length,
             seed=self.config.seed,
-            output=self.calibration_path,
             device=self.device.type,
             trust_remote_code=self.config.trust_remote_code,
         )
 
-    def embed(self, calibration: Path | None = None) -> Tensor:
-        """The hidden states at the first layer's input, (samples, length, d); of the run's own calibration set, if none
-        is given."""
-        tokens = torch.from_numpy(open_calibration(calibration or self.calibration_path).tokens.astype("int64"))
-        ids, positions = tokens.unique(return_inverse=True)
+    def embed(self, tokens: np.ndarray) -> Tensor:
+        """Token ids (samples, length) -> the hidden states at the first layer's input, (samples, length, d)."""
+        ids, positions = torch.from_numpy(tokens.astype("int64")).unique(return_inverse=True)
         rows = self.checkpoint.read_rows(self.family.embedding, ids)
         return rows.to(self.runner.dtype)[positions]
 

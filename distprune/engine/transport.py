@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import ray
 import torch
+from ray import ObjectRef
+from ray.exceptions import RayTaskError
 from torch import Tensor
+
+from distprune.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -37,3 +43,18 @@ def pack_all(tensors: dict[str, Tensor]) -> dict[str, Parcel]:
 
 def unpack_all(parcels: dict[str, Parcel]) -> dict[str, Tensor]:
     return {name: unpack(parcel) for name, parcel in parcels.items()}
+
+
+def fetch(result: ObjectRef | list[ObjectRef]) -> Any:
+    """The value of a call's result, or the values of several.
+
+    Raises:
+        InputError: what the worker raised.
+        ray.exceptions.RayError: any other failure.
+    """
+    try:
+        return ray.get(result)
+    except RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise

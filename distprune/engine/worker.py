@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 
+import numpy as np
 import ray
 import torch
 
+from distprune.calibration import CalibrationMetadata
 from distprune.config import PruneConfig
 from distprune.decoder_layer import LayerShape, layer_from_state, state_of
 from distprune.distillation import Exercise, Lesson
 from distprune.engine.memory import PeakMemory, peak_memory
 from distprune.engine.tasks import LayerTasks, Report
 from distprune.engine.transport import Parcel, pack, pack_all, unpack, unpack_all
+from distprune.engine.weights import WeightAccess, naming_node
 from distprune.errors import InputError
 
 Parcels = dict[str, Parcel]
@@ -24,15 +26,14 @@ Parcels = dict[str, Parcel]
 class Worker:
     """One device and the tasks that run on it. What a restarted worker would miss is its open layer."""
 
-    def __init__(self, config: PruneConfig, model_path: Path, calibration_path: Path, device: str):
+    def __init__(self, config: PruneConfig, model: WeightAccess, device: str):
         # Threads are set, not taken from the machine: results may change in the last bit with their number.
         torch.set_num_threads(config.threads_per_worker)
         if device == "cuda":
             # Attention's backward pass adds up in any order unless told not to.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-        self.config, self.device = config, device
-        self.model_path, self.calibration_path = model_path, calibration_path
+        self.config, self.model, self.device = config, model, device
         self._tasks: LayerTasks | None = None
 
     @property
@@ -48,11 +49,9 @@ class Worker:
                 f"device cuda: PyTorch finds no usable GPU on node {platform.node()}. "
                 "Install a CUDA build of torch there, or give --device cpu."
             )
-        try:
-            return LayerTasks(self.config, self.model_path, self.calibration_path, torch.device(self.device))
-        except InputError as error:
-            # The driver could open them, so it is a node without the shared file system.
-            raise InputError(f"node {platform.node()}: {error}") from None
+        # The driver could open the model, so a problem is about this node.
+        with naming_node():
+            return LayerTasks(self.config, self.model.open(), torch.device(self.device))
 
     @ray.method(max_task_retries=-1)
     def ready(self) -> None:
@@ -69,11 +68,13 @@ class Worker:
     def check_outer(self) -> None:
         self.tasks.check_outer()
 
-    def write_own_samples(self) -> None:
-        self.tasks.write_own_samples()
+    @ray.method(num_returns=2)
+    def own_samples(self) -> tuple[np.ndarray, CalibrationMetadata]:
+        with self.model.whole_folder() as folder:
+            return self.tasks.own_samples(folder)
 
-    def embed(self, calibration: Path | None = None) -> Parcel:
-        return pack(self.tasks.embed(calibration))
+    def embed(self, tokens: np.ndarray) -> Parcel:
+        return pack(self.tasks.embed(tokens))
 
     def open_layer(self, index: int) -> None:
         self.tasks.open_layer(index)

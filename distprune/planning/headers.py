@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import get_safetensors_metadata
-from huggingface_hub.errors import NotASafetensorsRepoError
 from transformers import AutoConfig, PretrainedConfig
 
-from distprune.checkpoint import Checkpoint, TensorInfo, resolve_model
-from distprune.checkpoint.headers import DTYPES
+from distprune.checkpoint import Checkpoint, TensorInfo, find_on_hub, is_hub_id, open_on_hub, resolve_model
 from distprune.errors import InputError
 from distprune.families import Family, family_of
 from distprune.modeling import PrunedConfig
-
-HUB_ID = re.compile(r"(?![.~])[\w.-]+(/[\w.-]+)?")
 
 
 def open_headers(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
@@ -31,8 +25,8 @@ def open_headers(source: str, revision: str | None = None, trust_remote_code: bo
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
         return _gguf_headers(path)
-    if not path.exists() and HUB_ID.fullmatch(source):
-        return _hub_headers(source, revision, trust_remote_code)
+    if is_hub_id(source):
+        return open_on_hub(find_on_hub(source, revision), trust_remote_code)
     return Checkpoint.open(resolve_model(source, revision=revision), trust_remote_code)
 
 
@@ -51,40 +45,6 @@ def dense_model(checkpoint: Checkpoint) -> tuple[Family, PrunedConfig]:
             f"config.json has no place ({len(unknown)} such tensors). Merge adapters and remove extra heads first."
         )
     return family, dense
-
-
-def _hub_headers(repository: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
-    """config.json, the index, and of every shard the first few kilobytes."""
-    try:
-        config = AutoConfig.from_pretrained(repository, revision=revision, trust_remote_code=trust_remote_code)
-        metadata = get_safetensors_metadata(repository, revision=revision)
-    except NotASafetensorsRepoError as error:
-        raise InputError(
-            f"{repository} holds no safetensors weights. Choose another release of the model, or give a folder."
-        ) from error
-    except Exception as error:  # the hub's client, its transport and transformers share no base class
-        at_revision = f" at revision {revision}" if revision else ""
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"the headers of {repository}{at_revision} could not be fetched from the Hugging Face hub. Check the name "
-            "and the network, for a gated model log in with `hf auth login`, or give a downloaded model's folder. "
-            f"The hub's client says: {reason}"
-        ) from error
-    if getattr(config, "quantization_config", None):
-        raise InputError(f"{repository} is quantized. Use the model's bf16 or fp16 release.")
-    found = {
-        name: _tensor_info(Path(repository, file), name, info.dtype, info.shape)
-        for file, header in metadata.files_metadata.items()
-        for name, info in header.tensors.items()
-    }
-    return Checkpoint(Path(repository), config, found)
-
-
-def _tensor_info(file: Path, name: str, stored: str, shape: list[int]) -> TensorInfo:
-    if stored not in DTYPES:
-        raise InputError(f"{file}: tensor {name} is stored as {stored}, which can't be pruned. Use a bf16 release.")
-    dtype = DTYPES[stored]
-    return TensorInfo(file, dtype, tuple(shape), math.prod(shape) * dtype.itemsize)
 
 
 def _gguf_headers(path: Path) -> Checkpoint:
@@ -107,4 +67,6 @@ def _gguf_headers(path: Path) -> Checkpoint:
 def _imported_tensors(path: Path, config: PretrainedConfig) -> Mapping[str, TensorInfo]:
     family, dtype = family_of(config), torch.bfloat16
     shapes = family.tensor_shapes(family.dense_config(config))
-    return {name: TensorInfo(path, dtype, shape, math.prod(shape) * dtype.itemsize, 0) for name, shape in shapes.items()}
+    return {
+        name: TensorInfo(path, dtype, shape, math.prod(shape) * dtype.itemsize, 0) for name, shape in shapes.items()
+    }

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from distprune.checkpoint import resolve_model, sources
+from distprune.checkpoint import hub, resolve_model, sources
 from distprune.errors import InputError
 
 
@@ -16,7 +16,7 @@ def no_hub(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(sources, "snapshot_download", refuse)
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
 
 
 def test_a_local_folder_is_returned_as_is(single_file):
@@ -75,7 +75,7 @@ def test_a_hub_id_is_downloaded_without_pickled_weights(single_file, tmp_path, m
         asked.update(options, repo_id=repo_id)
         return str(single_file)
 
-    monkeypatch.setattr(sources, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     assert resolve_model(repository, revision="v2", cache_dir=tmp_path) == single_file
     assert (asked["repo_id"], asked["revision"], asked["cache_dir"]) == (repository, "v2", tmp_path)
 
@@ -102,7 +102,7 @@ def test_a_failed_download_names_the_repository_and_the_mend(monkeypatch, error)
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(sources, "snapshot_download", fail)
+    monkeypatch.setattr(hub, "snapshot_download", fail)
     with pytest.raises(
         InputError, match=r"org/model at revision v3 could not be fetched.*network.*hf auth login"
     ) as info:
@@ -112,13 +112,13 @@ def test_a_failed_download_names_the_repository_and_the_mend(monkeypatch, error)
 
 def test_offline_and_not_in_the_cache_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sources, "snapshot_download", huggingface_hub.snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", huggingface_hub.snapshot_download)
     with pytest.raises(InputError, match="no-such-org/no-such-model could not be fetched"):
         resolve_model("no-such-org/no-such-model", cache_dir=tmp_path)
 
 
 def test_a_repository_without_safetensors_is_refused_by_its_name(single_file, monkeypatch):
     (single_file / "model.safetensors").unlink()
-    monkeypatch.setattr(sources, "snapshot_download", lambda *_, **__: str(single_file))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(single_file))
     with pytest.raises(InputError, match="org/old holds no safetensors weights"):
         resolve_model("org/old")

@@ -38,8 +38,7 @@ class InlineRuntime(RayRuntime):
     def wait(self, results, count=1, timeout=None):
         return list(results)[:count]
 
-    @staticmethod
-    def fetch(results):
+    def fetch(self, results):
         return [result.value for result in results]
 
     def put(self, value):

@@ -106,7 +106,7 @@ def test_own_samples_are_drawn_once(run, output, digests, calls):
         run(output=output, progress=Stops("Dense pass", 1, KeyboardInterrupt()), **options)
     calls.clear()
     folder, _ = run(output=output, **options)
-    assert "write_own_samples" not in [method for method, _ in calls]
+    assert "own_samples" not in [method for method, _ in calls]
     assert digests(folder) == digests(run(**options)[0])
     assert (folder / "calibration.arrow").is_file()
 

@@ -16,7 +16,7 @@ from distprune.calibration import open_calibration
 from distprune.engine import load_record
 from distprune.engine.pool import WorkerPool
 from distprune.engine.progress import Progress
-from distprune.engine.runtime import RayRuntime
+from distprune.engine.transport import fetch
 
 
 def test_the_record_tells_memory_time_and_parameters(pruned):
@@ -164,9 +164,9 @@ def test_bad_input_in_a_worker_is_bad_input_here_and_other_errors_keep_their_tra
         raise error
 
     with pytest.raises(InputError, match=r"^tensor t is bad$"):
-        RayRuntime.fetch([fail.remote(InputError("tensor t is bad"))])
+        fetch(fail.remote(InputError("tensor t is bad")))
     with pytest.raises(RayTaskError, match=r"(?s)raise error.*RuntimeError: a mistake"):
-        RayRuntime.fetch([fail.remote(RuntimeError("a mistake"))])
+        fetch(fail.remote(RuntimeError("a mistake")))
 
 
 def test_a_run_says_that_it_waits_for_its_first_worker(run, monkeypatch):

@@ -15,16 +15,26 @@ from distprune.config import PruneConfig
 from distprune.distillation import Exercise
 from distprune.engine import load_record
 from distprune.engine.tasks import ForgottenError, LayerTasks
+from distprune.engine.weights import Model
+from distprune.families import family_of
 from distprune.methods import Profile
 
 LAYERS = 4
 
 
 @pytest.fixture
-def make_tasks(calibration_path):
-    def make(model, **options) -> LayerTasks:
-        config = PruneConfig(model=str(model), output="unused", micro_batch=3, **options)
-        return LayerTasks(config, model, calibration_path, torch.device("cpu"))
+def tokens(calibration_path):
+    return open_calibration(calibration_path).tokens
+
+
+@pytest.fixture
+def make_tasks():
+    def make(path, **options) -> LayerTasks:
+        checkpoint = Checkpoint.open(path)
+        family = family_of(checkpoint.config)
+        model = Model(family, family.dense_config(checkpoint.config), checkpoint)
+        config = PruneConfig(model=str(path), output="unused", micro_batch=3, **options)
+        return LayerTasks(config, model, torch.device("cpu"))
 
     return make
 
@@ -35,10 +45,10 @@ def dense_layer(tasks: LayerTasks, index: int, hidden_states: Tensor) -> tuple[T
     return tasks.sweep(index, 0, hidden_states), tasks.profile(index, 1)
 
 
-def test_an_open_layer_that_was_forgotten_is_not_gone_on_with(make_tasks, dense_path):
+def test_an_open_layer_that_was_forgotten_is_not_gone_on_with(make_tasks, tokens, dense_path):
     tasks, others = make_tasks(dense_path), make_tasks(dense_path)
     tasks.open_layer(0)
-    states = tasks.embed()
+    states = tasks.embed(tokens)
     tasks.sweep(0, 0, states)
     for go_on in (lambda: others.sweep(0, 1, states), lambda: tasks.sweep(0, 2, states), lambda: tasks.profile(1, 1)):
         with pytest.raises(ForgottenError):
@@ -56,13 +66,12 @@ def test_an_open_layer_that_was_forgotten_is_not_gone_on_with(make_tasks, dense_
     ],
 )
 @torch.no_grad()
-def test_the_dense_pass_gives_the_hidden_states_of_transformers(save_model, make_tasks, model_type, changes):
+def test_the_dense_pass_gives_the_hidden_states_of_transformers(save_model, make_tasks, tokens, model_type, changes):
     path = save_model(model_type, **changes)
     tasks, model = make_tasks(path), AutoModelForCausalLM.from_pretrained(path).eval()
-    ids = torch.from_numpy(open_calibration(tasks.calibration_path).tokens.astype("int64"))
-    expected = model(ids, output_hidden_states=True).hidden_states
+    expected = model(torch.from_numpy(tokens.astype("int64")), output_hidden_states=True).hidden_states
 
-    hidden_states = tasks.embed()
+    hidden_states = tasks.embed(tokens)
     torch.testing.assert_close(hidden_states, expected[0], rtol=0, atol=0)
     for index in range(LAYERS):
         hidden_states, _ = dense_layer(tasks, index, hidden_states)
@@ -73,12 +82,12 @@ def test_the_dense_pass_gives_the_hidden_states_of_transformers(save_model, make
 
 
 @pytest.mark.parametrize("propagation", [1, 2, "full"])
-def test_a_run_prunes_each_layer_on_the_outputs_that_propagation_says(run, make_tasks, dense_path, propagation):
+def test_a_run_prunes_each_layer_on_the_outputs_that_propagation_says(run, make_tasks, tokens, dense_path, propagation):
     folder, _ = run(sparsity=0.3, propagation=propagation)
     written = Checkpoint.open(folder)
 
     tasks = make_tasks(dense_path)
-    dense, profiles = [tasks.embed()], []
+    dense, profiles = [tasks.embed(tokens)], []
     for index in range(LAYERS):
         output, profile = dense_layer(tasks, index, dense[-1])
         dense.append(output)
@@ -94,14 +103,14 @@ def test_a_run_prunes_each_layer_on_the_outputs_that_propagation_says(run, make_
 
 
 @pytest.mark.parametrize("look_ahead", [0, 1, 2])
-def test_a_run_distils_each_layer_on_the_dense_models_hidden_states(run, make_tasks, dense_path, look_ahead):
+def test_a_run_distils_each_layer_on_the_dense_models_hidden_states(run, make_tasks, tokens, dense_path, look_ahead):
     options = {"distill": {"learning_rate": 1e-3, "epochs": 2, "batch": 2, "look_ahead": look_ahead}}
     pruned, distilled = (Checkpoint.open(run(sparsity=0.3, **more)[0]) for more in ({}, options))
     lessons = [layer.distillation for layer in load_record(distilled.path).layers]
     assert any(lesson.kept for lesson in lessons)
 
     tasks = make_tasks(dense_path, **options)
-    states = [tasks.embed()]
+    states = [tasks.embed(tokens)]
     for index in range(LAYERS):
         states.append(tasks.advance(index, states[-1]))
     for index, lesson in enumerate(lessons):
@@ -132,13 +141,13 @@ def test_weights_that_are_no_numbers_are_named_with_their_file(save_model, make_
         tasks.check_outer()
 
 
-def test_activations_beyond_the_dtype_are_refused_with_the_layer(save_model, make_tasks):
+def test_activations_beyond_the_dtype_are_refused_with_the_layer(save_model, make_tasks, tokens):
     path = save_model()
     model = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight *= 1e5
     model.save_pretrained(path)
     tasks = make_tasks(path, dtype="float16")
-    hidden_states, _ = dense_layer(tasks, 0, tasks.embed())
+    hidden_states, _ = dense_layer(tasks, 0, tasks.embed(tokens))
     with pytest.raises(InputError, match=r"layer 1: its hidden states overflow in float16.*--dtype"):
         dense_layer(tasks, 1, hidden_states)
