@@ -63,9 +63,9 @@ def init_and_wait(pool, *arguments):
         if ray.get(worker.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())) != here:
             pool.elsewhere.add(worker)
 
-def note_and_start(pool, worker, call):
-    calls.append([call.method, worker in pool.elsewhere])
-    start(pool, worker, call)
+def note_and_start(pool, share):
+    calls.append([share.step.method, share.worker in pool.elsewhere])
+    start(pool, share)
 
 WorkerPool.__init__, WorkerPool._start = init_and_wait, note_and_start
 told = []
