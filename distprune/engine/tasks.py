@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +131,7 @@ class LayerTasks:
             ForgottenError: the layer is not open here.
         """
         opened, self._open = self._opened(index, pieces), None
-        profile = self.method.profile(opened.layer.to(torch.float32), opened.statistics)
+        profile = self.method.profile(opened.layer, opened.statistics)
         return {name: value.cpu() for name, value in profile.items()}
 
     def _opened(self, index: int, pieces: int) -> OpenLayer:
@@ -153,15 +153,19 @@ class LayerTasks:
         self, index: int, hidden_states: Tensor, planned: LayerShape, profile: Profile, *, propagate: bool
     ) -> PrunedLayer:
         """The layer pruned to the planned shape, and its output hidden states if the next layer needs them."""
+
+        def observe(variation: DecoderLayer, moments: Sequence[Moment]) -> LayerStatistics:
+            return self._observe(variation, index, hidden_states, moments)[1]
+
         clock = Stopwatch()
         layer = self._read_layer(index)
         clock.lap("read")
         moments = self.method.pruning_moments(layer.shape, planned)
-        _, statistics = self._observe(layer, index, hidden_states, moments)
+        statistics = observe(layer, moments)
         clock.lap("statistics")
         profile = {name: value.to(self.device) for name, value in profile.items()}
         with convergence_warnings() as warned:
-            pruned = self.method.prune(layer.to(self.device, torch.float32), planned, statistics, profile)
+            pruned = self.method.prune(layer.to(self.device), planned, statistics, profile, observe)
         if pruned.shape != planned:
             raise AssertionError(f"{self.method.name} gave layer {index} {pruned.shape}, planned {planned}")
         pruned = pruned.to(layer.attention_norm.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -15,6 +15,9 @@ from distprune.statistics import LayerStatistics, Moment
 #: What the dense pass leaves of one layer for planning and pruning: small named tensors.
 Profile = Mapping[str, Tensor]
 
+#: Runs a variation of the layer that is being pruned on the same hidden states, and collects moments inside it.
+Observe = Callable[[DecoderLayer, Sequence[Moment]], LayerStatistics]
+
 
 class Method(BaseModel):
     """A pruning method; its fields are its hyperparameters, under the names and with the defaults of its paper.
@@ -23,6 +26,9 @@ class Method(BaseModel):
     the moments that :meth:`dense_moments` names; once :meth:`plan`, which sees all profiles; and on every layer
     :meth:`prune`, with the moments that :meth:`pruning_moments` names, collected on what reaches the layer through
     the pruned layers before it.
+
+    A layer's tensors come as the checkpoint has them, on the worker's device, and what is computed with them is to be
+    computed in float32, one projection at a time: a large layer doesn't fit in memory twice.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,7 +58,12 @@ class Method(BaseModel):
         raise NotImplementedError
 
     def prune(
-        self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics, profile: Profile
+        self,
+        layer: DecoderLayer,
+        planned: LayerShape,
+        statistics: LayerStatistics,
+        profile: Profile,
+        observe: Observe,
     ) -> DecoderLayer:
-        """The layer pruned to the ``planned`` shape; tensors in float32 on the layer's device."""
+        """The layer pruned to the ``planned`` shape, on its device: what is new in float32, what stays as it was."""
         raise NotImplementedError

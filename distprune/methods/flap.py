@@ -20,8 +20,15 @@ from torch import Tensor
 
 from distprune.budgets import ParameterTarget, decoder_parameters, fill_with_ffn, layer_parameters
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
-from distprune.methods.base import Method, Profile
-from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons, sum_by_unit, with_heads
+from distprune.methods.base import Method, Observe, Profile
+from distprune.methods.units import (
+    column_energy,
+    heads_of_groups,
+    keep_heads,
+    keep_neurons,
+    sum_by_unit,
+    with_heads,
+)
 from distprune.modeling import PrunedConfig
 from distprune.solvers import channels_of, most_important
 from distprune.statistics import LayerStatistics, Mean, Moment, Power
@@ -90,7 +97,12 @@ class Flap(Method):
         return [Mean("attention_values"), Mean("ffn_neurons")] if self.compensation else []
 
     def prune(
-        self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics, profile: Profile
+        self,
+        layer: DecoderLayer,
+        planned: LayerShape,
+        statistics: LayerStatistics,
+        profile: Profile,
+        observe: Observe,
     ) -> DecoderLayer:
         if planned == layer.shape:
             return layer
@@ -112,7 +124,7 @@ class Flap(Method):
 def fluctuation(projection: Linear, statistics: LayerStatistics, tap: str) -> Tensor:
     """The metric WIFV: every input channel's variance, times the squared norm of its column of W, (in,)."""
     variance = (statistics.power(tap) - statistics.mean(tap).square()).clamp(min=0)
-    return variance * projection.weight.square().sum(dim=0)
+    return variance * column_energy(projection)
 
 
 def standardized(scores: Tensor) -> Tensor:
@@ -127,7 +139,7 @@ def spared(scores: Tensor, least: int) -> Tensor:
 
 def compensated_bias(projection: Linear, kept: Tensor, mean: Tensor) -> Tensor:
     """The projection's bias, plus what the channels that are not ``kept`` give in the mean, (out,)."""
-    lost = projection.weight @ mean.index_fill(0, kept, 0.0)
+    lost = projection.weight.float() @ mean.index_fill(0, kept, 0.0)
     return lost if projection.bias is None else projection.bias + lost
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distprune.decoder_layer import DecoderLayer, LayerShape
 from distprune.methods.uniform import ScoredUnits
-from distprune.methods.units import sum_by_unit
+from distprune.methods.units import column_energy, row_energy, sum_by_unit
 from distprune.statistics import LayerStatistics, Moment
 
 
@@ -26,11 +26,10 @@ class Magnitude(ScoredUnits):
 
     def score_groups(self, layer: DecoderLayer, statistics: LayerStatistics) -> Tensor:
         """The norm of a KV group's query, key and value rows and output columns."""
-        rows = [projection.weight.square().sum(dim=1) for projection in (layer.query, layer.key, layer.value)]
-        columns = layer.output.weight.square().sum(dim=0)
+        rows = map(row_energy, (layer.query, layer.key, layer.value))
+        columns = column_energy(layer.output)
         return sum(sum_by_unit(channels, layer.kv_heads) for channels in (*rows, columns)).sqrt()
 
     def score_neurons(self, layer: DecoderLayer, statistics: LayerStatistics) -> Tensor:
         """The norm of a neuron's gate and up rows and down column."""
-        rows = layer.gate.weight.square().sum(dim=1) + layer.up.weight.square().sum(dim=1)
-        return (rows + layer.down.weight.square().sum(dim=0)).sqrt()
+        return (row_energy(layer.gate) + row_energy(layer.up) + column_energy(layer.down)).sqrt()

@@ -22,8 +22,8 @@ from torch import Tensor
 from distprune.budgets import ParameterTarget, aligned, fill_with_ffn
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank, slice_linear
 from distprune.errors import InputError
-from distprune.methods.base import Method, Profile
-from distprune.methods.units import keep_neurons
+from distprune.methods.base import Method, Observe, Profile
+from distprune.methods.units import column_energy, keep_neurons
 from distprune.solvers import (
     factor_input_scaled,
     factor_output_scaled,
@@ -38,6 +38,14 @@ from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, M
 
 # The published damping is stated for 128 samples of 128 tokens and shrinks as there are more.
 PUBLISHED_TOKENS = 128 * 128
+# What a linear fit of the FFN's output y to its input x takes.
+LINEAR_FIT = (
+    Gram("ffn_input"),
+    Cross("ffn_input", "ffn_output"),
+    Mean("ffn_input"),
+    Mean("ffn_output"),
+    Power("ffn_output"),
+)
 
 
 class Olica(Method):
@@ -62,8 +70,7 @@ class Olica(Method):
         if self.decomposition == "weights":
             moments.append(Power("attention_output"))
         if self.calibrated_layers:
-            x, y = "ffn_input", "ffn_output"
-            moments += [Gram(x), Cross(x, y), Mean(x), Mean(y), Power(y)]
+            moments += LINEAR_FIT
         return moments
 
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
@@ -71,20 +78,19 @@ class Olica(Method):
         if self.decomposition == "weights":
             profile["attention_output_rms"] = statistics.rms("attention_output")
         if self.calibrated_layers:
-            profile["ffn_linearity"] = self._ffn_linearity(statistics)
+            # How well a linear map of the FFN's input explains its output.
+            profile["ffn_linearity"] = self._linear_fit(statistics)[1].mean()
         return profile
 
-    def _ffn_linearity(self, statistics: LayerStatistics) -> Tensor:
-        """How well a linear map of the FFN's input explains its output: the mean correlation over channels, ()."""
+    def _linear_fit(self, statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
+        """Ridge regression of the FFN's output on its input, (d, d), and the correlation of what it predicts with the
+        output, for every channel, (d,)."""
         x, y = "ffn_input", "ffn_output"
         gram, cross = statistics.gram(x), statistics.cross(x, y)
-        solution = ridge(gram, cross, self._damping(statistics))
-        return prediction_correlation(
+        solution = ridge(gram, cross, self.percdamp * PUBLISHED_TOKENS / statistics.tokens)
+        return solution, prediction_correlation(
             solution, gram, cross, statistics.mean(x), statistics.mean(y), statistics.power(y)
-        ).mean()
-
-    def _damping(self, statistics: LayerStatistics) -> float:
-        return self.percdamp * PUBLISHED_TOKENS / statistics.tokens
+        )
 
     # ---------------------------------------------------------------- the budget
 
@@ -136,29 +142,40 @@ class Olica(Method):
     # ---------------------------------------------------------------- the pruning pass
 
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
-        moments: list[Moment] = [
+        return [
             Power("attention_input"),
             HeadGram("attention_values", dense.query_heads),
             Power("ffn_input"),
             Power("ffn_neurons"),
         ]
-        if planned.calibration_rank:
-            x, a = "ffn_input", "ffn_neurons"
-            moments += [Gram(x), Cross(x, a), Gram(a), Mean(x), Mean(a)]
-        return moments
 
     def prune(
-        self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics, profile: Profile
+        self,
+        layer: DecoderLayer,
+        planned: LayerShape,
+        statistics: LayerStatistics,
+        profile: Profile,
+        observe: Observe,
     ) -> DecoderLayer:
         if planned == layer.shape:
             return layer
+        importance = ffn_importance(layer, statistics.rms("ffn_input"), statistics.rms("ffn_neurons"))
+        kept = most_and_least_important(importance, planned.ffn_width, int(self.keep_least * len(importance)))
+        calibration = None
+        if planned.calibration_rank:
+            calibration = self._calibrate(layer, kept, planned.calibration_rank, observe)
+        attention = self._prune_attention(layer, planned, statistics, profile)
+        return replace(keep_neurons(attention, kept), calibration=calibration)
+
+    def _prune_attention(
+        self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics, profile: Profile
+    ) -> DecoderLayer:
         value_gram = statistics.head_gram("attention_values", layer.query_heads)
         if self.decomposition != "none":
             rotation = self._value_rotation(layer, value_gram, profile)
             layer, value_gram = rotate_values(layer, value_gram, rotation)
         layer = prune_values(layer, planned.value_dim, statistics.rms("attention_input"), value_gram)
-        layer = factor_queries_and_keys(layer, planned, statistics.rms("attention_input"))
-        return self._prune_ffn(layer, planned, statistics)
+        return factor_queries_and_keys(layer, planned, statistics.rms("attention_input"))
 
     def _value_rotation(self, layer: DecoderLayer, value_gram: Tensor, profile: Profile) -> Tensor:
         """Orthogonal neuron decomposition of every KV group's values, (g, v, v).
@@ -170,29 +187,22 @@ class Olica(Method):
             return orthogonal_output_rotation(output_slices(layer), profile["attention_output_rms"])
         return uncorrelated_rotation(value_gram.unflatten(0, (layer.kv_heads, -1)).mean(dim=1))
 
-    def _prune_ffn(self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics) -> DecoderLayer:
-        importance = ffn_importance(layer, statistics.rms("ffn_input"), statistics.rms("ffn_neurons"))
-        kept = most_and_least_important(importance, planned.ffn_width, int(self.keep_least * len(importance)))
-        dropped = torch.ones_like(importance, dtype=torch.bool).index_fill(0, kept, False).nonzero().flatten()
-        calibration = None
-        if planned.calibration_rank:
-            calibration = self._calibrate(layer.down.weight, dropped, planned.calibration_rank, statistics)
-        return replace(keep_neurons(layer, kept), calibration=calibration)
-
-    def _calibrate(self, down: Tensor, dropped: Tensor, rank: int, statistics: LayerStatistics) -> LowRank:
+    def _calibrate(self, layer: DecoderLayer, kept: Tensor, rank: int, observe: Observe) -> LowRank:
         """Linear calibration: what the dropped neurons gave, r = a_dropped W_droppedᵀ, as a low-rank map of x.
 
         The ridge solution of r on x (Eq. 7), its output channels weighted by how well each is predicted, is truncated
-        by SVD. Everything follows from moments of x and a, without another forward pass.
+        by SVD. A layer that has but the dropped neurons is run to see r: that is quicker, and takes less memory, than
+        to collect the moments of all neurons before it is known which go.
         """
-        x, a = "ffn_input", "ffn_neurons"
-        lost = down[:, dropped]
-        gram, cross = statistics.gram(x), statistics.cross(x, a)[:, dropped] @ lost.mT
-        mean = lost @ statistics.mean(a)[dropped]
-        power = ((lost @ statistics.gram(a)[dropped][:, dropped]) * lost).sum(dim=1)
-
-        solution = ridge(gram, cross, self._damping(statistics))
-        correlation = prediction_correlation(solution, gram, cross, statistics.mean(x), mean, power)
+        weight, bias = layer.down.weight, layer.down.bias
+        gone = torch.ones(weight.shape[1], dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
+        dropped = gone.nonzero().flatten()
+        if not len(dropped):
+            factor = torch.zeros(rank, len(weight), device=weight.device)
+            return LowRank(right=factor, left=factor.mT.contiguous())
+        unbiased = Linear(weight, None if bias is None else torch.zeros_like(bias))
+        lost = keep_neurons(replace(layer, down=unbiased), dropped)
+        solution, correlation = self._linear_fit(observe(lost, LINEAR_FIT))
         weights = torch.sigmoid((correlation - correlation.mean()) / self.channel_temperature)
         left, right = factor_output_scaled(solution.mT, weights, rank)
         return LowRank(right=right, left=left)
@@ -215,9 +225,9 @@ def rotate_values(layer: DecoderLayer, value_gram: Tensor, rotation: Tensor) -> 
     Returns:
         The rotated layer, and ``value_gram`` in the rotated basis.
     """
-    value, bias = layer.value.weight.unflatten(0, (layer.kv_heads, -1)), layer.value.bias
+    value, bias = layer.value.weight.float().unflatten(0, (layer.kv_heads, -1)), layer.value.bias
     if bias is not None:
-        bias = (bias.unflatten(0, (layer.kv_heads, 1, -1)) @ rotation).flatten()
+        bias = (bias.float().unflatten(0, (layer.kv_heads, 1, -1)) @ rotation).flatten()
     rotated = replace(
         layer,
         value=Linear((rotation.mT @ value).flatten(0, 1), bias),
@@ -249,9 +259,9 @@ def prune_values(layer: DecoderLayer, keep: int, input_rms: Tensor, value_gram: 
 
 
 def output_slices(layer: DecoderLayer) -> Tensor:
-    """The output projection cut by KV group and query head, (g, m, d, v) with m = h / g."""
+    """The output projection in float32, cut by KV group and query head, (g, m, d, v) with m = h / g."""
     heads_per_group = layer.query_heads // layer.kv_heads
-    return layer.output.weight.unflatten(1, (layer.kv_heads, heads_per_group, -1)).permute(1, 2, 0, 3)
+    return layer.output.weight.float().unflatten(1, (layer.kv_heads, heads_per_group, -1)).permute(1, 2, 0, 3)
 
 
 def join_output_slices(slices: Tensor) -> Tensor:
@@ -267,7 +277,7 @@ def factor_queries_and_keys(layer: DecoderLayer, planned: LayerShape, input_rms:
     """
 
     def factor(projection: Linear, rank: int) -> LowRank:
-        left, right = factor_input_scaled(projection.weight, input_rms, rank)
+        left, right = factor_input_scaled(projection.weight.float(), input_rms, rank)
         return LowRank(right=right, left=left, bias=projection.bias)
 
     return replace(layer, query=factor(layer.query, planned.query_rank), key=factor(layer.key, planned.key_rank))
@@ -275,5 +285,5 @@ def factor_queries_and_keys(layer: DecoderLayer, planned: LayerShape, input_rms:
 
 def ffn_importance(layer: DecoderLayer, input_rms: Tensor, neuron_rms: Tensor) -> Tensor:
     """The sum of the norms of a neuron's up row, gate row and down column, each scaled by its input's rms, (f,)."""
-    up, gate = layer.up.weight * input_rms, layer.gate.weight * input_rms
-    return up.norm(dim=1) + gate.norm(dim=1) + layer.down.weight.norm(dim=0) * neuron_rms
+    rows = sum((projection.weight * input_rms).norm(dim=1) for projection in (layer.up, layer.gate))
+    return rows + column_energy(layer.down).sqrt() * neuron_rms

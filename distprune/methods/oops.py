@@ -30,8 +30,9 @@ from distprune.budgets import (
 )
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
 from distprune.errors import ConvergenceWarning
-from distprune.methods.base import Method, Profile
+from distprune.methods.base import Method, Observe, Profile
 from distprune.methods.units import (
+    column_energy,
     head_interaction,
     heads_of_groups,
     keep_heads,
@@ -87,7 +88,7 @@ class Oops(Method):
         outliers = outliers.unflatten(0, (layer.kv_heads, -1))
         groups = heads.sum(dim=(1, 2)) + outliers.sum(dim=1)
         heads = heads.diagonal(dim1=1, dim2=2) + outliers
-        neurons = layer.down.weight.square().sum(dim=0) * statistics.power("ffn_neurons")
+        neurons = column_energy(layer.down) * statistics.power("ffn_neurons")
         neurons = neurons + self._outlier_energy(layer.down, statistics, "ffn_neurons")
         # Relative to what the whole module gives: in absolute terms, modules that speak softly would all go.
         tiny = torch.finfo(neurons.dtype).tiny
@@ -108,7 +109,7 @@ class Oops(Method):
         power, peak = statistics.power(tap), statistics.peak(tap).square()
         # No peak is below the mean, so the ratio is at least 1 for every channel that is not silent.
         ordinary = (peak / power.clamp(min=torch.finfo(power.dtype).tiny)).median().clamp(min=1)
-        return self.outlier_weight * projection.weight.square().sum(dim=0) * peak / ordinary
+        return self.outlier_weight * column_energy(projection) * peak / ordinary
 
     # ---------------------------------------------------------------- the budget
 
@@ -178,7 +179,12 @@ class Oops(Method):
         return moments
 
     def prune(
-        self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics, profile: Profile
+        self,
+        layer: DecoderLayer,
+        planned: LayerShape,
+        statistics: LayerStatistics,
+        profile: Profile,
+        observe: Observe,
     ) -> DecoderLayer:
         if planned.query_heads < layer.query_heads:
             layer = self._prune_heads(layer, planned, statistics)
@@ -224,7 +230,7 @@ class Oops(Method):
 
     def _refit(self, projection: Linear, kept: Tensor, gram: Tensor) -> Linear:
         """QP reconstruction: the projection from the ``kept`` channels that gives the dense output back best."""
-        weight = projection.weight
+        weight = projection.weight.float()
         start = weight[:, kept]
         radius = inf if self.radius is None else self.radius * weight.square().mean(dim=1, keepdim=True).sqrt()
         solution = box_ridge(gram[kept][:, kept], weight @ gram[:, kept], start, radius, self.damping)
@@ -235,7 +241,7 @@ class Oops(Method):
 def grouped_head_interaction(layer: DecoderLayer, group_gram: Tensor) -> Tensor:
     """E⟨c_u, c_v⟩ of the query heads of each KV group, (g, m, m), from the groups' moments alone, (g, m·v, m·v)."""
     per_group = layer.query_heads // layer.kv_heads
-    weights = layer.output.weight.unflatten(1, (layer.kv_heads, per_group, -1)).permute(1, 2, 0, 3)
+    weights = layer.output.weight.float().unflatten(1, (layer.kv_heads, per_group, -1)).permute(1, 2, 0, 3)
     blocks = group_gram.unflatten(1, (per_group, -1)).unflatten(3, (per_group, -1))
     return torch.einsum("gudi,guivj,gvdj->guv", weights, blocks, weights)
 

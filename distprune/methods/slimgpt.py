@@ -23,7 +23,7 @@ from pydantic import Field
 
 from distprune.budgets import ParameterTarget, affordable_neurons, fill_with_ffn, layer_parameters
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
-from distprune.methods.base import Method, Profile
+from distprune.methods.base import Method, Observe, Profile
 from distprune.methods.uniform import with_fewer_groups
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
 from distprune.solvers import eliminate
@@ -67,7 +67,12 @@ class SlimGPT(Method):
         return moments
 
     def prune(
-        self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics, profile: Profile
+        self,
+        layer: DecoderLayer,
+        planned: LayerShape,
+        statistics: LayerStatistics,
+        profile: Profile,
+        observe: Observe,
     ) -> DecoderLayer:
         if planned.kv_heads < layer.kv_heads:
             layer = self._prune_groups(layer, planned.kv_heads, statistics)

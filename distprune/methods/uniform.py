@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distprune.budgets import ParameterTarget, fill_with_ffn
 from distprune.decoder_layer import DecoderLayer, LayerShape
-from distprune.methods.base import Method, Profile
+from distprune.methods.base import Method, Observe, Profile
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons, with_heads
 from distprune.solvers import most_important
 from distprune.statistics import LayerStatistics
@@ -38,7 +38,12 @@ class ScoredUnits(Method):
         return fill_with_ffn(target, [with_fewer_groups(shape, sparsity) for shape in dense], align)
 
     def prune(
-        self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics, profile: Profile
+        self,
+        layer: DecoderLayer,
+        planned: LayerShape,
+        statistics: LayerStatistics,
+        profile: Profile,
+        observe: Observe,
     ) -> DecoderLayer:
         groups = most_important(self.score_groups(layer, statistics), planned.kv_heads)
         neurons = most_important(self.score_neurons(layer, statistics), planned.ffn_width)

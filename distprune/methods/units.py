@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distprune.decoder_layer import DecoderLayer, LayerShape, slice_linear
+from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, slice_linear
 from distprune.solvers import channels_of
 
 
@@ -57,13 +57,24 @@ def keep_neurons(layer: DecoderLayer, neurons: Tensor) -> DecoderLayer:
     )
 
 
+def row_energy(projection: Linear) -> Tensor:
+    """The squared norm of what feeds every output, (out,), in float32."""
+    return torch.linalg.vector_norm(projection.weight, dim=1, dtype=torch.float32).square()
+
+
+def column_energy(projection: Linear) -> Tensor:
+    """The squared norm of what every input feeds, (in,), in float32."""
+    return torch.linalg.vector_norm(projection.weight, dim=0, dtype=torch.float32).square()
+
+
 def head_interaction(layer: DecoderLayer, gram: Tensor) -> Tensor:
     """E⟨c_u, c_v⟩ of what every two query heads add to the attention's output, (h, h), from E[zᵀz], (h·v, h·v)."""
-    weights = layer.output.weight.unflatten(1, (layer.query_heads, -1)).movedim(1, 0)
+    weights = layer.output.weight.float().unflatten(1, (layer.query_heads, -1)).movedim(1, 0)
     blocks = gram.unflatten(0, (layer.query_heads, -1)).unflatten(2, (layer.query_heads, -1))
     return torch.einsum("udi,uivj,vdj->uv", weights, blocks, weights)
 
 
 def neuron_interaction(layer: DecoderLayer, gram: Tensor) -> Tensor:
     """E⟨c_u, c_v⟩ of what every two neurons add to the FFN's output, (f, f): (W_dᵀW_d) ∘ E[aᵀa]."""
-    return (layer.down.weight.mT @ layer.down.weight) * gram
+    weight = layer.down.weight.float()
+    return (weight.mT @ weight).mul_(gram)

@@ -25,8 +25,8 @@ class WandaSp(ScoredUnits):
         return Power("attention_values"), Power("ffn_neurons")
 
     def score_groups(self, layer: DecoderLayer, statistics: LayerStatistics) -> Tensor:
-        channels = layer.output.weight.abs().sum(dim=0) * statistics.rms("attention_values")
+        channels = layer.output.weight.float().abs().sum(dim=0) * statistics.rms("attention_values")
         return sum_by_unit(channels, layer.kv_heads)
 
     def score_neurons(self, layer: DecoderLayer, statistics: LayerStatistics) -> Tensor:
-        return layer.down.weight.abs().sum(dim=0) * statistics.rms("ffn_neurons")
+        return layer.down.weight.float().abs().sum(dim=0) * statistics.rms("ffn_neurons")

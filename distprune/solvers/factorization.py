@@ -32,6 +32,7 @@ def leading_eigenvectors(matrix: Tensor, count: int | None = None) -> Tensor:
     def solve(matrix: Tensor) -> Tensor:
         return torch.linalg.eigh(matrix).eigenvectors
 
-    vectors = in_float64_on_failure(solve, matrix).flip(-1)[..., :count]
+    vectors = in_float64_on_failure(solve, matrix)
+    vectors = vectors[..., slice(None) if count is None else slice(vectors.shape[-1] - count, None)].flip(-1)
     largest = vectors.abs().argmax(dim=-2, keepdim=True)
     return vectors * vectors.gather(-2, largest).sign()

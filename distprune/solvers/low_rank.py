@@ -1,18 +1,18 @@
-"""Truncated, scaled singular value decompositions by way of one symmetric eigendecomposition."""
+"""Truncated, scaled singular value decompositions."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from distprune.solvers.factorization import leading_eigenvectors
+from distprune.solvers.subspace import leading_left_vectors
 
 
 def factor_input_scaled(weight: Tensor, input_scale: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The rank-``rank`` factors L R that minimize ‖(W - L R) diag(input_scale)‖.
 
-    With M = W diag(s) = U Σ Vᵀ the minimizer is U_r U_rᵀ W: U_r holds the leading eigenvectors of M Mᵀ, and since the
-    projection acts on the left, the scaling need not be undone (so channels of zero scale do no harm). The product
-    M Mᵀ is taken in float64: it squares the singular values, and beside an outlier channel float32 loses the others.
+    With M = W diag(s) = U Σ Vᵀ the minimizer is U_r U_rᵀ W: U_r holds the leading left singular vectors, and since the
+    projection acts on the left, the scaling need not be undone (so channels of zero scale do no harm). Where the rank
+    is a small part of a large matrix's, the error may exceed the least by 0.1%.
 
     Args:
         weight: W, (out, in).
@@ -21,8 +21,7 @@ def factor_input_scaled(weight: Tensor, input_scale: Tensor, rank: int) -> tuple
     Returns:
         left (out, rank), with orthonormal columns, and right (rank, in).
     """
-    scaled = (weight * input_scale).double()
-    left = leading_eigenvectors(scaled @ scaled.mT, rank).to(weight.dtype)
+    left = leading_left_vectors(weight * input_scale, rank).to(weight.dtype)
     return left, left.mT @ weight
 
 

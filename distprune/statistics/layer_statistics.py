@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from distprune.statistics.moments import Activations, Cross, Gram, HeadGram, Mean, Moment, Peak, Power
@@ -12,22 +13,34 @@ from distprune.statistics.moments import Activations, Cross, Gram, HeadGram, Mea
 class LayerStatistics:
     """Running totals of the asked-for moments, in float32 on the layer's device; nothing else is computed or kept.
 
-    Asking for a moment that was not collected is a mistake in the method and raises ``KeyError``.
+    Each is held once: it becomes its average in place when it is first read, and after that nothing can be added.
+    What is read is not to be changed. Asking for a moment that was not collected is a mistake in the method and raises
+    ``KeyError``.
     """
 
     def __init__(self, moments: Iterable[Moment]):
         self._totals: dict[Moment, Tensor | None] = dict.fromkeys(moments)
+        self._averages: dict[Moment, Tensor] = {}
         self.tokens = 0
 
     def update(self, activations: Activations) -> None:
-        """Add one micro-batch of activations, each (tokens, width)."""
+        """Add one micro-batch of activations, each (tokens, width).
+
+        Raises:
+            RuntimeError: a moment has been read.
+        """
+        if self._averages:
+            raise RuntimeError("statistics that have been read can't be added to")
         for moment, total in self._totals.items():
-            batch = moment.measure(activations)
-            self._totals[moment] = batch if total is None else moment.merge(total, batch)
+            if total is None:
+                total = self._totals[moment] = zeros(moment, activations)
+            moment.add(total, activations)
         self.tokens += len(next(iter(activations.values())))
 
     def _average(self, moment: Moment) -> Tensor:
-        return self._totals[moment] / self.tokens
+        if moment not in self._averages:
+            self._averages[moment] = moment.average(self._totals.pop(moment), self.tokens)
+        return self._averages[moment]
 
     def mean(self, tap: str) -> Tensor:
         return self._average(Mean(tap))
@@ -41,7 +54,7 @@ class LayerStatistics:
 
     def peak(self, tap: str) -> Tensor:
         """Largest magnitude of every channel, (width,)."""
-        return self._totals[Peak(tap)]
+        return self._average(Peak(tap))
 
     def gram(self, tap: str) -> Tensor:
         return self._average(Gram(tap))
@@ -51,3 +64,10 @@ class LayerStatistics:
 
     def head_gram(self, tap: str, heads: int) -> Tensor:
         return self._average(HeadGram(tap, heads))
+
+
+def zeros(moment: Moment, activations: Activations) -> Tensor:
+    """A total to begin with: an ordinary tensor, though layers run in inference mode, since it changes after that."""
+    device = activations[moment.tap].device
+    with torch.inference_mode(False):
+        return torch.zeros(moment.size(activations), dtype=torch.float32, device=device)

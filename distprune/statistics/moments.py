@@ -1,8 +1,8 @@
-"""The moments that methods ask for: each measures one micro-batch, and says how two
-measurements become one.
+"""The moments that methods ask for: how large each is, and how it grows by one micro-batch.
 
-Row-vector convention: an activation X is (tokens, width), its Gram matrix XᵀX / T. Products are taken in float32 from
-the activations' own dtype: a product of bfloat16 values is exact in float32.
+Row-vector convention: an activation X is (tokens, width), its Gram matrix XᵀX / T. Products are summed in float32 from
+the activations' own dtype: a product of bfloat16 values is exact in float32. Totals grow in place, so that of the
+largest of them there is one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from distprune.statistics.products import add_gram, add_product, mirror
 
 Activations = Mapping[str, Tensor]
 
@@ -19,8 +22,8 @@ class Summed:
     """A moment that is a sum over tokens."""
 
     @staticmethod
-    def merge(total: Tensor, batch: Tensor) -> Tensor:
-        return total.add_(batch)
+    def average(total: Tensor, tokens: int) -> Tensor:
+        return total.div_(tokens)
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,11 @@ class Mean(Summed):
 
     tap: str
 
-    def measure(self, activations: Activations) -> Tensor:
-        return activations[self.tap].float().sum(dim=0)
+    def size(self, activations: Activations) -> tuple[int, ...]:
+        return activations[self.tap].shape[1:]
+
+    def add(self, total: Tensor, activations: Activations) -> None:
+        total.add_(activations[self.tap].sum(dim=0, dtype=torch.float32))
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,11 @@ class Power(Summed):
 
     tap: str
 
-    def measure(self, activations: Activations) -> Tensor:
-        return activations[self.tap].float().square().sum(dim=0)
+    def size(self, activations: Activations) -> tuple[int, ...]:
+        return activations[self.tap].shape[1:]
+
+    def add(self, total: Tensor, activations: Activations) -> None:
+        total.add_(torch.linalg.vector_norm(activations[self.tap], dim=0, dtype=torch.float32).square())
 
 
 @dataclass(frozen=True)
@@ -49,9 +58,16 @@ class Gram(Summed):
 
     tap: str
 
-    def measure(self, activations: Activations) -> Tensor:
-        x = activations[self.tap].float()
-        return x.T @ x
+    def size(self, activations: Activations) -> tuple[int, ...]:
+        width = activations[self.tap].shape[1]
+        return width, width
+
+    def add(self, total: Tensor, activations: Activations) -> None:
+        add_gram(total, activations[self.tap])
+
+    @staticmethod
+    def average(total: Tensor, tokens: int) -> Tensor:
+        return mirror(total.div_(tokens))
 
 
 @dataclass(frozen=True)
@@ -61,8 +77,11 @@ class Cross(Summed):
     tap: str
     other: str
 
-    def measure(self, activations: Activations) -> Tensor:
-        return activations[self.tap].float().T @ activations[self.other].float()
+    def size(self, activations: Activations) -> tuple[int, ...]:
+        return activations[self.tap].shape[1], activations[self.other].shape[1]
+
+    def add(self, total: Tensor, activations: Activations) -> None:
+        add_product(total, activations[self.tap], activations[self.other])
 
 
 @dataclass(frozen=True)
@@ -72,9 +91,13 @@ class HeadGram(Summed):
     tap: str
     heads: int
 
-    def measure(self, activations: Activations) -> Tensor:
-        x = activations[self.tap].float().unflatten(1, (self.heads, -1)).transpose(0, 1)
-        return x.mT @ x
+    def size(self, activations: Activations) -> tuple[int, ...]:
+        width = activations[self.tap].shape[1] // self.heads
+        return self.heads, width, width
+
+    def add(self, total: Tensor, activations: Activations) -> None:
+        x = activations[self.tap].unflatten(1, (self.heads, -1)).transpose(0, 1)
+        add_product(total, x, x)
 
 
 @dataclass(frozen=True)
@@ -83,12 +106,15 @@ class Peak:
 
     tap: str
 
-    def measure(self, activations: Activations) -> Tensor:
-        return activations[self.tap].float().abs().amax(dim=0)
+    def size(self, activations: Activations) -> tuple[int, ...]:
+        return activations[self.tap].shape[1:]
+
+    def add(self, total: Tensor, activations: Activations) -> None:
+        torch.maximum(total, activations[self.tap].abs().amax(dim=0).float(), out=total)
 
     @staticmethod
-    def merge(total: Tensor, batch: Tensor) -> Tensor:
-        return total.maximum(batch)
+    def average(total: Tensor, tokens: int) -> Tensor:
+        return total
 
 
 Moment = Mean | Power | Peak | Gram | Cross | HeadGram

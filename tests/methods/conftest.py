@@ -32,6 +32,10 @@ class Subject:
         self._runner.run(layer or self.layer, 0, self.hidden_states, observe=statistics.update)
         return statistics
 
+    def observe(self, layer: DecoderLayer, moments: Sequence[Moment]) -> LayerStatistics:
+        """The same of another layer, as methods ask for it."""
+        return self.statistics(moments, layer)
+
     def activations(self, layer: DecoderLayer | None = None) -> dict[str, Tensor]:
         """Every tap in float64, (tokens, width)."""
         batches: list[dict[str, Tensor]] = []

@@ -26,7 +26,7 @@ def profile_of(subject):
 def prune(subject, planned, **options):
     method = Flap(**options)
     statistics = subject.statistics(method.pruning_moments(subject.layer.shape, planned))
-    pruned = method.prune(subject.layer, planned, statistics, profile_of(subject))
+    pruned = method.prune(subject.layer, planned, statistics, profile_of(subject), subject.observe)
     assert pruned.shape == planned
     return pruned
 
@@ -129,7 +129,10 @@ def test_constant_neurons_go_first_and_leave_no_trace(subject):
 
 def test_a_layer_that_loses_nothing_is_unchanged(any_subject):
     layer = any_subject.layer
-    assert Flap().prune(layer, layer.shape, any_subject.statistics([]), profile_of(any_subject)) is layer
+    assert (
+        Flap().prune(layer, layer.shape, any_subject.statistics([]), profile_of(any_subject), any_subject.observe)
+        is layer
+    )
 
 
 # ------------------------------------------------------------------ the budget

@@ -61,7 +61,7 @@ def test_the_units_of_the_largest_weights_stay_and_stay_as_they_are(subject, que
     expected = keep_neurons(keep_heads(layer, heads_of_groups(groups, query_heads // kv_heads)), neurons)
 
     statistics = this.statistics(method.pruning_moments(layer.shape, planned))
-    pruned = method.prune(layer, planned, statistics, {})
+    pruned = method.prune(layer, planned, statistics, {}, this.observe)
     assert pruned.shape == planned
     assert torch.equal(this.run(pruned), this.run(expected))
 
@@ -74,7 +74,7 @@ def test_a_group_stays_for_the_weights_of_any_of_its_projections(subject, role):
     middle[len(middle) // 3 : 2 * len(middle) // 3] = 5
     weight = projection.weight * (middle if axis else middle[:, None])
     layer = replace(this.layer, **{role: replace(projection, weight=weight)})
-    pruned = Magnitude().prune(layer, with_heads(layer.shape, 1, 2), this.statistics(()), {})
+    pruned = Magnitude().prune(layer, with_heads(layer.shape, 1, 2), this.statistics(()), {}, this.observe)
     assert torch.equal(pruned.key.weight, layer.key.weight[8:16])
 
 
@@ -112,7 +112,7 @@ def test_a_plan_of_sparsity_zero_is_the_dense_model_and_leaves_the_layer_as_it_i
     this = subject()
     assert method.plan(ParameterTarget(this.config, 0.0), (), 8) == [this.layer.shape]
     statistics = this.statistics(method.pruning_moments(this.layer.shape, this.layer.shape))
-    pruned = method.prune(this.layer, this.layer.shape, statistics, {})
+    pruned = method.prune(this.layer, this.layer.shape, statistics, {}, this.observe)
     assert torch.equal(this.run(pruned), this.run(this.layer))
 
 

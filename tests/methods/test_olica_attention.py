@@ -139,7 +139,7 @@ def test_pruning_at_full_width_and_full_rank_leaves_the_function_unchanged(any_s
     planned = replace(layer.shape, **full)
     profile = method.profile(layer, any_subject.statistics(method.dense_moments(layer.shape)))
     statistics = any_subject.statistics(method.pruning_moments(layer.shape, planned))
-    pruned = method.prune(layer, planned, statistics, profile)
+    pruned = method.prune(layer, planned, statistics, profile, any_subject.observe)
     assert pruned.shape == planned
     assert_same_function(any_subject, pruned)
 
@@ -150,7 +150,7 @@ def test_pruning_rotates_the_values_first_and_then_drops_the_least_important(any
     planned = replace(dense.shape, value_dim=5, query_rank=9, key_rank=4)
     profile = method.profile(dense, any_subject.statistics(method.dense_moments(dense.shape)))
     statistics = any_subject.statistics(method.pruning_moments(dense.shape, planned))
-    pruned = method.prune(dense, planned, statistics, profile)
+    pruned = method.prune(dense, planned, statistics, profile, any_subject.observe)
 
     layer = dense if decomposition == "none" else rotated(any_subject, decomposition)[0]
     kept = np.sort(np.argsort(-value_importance(any_subject, layer), axis=1)[:, :5], axis=1)

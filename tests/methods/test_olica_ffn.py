@@ -29,7 +29,8 @@ def prune_ffn(subject, method: Olica, width: int = KEPT, calibration_rank: int |
     layer = subject.layer
     planned = replace(layer.shape, query_rank=24, key_rank=16, ffn_width=width, calibration_rank=calibration_rank)
     profile = method.profile(layer, subject.statistics(method.dense_moments(layer.shape)))
-    return method.prune(layer, planned, subject.statistics(method.pruning_moments(layer.shape, planned)), profile)
+    statistics = subject.statistics(method.pruning_moments(layer.shape, planned))
+    return method.prune(layer, planned, statistics, profile, subject.observe)
 
 
 def importance(subject) -> np.ndarray:

@@ -31,7 +31,7 @@ def plans(draw) -> LayerShape:
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     planned=plans(),
     biases=st.booleans(),
@@ -44,7 +44,7 @@ def test_a_pruned_layer_has_exactly_the_planned_tensors(subject, planned, biases
     method = Olica(decomposition=decomposition, keep_least=keep_least)
     profile = method.profile(dense.layer, dense.statistics(method.dense_moments(dense.layer.shape)))
     statistics = dense.statistics(method.pruning_moments(dense.layer.shape, planned))
-    pruned = method.prune(dense.layer, planned, statistics, profile)
+    pruned = method.prune(dense.layer, planned, statistics, profile, dense.observe)
     assert pruned.shape == planned
     tensors = state_of(pruned)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == layer_tensor_shapes(
@@ -59,7 +59,7 @@ def test_a_layer_planned_as_it_is_stays_as_it_is(subject):
     shape = dense.layer.shape
     profile = method.profile(dense.layer, dense.statistics(method.dense_moments(shape)))
     statistics = dense.statistics(method.pruning_moments(shape, shape))
-    assert method.prune(dense.layer, shape, statistics, profile) is dense.layer
+    assert method.prune(dense.layer, shape, statistics, profile, dense.observe) is dense.layer
 
 
 def test_a_silent_layer_is_pruned_without_dividing_by_zero(subject):
@@ -73,7 +73,7 @@ def test_a_silent_layer_is_pruned_without_dividing_by_zero(subject):
     planned = replace(silent.shape, value_dim=5, ffn_width=22, query_rank=9, key_rank=4, calibration_rank=3)
     profile = method.profile(silent, dense.statistics(method.dense_moments(silent.shape), silent))
     statistics = dense.statistics(method.pruning_moments(silent.shape, planned), silent)
-    pruned = method.prune(silent, planned, statistics, profile)
+    pruned = method.prune(silent, planned, statistics, profile, dense.observe)
     assert pruned.shape == planned
     assert all(tensor.isfinite().all() for tensor in state_of(pruned).values())
     assert profile["ffn_linearity"] == 0

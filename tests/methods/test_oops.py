@@ -22,7 +22,7 @@ HEADS = pytest.mark.parametrize(("query_heads", "kv_heads"), [(4, 2), (6, 3), (3
 
 def prune(this, method, planned):
     statistics = this.statistics(method.pruning_moments(this.layer.shape, planned))
-    return method.prune(this.layer, planned, statistics, {})
+    return method.prune(this.layer, planned, statistics, {}, this.observe)
 
 
 def contributions(subject) -> np.ndarray:

@@ -31,7 +31,7 @@ def llama(layers: int = 10, **changes) -> PrunedConfig:
 
 def prune(subject, method: SlimGPT, planned):
     statistics = subject.statistics(method.pruning_moments(subject.layer.shape, planned))
-    return method.prune(subject.layer, planned, statistics, {})
+    return method.prune(subject.layer, planned, statistics, {}, subject.observe)
 
 
 def surgeon(weight: torch.Tensor, x: torch.Tensor, width: int, keep: int, damping: float):

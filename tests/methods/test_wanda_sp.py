@@ -32,7 +32,7 @@ def test_the_units_of_the_highest_scores_stay_and_stay_as_they_are(subject, quer
 
     planned = replace(with_heads(layer.shape, kv_heads - 1, query_heads // kv_heads), ffn_width=24)
     statistics = this.statistics(method.pruning_moments(layer.shape, planned))
-    pruned = method.prune(layer, planned, statistics, {})
+    pruned = method.prune(layer, planned, statistics, {}, this.observe)
     assert pruned.shape == planned
     assert torch.equal(this.run(pruned), this.run(expected))
 
@@ -48,5 +48,5 @@ def test_a_neuron_of_small_weights_is_kept_for_its_large_activations(subject):
     kept = []
     for dense in (layer, rescaled):
         statistics = this.statistics(method.pruning_moments(layer.shape, planned), dense)
-        kept.append(method.prune(dense, planned, statistics, {}).gate.weight)
+        kept.append(method.prune(dense, planned, statistics, {}, this.observe).gate.weight)
     assert torch.equal(*kept)

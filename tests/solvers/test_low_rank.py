@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distprune.solvers import factor_input_scaled, factor_output_scaled
+from distprune.solvers import factor_input_scaled, factor_output_scaled, subspace
 
 
 def randn(*size: int, seed: int = 0) -> torch.Tensor:
@@ -94,3 +94,28 @@ def test_the_scale_decides_which_channels_are_kept_near():
         for left, right in (factor_input_scaled(weight, torch.ones(48), 7), factor_input_scaled(weight, scale, 7))
     )
     assert scaled < 0.5 * plain
+
+
+LARGE = {"normal": torch.ones, "outliers": lambda width: torch.ones(width).index_fill(0, torch.arange(4), 1e3)}
+
+
+@pytest.mark.parametrize("rank", [1, 30, 204])
+@pytest.mark.parametrize("scales", LARGE)
+def test_a_few_of_many_singular_vectors_come_within_a_thousandth_of_the_least_error(scales, rank, monkeypatch):
+    """On the slowest of spectra, that of normal entries; and all others need not be found."""
+    monkeypatch.setattr(subspace, "decomposed", None)
+    weight, scale = randn(1024, 1100), LARGE[scales](1100)
+    left, right = factor_input_scaled(weight, scale, rank)
+    np.testing.assert_allclose(f64(left).T @ f64(left), np.eye(rank), atol=1e-5)
+    scaled = (weight * scale).double()
+    optimum = torch.linalg.eigvalsh(scaled @ scaled.T)[: 1024 - rank].clamp(min=0).sum().sqrt()
+    error = (weight.double() - left.double() @ right.double()) * scale.double()
+    assert error.norm() <= 1.001 * optimum
+    assert torch.equal(factor_input_scaled(weight, scale, rank)[0], left)
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(1024, 1024), randn(1024, 3) @ randn(3, 1024)], ids=["zero", "rank 3"])
+def test_a_large_matrix_of_low_rank_is_reproduced(weight):
+    left, right = factor_input_scaled(weight, torch.ones(1024), 8)
+    np.testing.assert_allclose(f64(left).T @ f64(left), np.eye(8), atol=1e-5)
+    torch.testing.assert_close(left @ right, weight, atol=1e-4, rtol=1e-4)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power
+from distprune.statistics.products import TILE, as_exact_as_its
 
 MICRO_BATCHES = [7, 1, 30, 12]
 WIDTHS = {"ffn_input": 12, "ffn_output": 8}
@@ -82,11 +83,42 @@ def test_moments_collected_together_are_those_collected_alone(activations):
     assert torch.equal(together.head_gram(X, 3), collect([HeadGram(X, 3)], activations).head_gram(X, 3))
 
 
-def test_reading_a_moment_does_not_change_it(activations):
-    statistics = collect([Gram(X)], activations)
+def test_a_gram_matrix_wider_than_its_tiles_is_whole_and_symmetric():
+    x = torch.randn(50, 5 * TILE // 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    gram = collect([Gram(X)], {X: x}).gram(X)
+    assert_equal(gram, x.double().numpy().T @ x.double().numpy() / 50)
+    assert torch.equal(gram[TILE:, :TILE], gram[:TILE, TILE:].T)
+
+
+def test_a_moment_is_held_once_and_reads_the_same_twice(activations):
+    statistics = collect([Gram(X), Peak(X)], activations)
+    total = statistics._totals[Gram(X)]
     before = statistics.gram(X).clone()
-    statistics.gram(X).mul_(2)
+    assert statistics.gram(X) is statistics.gram(X)
+    assert statistics.gram(X).data_ptr() == total.data_ptr()
     assert torch.equal(statistics.gram(X), before)
+
+
+def test_nothing_can_be_added_once_a_moment_was_read(activations):
+    statistics = collect([Mean(X), Power(X)], activations)
+    statistics.mean(X)
+    with pytest.raises(RuntimeError, match="have been read"):
+        statistics.update(activations)
+
+
+def test_what_is_collected_in_inference_mode_can_be_read_outside(activations, samples):
+    with torch.inference_mode():
+        statistics = collect([Gram(X)], activations)
+    assert_equal(statistics.gram(X), samples[X].T @ samples[X] / 50)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "high"), (torch.float32, "highest")], ids=str)
+def test_gpus_may_round_to_tf32_only_what_has_no_more_bits(dtype, precision):
+    """Also that TF32's ten bits of mantissa hold bfloat16's seven and float16's ten."""
+    with as_exact_as_its(torch.ones(1, dtype=dtype)):
+        assert torch.get_float32_matmul_precision() == precision
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert all(torch.finfo(narrow).eps >= 2**-10 for narrow in (torch.bfloat16, torch.float16))
 
 
 @pytest.mark.parametrize(
@@ -112,10 +144,10 @@ def test_only_the_asked_for_moment_is_computed(activations, asked, monkeypatch):
     computed = []
     for kind in {type(moment) for moment in EVERYTHING}:
 
-        def count(moment, batch, compute=kind.measure):
+        def count(moment, total, batch, compute=kind.add):
             computed.append(moment)
-            return compute(moment, batch)
+            return compute(moment, total, batch)
 
-        monkeypatch.setattr(kind, "measure", count)
+        monkeypatch.setattr(kind, "add", count)
     collect([asked], activations)
     assert computed == [asked] * len(MICRO_BATCHES)
