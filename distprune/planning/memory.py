@@ -1,17 +1,19 @@
 """Peak memory of workers, driver and nodes.
 
-A worker holds one layer's weights, its statistics, one micro-batch of activations and, while it solves, some copies of
-the largest Gram matrix. What passes through the object store lies in memory that its node's processes share, and counts
-in the resident memory of each that has touched it.
+A worker holds one layer's weights, its statistics, one micro-batch of activations and, while it solves, a projection
+in float32 or some copies of the largest Gram matrix. What passes through the object store lies in memory that its
+node's processes share, and counts in the resident memory of each that has touched it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from distprune.decoder_layer import LayerShape
 from distprune.planning.scenario import Scenario
-from distprune.planning.work import FLOAT32, moment_size, tap_widths
-from distprune.statistics import Cross, HeadGram
+from distprune.planning.work import FLOAT32, matrix_parameters, moment_size, tap_widths
+from distprune.statistics import Cross, HeadGram, Moment
 
 MIB, GIB = 2**20, 2**30
 
@@ -94,12 +96,24 @@ def _different_layers(scenario: Scenario) -> list[int]:
 
 
 def _peak(scenario: Scenario, index: int, *, pruning: bool) -> float:
-    """The weights as stored and as they run, the statistics, and whichever is more of running and solving."""
-    statistics = _statistics(scenario, index, pruning=pruning)
-    running = _running_weights(scenario, index) + _activations(scenario, index) + _measuring(scenario, index, pruning)
-    pruned = FLOAT32 * _pruned_parameters(scenario, index) if pruning else 0
-    solving = FLOAT32 * _parameters(scenario, index) + max(pruned, scenario.solve(index, pruning=pruning).workspace)
-    return statistics + max(running, solving)
+    """The statistics, and whichever is most of running, solving and running again."""
+    shape, moments = scenario.shape(index), scenario.moments(index, pruning=pruning)
+    solve = scenario.solve(index, pruning=pruning)
+    running = _running_weights(scenario, index) + _running(scenario, shape, moments)
+    on_gpu = scenario.stored_bytes[index] if scenario.placement.device == "cuda" else 0
+    solving = on_gpu + max(solve.workspace, scenario.pruned_bytes[index] if pruning else 0)
+    again = [on_gpu + _running_again(scenario, *observation) for observation in solve.observations]
+    return _statistics(scenario, shape, moments) + max(running, solving, *again)
+
+
+def _running_again(scenario: Scenario, shape: LayerShape, moments: Sequence[Moment]) -> float:
+    """A part of the layer, sliced from it, and the statistics of that."""
+    weights = scenario.stored_dtype.itemsize * matrix_parameters(shape, scenario.hidden)
+    return weights + _running(scenario, shape, moments) + _statistics(scenario, shape, moments)
+
+
+def _running(scenario: Scenario, shape: LayerShape, moments: Sequence[Moment]) -> float:
+    return _activations(scenario, shape) + _measuring(scenario, shape, moments)
 
 
 def _parameters(scenario: Scenario, index: int) -> int:
@@ -117,24 +131,24 @@ def _running_weights(scenario: Scenario, index: int) -> int:
     return 0 if shares else itemsize * _parameters(scenario, index)
 
 
-def _statistics(scenario: Scenario, index: int, *, pruning: bool) -> int:
-    widths = tap_widths(scenario.shape(index), scenario.hidden)
-    return FLOAT32 * sum(moment_size(moment, widths) for moment in scenario.moments(index, pruning=pruning))
+def _statistics(scenario: Scenario, shape: LayerShape, moments: Sequence[Moment]) -> int:
+    widths = tap_widths(shape, scenario.hidden)
+    return FLOAT32 * sum(moment_size(moment, widths) for moment in moments)
 
 
-def _measuring(scenario: Scenario, index: int, pruning: bool) -> int:
-    """One micro-batch's measurement of the largest moment, and its activations in float32."""
-    widths, tokens = tap_widths(scenario.shape(index), scenario.hidden), _micro_batch_tokens(scenario)
-    return max(
-        (
-            FLOAT32 * moment_size(moment, widths)
-            + FLOAT32 * tokens * (widths[moment.tap] + (widths[moment.other] if isinstance(moment, Cross) else 0))
-            # A product of single heads works on a copy of them.
-            + (FLOAT32 * tokens * widths[moment.tap] if isinstance(moment, HeadGram) else 0)
-            for moment in scenario.moments(index, pruning=pruning)
-        ),
-        default=0,
-    )
+def _measuring(scenario: Scenario, shape: LayerShape, moments: Sequence[Moment]) -> int:
+    """One micro-batch's activations in float32, for the moment that takes most; a product takes both of its sides."""
+    widths = tap_widths(shape, scenario.hidden)
+
+    def copied(moment: Moment) -> int:
+        match moment:
+            case Cross(tap, other):
+                return widths[tap] + widths[other]
+            case HeadGram(tap):
+                return 2 * widths[tap]
+        return widths[moment.tap]
+
+    return FLOAT32 * _micro_batch_tokens(scenario) * max(map(copied, moments), default=0)
 
 
 def _micro_batch_tokens(scenario: Scenario) -> int:
@@ -142,9 +156,9 @@ def _micro_batch_tokens(scenario: Scenario) -> int:
     return min(scenario.config.micro_batch, calibration.samples) * calibration.length
 
 
-def _activations(scenario: Scenario, index: int) -> int:
-    """Of one micro-batch: what is observed, some of it still of the last one, and what runs at the widest place."""
-    shape, hidden = scenario.shape(index), scenario.hidden
+def _activations(scenario: Scenario, shape: LayerShape) -> int:
+    """Of one micro-batch: what is observed, and what runs at the widest place."""
+    hidden = scenario.hidden
     values, heads = shape.query_heads * shape.value_dim, shape.query_heads * shape.query_key_dim
     widest = shape.ffn_width + max(3 * shape.ffn_width, 6 * heads)
     return _micro_batch_tokens(scenario) * scenario.dtype.itemsize * (7 * hidden + values + widest)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -134,7 +134,9 @@ class Scenario:
         if not pruning and not moments:
             return Solve(Work(), 0)
         planned = self.shapes[index] if pruning else None
-        return solve_of(self.method.name, Problem(self.hidden, self.shape(index), planned, moments))
+        solve = solve_of(self.method.name, Problem(self.hidden, self.shape(index), planned, moments))
+        again = total(self.observed(*observation) for observation in solve.observations)
+        return replace(solve, work=solve.work + again)
 
     def moved(self, size: float) -> Work:
         """Bytes that go to a GPU or come from it, where there is one."""
@@ -145,15 +147,19 @@ class Scenario:
 
     def observation(self, index: int, *, pruning: bool) -> Work:
         """Reading a layer, running it over the calibration set and collecting its moments."""
-        widths = tap_widths(self.shape(index), self.hidden)
+        moved = self.moved(self.stored_bytes[index])
+        observed = self.observed(self.shape(index), self.moments(index, pruning=pruning))
+        return Work(read=self.stored_bytes[index]) + moved + observed
+
+    def observed(self, shape: LayerShape, moments: Sequence[Moment]) -> Work:
+        """Running a layer of that shape over the calibration set and collecting moments."""
+        widths = tap_widths(shape, self.hidden)
         batches = -(-self.calibration.samples // self.config.micro_batch)
         measured = total(
-            moment_work(moment, widths, self.calibration.tokens, batches, self.dtype.itemsize)
-            for moment in self.moments(index, pruning=pruning)
+            moment_work(moment, widths, self.calibration.tokens, batches, self.dtype.itemsize) for moment in moments
         )
-        read = Work(read=self.stored_bytes[index])
-        moved = self.moved(self.stored_bytes[index] + 2 * self.hidden_states(self.calibration))
-        return read + moved + self.forward(self.shape(index), self.calibration) + measured
+        moved = self.moved(2 * self.hidden_states(self.calibration))
+        return moved + self.forward(shape, self.calibration) + measured
 
 
 def make_scenario(

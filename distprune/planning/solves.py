@@ -7,22 +7,26 @@ entry is taken to factor and invert each of its Gram matrices once in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distprune.decoder_layer import LayerShape
+from distprune.methods.olica import LINEAR_FIT
 from distprune.planning.work import Work, matrix_parameters, moment_size, tap_widths
+from distprune.solvers.subspace import ITERATIONS, SPARE, is_few
 from distprune.statistics import Cross, Gram, Moment
 
 # Iterations of a quadratic program that chooses units, of at most 2000.
-ITERATIONS = 100
+PROGRAM_ITERATIONS = 100
 
 
 @dataclass(frozen=True)
 class Solve:
-    """``workspace`` is in bytes."""
+    """``workspace`` is in bytes; ``observations`` are further runs: of which shape, and for
+    which moments."""
 
     work: Work
     workspace: float
+    observations: tuple[tuple[LayerShape, Sequence[Moment]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,22 +59,23 @@ def solve_of(method: str, problem: Problem) -> Solve:
 
 
 def _inverses(problem: Problem) -> Solve:
-    """Every Gram matrix averaged in float32, copied to float64, factored and inverted; weights gone over."""
-    hidden, work, workspace = (
-        problem.hidden,
-        _weights_gone_over(problem),
-        8.0 * problem.hidden * problem.dense.ffn_width,
-    )
+    """Every Gram matrix copied to float64, factored and inverted; weights gone over."""
+    hidden, work, workspace = problem.hidden, _weights_gone_over(problem), _scores_workspace(problem)
     widths = tap_widths(problem.dense, hidden)
     for width in {widths[moment.tap] for moment in problem.moments if isinstance(moment, Gram)}:
         work += Work(solve_float64=width**3 + 4.0 * width**2 * hidden)
-        workspace = max(workspace, 20.0 * width**2 + 16.0 * width * hidden)
+        workspace = max(workspace, 16.0 * width**2 + 16.0 * width * hidden)
     return Solve(work, workspace)
 
 
 def _weights_gone_over(problem: Problem) -> Work:
     """Scores and slices: some ten passes over the layer's weights in float32."""
     return Work(passed=40.0 * problem.parameters)
+
+
+def _scores_workspace(problem: Problem) -> float:
+    """One projection of the FFN in float32, scaled or squared."""
+    return 8.0 * problem.hidden * problem.dense.ffn_width
 
 
 # ---------------------------------------------------------------- Olica
@@ -93,26 +98,33 @@ def _olica_prune(problem: Problem) -> Solve:
     """Low-rank queries and keys, each by the eigenvectors of W Wᵀ; and the linear calibration."""
     hidden, dense, planned = problem.hidden, problem.dense, problem.planned
     queries, keys = (heads * dense.query_key_dim for heads in (dense.query_heads, dense.kv_heads))
-    work = _weights_gone_over(problem) + _low_rank(queries, hidden) + _low_rank(keys, hidden)
-    workspace = _low_rank_workspace(queries, hidden)
-    if planned.calibration_rank:
-        dropped = dense.ffn_width - planned.ffn_width
-        products = Work(solve_float32=2.0 * hidden * dropped * (hidden + dropped))
-        work += _ridge(hidden) + _low_rank(hidden, hidden) + products
-        averages = 4.0 * sum(problem.sizes())
-        picked = 4.0 * dropped * (dense.ffn_width + 3 * hidden)
-        factored = 12.0 * hidden**2 + _low_rank_workspace(hidden, hidden)
-        workspace = max(workspace, averages + picked, factored)
-    return Solve(work, workspace)
+    work = _weights_gone_over(problem) + _low_rank(queries, hidden, planned.query_rank)
+    work += _low_rank(keys, hidden, planned.key_rank)
+    workspace = max(_scores_workspace(problem), _low_rank_workspace(queries, hidden, planned.query_rank))
+    dropped = dense.ffn_width - planned.ffn_width
+    if not (planned.calibration_rank and dropped):
+        return Solve(work, workspace)
+    work += _ridge(hidden) + _low_rank(hidden, hidden, planned.calibration_rank)
+    # Two moments of hidden states, and what comes of them.
+    workspace = max(workspace, 28.0 * hidden**2, 12.0 * hidden**2 + _low_rank_workspace(hidden, hidden, 1))
+    return Solve(work, workspace, ((replace(dense, ffn_width=dropped), LINEAR_FIT),))
 
 
-def _low_rank(rows: int, columns: int) -> Work:
-    return Work(solve_float64=2.0 * rows**2 * columns, eigen=9.0 * rows**3)
+def _low_rank(rows: int, columns: int, rank: int) -> Work:
+    """By the eigenvectors of W Wᵀ, or by iterating for a few."""
+    if not is_few(rank, rows, columns):
+        return Work(solve_float64=2.0 * rows**2 * columns, eigen=9.0 * rows**3)
+    width = rank + SPARE * min(rows, columns)
+    orthonormal = 4.0 * (rows + columns) / 2 * width**2
+    steps = 2 * ITERATIONS + 2
+    return Work(solve_float32=steps * (2.0 * rows * columns * width + orthonormal), eigen=9.0 * width**3)
 
 
-def _low_rank_workspace(rows: int, columns: int) -> float:
-    """W scaled, in both precisions; W Wᵀ, its eigenvectors thrice and LAPACK's two, in float64."""
-    return 12.0 * rows * columns + 48.0 * rows**2
+def _low_rank_workspace(rows: int, columns: int, rank: int) -> float:
+    """W and W scaled in float32; and W scaled, W Wᵀ, its eigenvectors and LAPACK's own in float64, or the bases."""
+    if is_few(rank, rows, columns):
+        return 8.0 * rows * columns + 16.0 * (rows + columns) * (rank + SPARE * min(rows, columns))
+    return 8.0 * rows * columns + max(8.0 * rows * columns + 8.0 * rows**2, 32.0 * rows**2)
 
 
 # ---------------------------------------------------------------- OOPS
@@ -131,8 +143,8 @@ def _oops(problem: Problem) -> Solve:
     if problem.has_gram("ffn_neurons"):
         width, kept = dense.ffn_width, planned.ffn_width
         work += _refit(width, kept, hidden) + _selection(width) + Work(solve_float32=2.0 * width**2 * hidden)
-        # To choose: the average, the interaction, the same scaled, in float32; three of the program's in float64.
-        workspace = max(workspace, 36.0 * width**2, _refit_workspace(width, kept, hidden))
+        # To choose: the interaction, the same scaled, in float32; three of the program's in float64.
+        workspace = max(workspace, 32.0 * width**2, _refit_workspace(width, kept, hidden))
     return Solve(work, workspace)
 
 
@@ -147,7 +159,7 @@ def _oops_profile(problem: Problem) -> Solve:
 
 def _selection(width: int) -> Work:
     """A quadratic program of one row: a factorization, then iterations that read the factor."""
-    return Work(solve_float64=width**3 / 3, passed=ITERATIONS * 8.0 * width**2)
+    return Work(solve_float64=width**3 / 3, passed=PROGRAM_ITERATIONS * 8.0 * width**2)
 
 
 def _refit(width: int, kept: int, hidden: int) -> Work:
@@ -159,8 +171,8 @@ def _refit(width: int, kept: int, hidden: int) -> Work:
 
 
 def _refit_workspace(width: int, kept: int, hidden: int) -> float:
-    """The average and the interaction in float32; three of the program's matrices and its many rows in float64."""
-    return 8.0 * width**2 + 24.0 * kept**2 + 148.0 * kept * hidden
+    """The interaction in float32; three of the program's matrices and its many rows in float64."""
+    return 4.0 * width**2 + 24.0 * kept**2 + 148.0 * kept * hidden
 
 
 # ---------------------------------------------------------------- SlimGPT
@@ -178,7 +190,7 @@ def _slimgpt(problem: Problem) -> Solve:
         if problem.has_gram(tap):
             updates = 2 / 3 * (width**3 - kept**3) + hidden * (width**2 - kept**2)
             work += Work(solve_float64=width**3 + updates)
-            workspace = max(workspace, 20.0 * width**2 + 16.0 * width * hidden)
+            workspace = max(workspace, 16.0 * width**2 + 16.0 * width * hidden)
     return Solve(work, workspace)
 
 

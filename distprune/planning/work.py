@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from distprune.decoder_layer import LayerShape
 from distprune.planning.rates import Rates
 from distprune.statistics import Cross, Gram, HeadGram, Moment
+from distprune.statistics.products import TILE
 
 FLOAT32 = 4
 
@@ -101,7 +102,13 @@ def moment_size(moment: Moment, widths: dict[str, int]) -> int:
 def moment_work(moment: Moment, widths: dict[str, int], tokens: int, batches: int, itemsize: int) -> Work:
     """Of measuring it over all tokens: products where it is one, and passes over activations and totals."""
     size, width = moment_size(moment, widths), widths[moment.tap]
-    products = 2.0 * tokens * size if size > width else 0.0
+    match moment:
+        case Gram():
+            computed = sum(min(TILE, width - start) * (width - start) for start in range(0, width, TILE))
+        case Cross() | HeadGram():
+            computed = size
+        case _:
+            computed = 0
     # Read, cast to float32 and gone over once more; a total is read and written with every micro-batch.
-    passed = tokens * width * (itemsize + 3.0 * FLOAT32) + 3.0 * FLOAT32 * size * batches
-    return Work(statistics=products, passed=passed)
+    passed = tokens * width * (itemsize + 2.0 * FLOAT32) + 2.0 * FLOAT32 * max(computed, width) * batches
+    return Work(statistics=2.0 * tokens * computed, passed=passed)

@@ -26,7 +26,7 @@ def ridge(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
     def solve(gram: Tensor, cross: Tensor) -> Tensor:
         damped = gram.clone()
         damped.diagonal().add_(damping * scale)
-        return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
+        return torch.cholesky_solve(cross, torch.linalg.cholesky(damped, out=damped))
 
     return in_float64_on_failure(solve, gram, cross)
 

@@ -20,12 +20,17 @@ def leading_left_vectors(matrix: Tensor, count: int) -> Tensor:
     """The left singular vectors of ``matrix`` M, (m, n), of the ``count`` greatest singular values, (m, count) in
     float32, by falling singular value; or, where they are few of many, vectors whose truncation of M is as good.
     """
-    least = min(matrix.shape)
-    if least >= SMALL and count <= FEW * least:
+    if is_few(count, *matrix.shape):
         vectors = iterated(matrix.float(), count)
         if vectors.isfinite().all():
             return vectors
     return decomposed(matrix, count)
+
+
+def is_few(count: int, rows: int, columns: int) -> bool:
+    """Whether so many vectors of a matrix of that shape are quicker iterated for than found among all."""
+    least = min(rows, columns)
+    return least >= SMALL and count <= FEW * least
 
 
 def decomposed(matrix: Tensor, count: int) -> Tensor:

@@ -97,18 +97,22 @@ def last(scenario: Scenario) -> int:
 def test_the_peak_of_both_passes_is_foretold_for_every_method(scenario, method, geometry):
     scenario = scenario(geometry, method=method)
     inputs, layer, run = hidden_states(scenario, scenario.calibration), random_layer(scenario), runner(scenario)
+
+    def observe(layer, moments) -> LayerStatistics:
+        statistics = LayerStatistics(moments)
+        run.run(layer, 0, inputs, observe=statistics.update)
+        return statistics
+
     profile = {}
     for pruning in (False, True):
         # The first layer for Olica, which calibrates it, and the last for SlimGPT, which spares the first.
         index = last(scenario) if method == "slimgpt" else 0
         with torch.inference_mode(), live_tensors() as counted:
-            statistics = LayerStatistics(scenario.moments(index, pruning=pruning))
-            run.run(layer, 0, inputs, observe=statistics.update)
-            in_float32 = layer.to(torch.float32)
+            statistics = observe(layer, scenario.moments(index, pruning=pruning))
             if pruning:
-                scenario.method.prune(in_float32, scenario.shapes[index], statistics, profile)
+                scenario.method.prune(layer, scenario.shapes[index], statistics, profile, observe)
             else:
-                profile = scenario.method.profile(in_float32, statistics)
+                profile = scenario.method.profile(layer, statistics)
         foretold = planned_memory._peak(scenario, index, pruning=pruning)
         # LAPACK's own workspace, which the plan counts, is not seen here.
         assert 0.85 * counted.peak <= foretold <= 1.25 * counted.peak + 2**20

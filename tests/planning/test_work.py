@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,6 +17,7 @@ from distprune.planning import scenario
 from distprune.planning.rates import RATES
 from distprune.planning.work import Work, forward_flops, moment_size, moment_work, tap_widths
 from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power
+from distprune.statistics.products import TILE
 
 CONFIG = PrunedConfig(
     hidden_size=32,
@@ -42,6 +45,14 @@ MOMENTS = [
 ]
 
 
+def product_flops(total, x, y, **_) -> int:
+    return 2 * math.prod(x) * y[-1]
+
+
+# Products added in place, which the counter doesn't know.
+IN_PLACE = {torch.ops.aten.addmm_: product_flops, torch.ops.aten.baddbmm_: product_flops}
+
+
 def run(shape: LayerShape, observe=None) -> None:
     module = PrunedDecoderLayer(CONFIG, 0, shape)
     layer = layer_from_state({name: tensor.detach() for name, tensor in module.state_dict().items()}, shape)
@@ -62,7 +73,7 @@ def test_a_moment_is_as_large_as_it_says_and_counts_its_products(moment):
     counted = []
 
     def observe(activations):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
             statistics.update(activations)
         counted.append(counter.get_total_flops())
 
@@ -72,6 +83,14 @@ def test_a_moment_is_as_large_as_it_says_and_counts_its_products(moment):
     assert statistics._totals[moment].numel() == moment_size(moment, widths)
     work = moment_work(moment, widths, SAMPLES * LENGTH, batches=2, itemsize=4)
     assert work.statistics == sum(counted)
+
+
+def test_a_wide_gram_matrix_counts_what_its_tiles_compute():
+    moment, width = Gram("ffn_neurons"), 5 * TILE // 2
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        LayerStatistics([moment]).update({"ffn_neurons": torch.randn(3, width)})
+    work = moment_work(moment, {"ffn_neurons": width}, 3, batches=1, itemsize=4)
+    assert work.statistics == counter.get_total_flops() < 0.75 * 2 * 3 * width**2
 
 
 def test_work_adds_up_and_takes_as_long_as_its_rates_say():
