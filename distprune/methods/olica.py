@@ -285,5 +285,5 @@ def factor_queries_and_keys(layer: DecoderLayer, planned: LayerShape, input_rms:
 
 def ffn_importance(layer: DecoderLayer, input_rms: Tensor, neuron_rms: Tensor) -> Tensor:
     """The sum of the norms of a neuron's up row, gate row and down column, each scaled by its input's rms, (f,)."""
-    rows = sum((projection.weight * input_rms).norm(dim=1) for projection in (layer.up, layer.gate))
-    return rows + column_energy(layer.down).sqrt() * neuron_rms
+    up, gate = ((projection.weight * input_rms).square_().sum(dim=1).sqrt() for projection in (layer.up, layer.gate))
+    return up + gate + column_energy(layer.down).sqrt() * neuron_rms

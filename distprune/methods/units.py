@@ -59,12 +59,12 @@ def keep_neurons(layer: DecoderLayer, neurons: Tensor) -> DecoderLayer:
 
 def row_energy(projection: Linear) -> Tensor:
     """The squared norm of what feeds every output, (out,), in float32."""
-    return torch.linalg.vector_norm(projection.weight, dim=1, dtype=torch.float32).square()
+    return projection.weight.to(torch.float32, copy=True).square_().sum(dim=1)
 
 
 def column_energy(projection: Linear) -> Tensor:
     """The squared norm of what every input feeds, (in,), in float32."""
-    return torch.linalg.vector_norm(projection.weight, dim=0, dtype=torch.float32).square()
+    return projection.weight.to(torch.float32, copy=True).square_().sum(dim=0)
 
 
 def head_interaction(layer: DecoderLayer, gram: Tensor) -> Tensor:

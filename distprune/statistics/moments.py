@@ -49,7 +49,7 @@ class Power(Summed):
         return activations[self.tap].shape[1:]
 
     def add(self, total: Tensor, activations: Activations) -> None:
-        total.add_(torch.linalg.vector_norm(activations[self.tap], dim=0, dtype=torch.float32).square())
+        total.add_(activations[self.tap].to(torch.float32, copy=True).square_().sum(dim=0))
 
 
 @dataclass(frozen=True)
