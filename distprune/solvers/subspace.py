@@ -10,7 +10,7 @@ from distprune.solvers.factorization import leading_eigenvectors
 #: Below this size all vectors are found as soon as some.
 SMALL = 1024
 #: Above this share of all vectors, iterating for them takes longer than finding all.
-FEW = 1 / 5
+FEW = 1 / 4
 #: Iterations, and vectors beside the wanted ones as a share of all. On a matrix of independent normal entries, whose
 #: singular values fall as slowly as any, the error of the truncation is then 0.07% above the least at most.
 ITERATIONS, SPARE = 4, 1 / 8
