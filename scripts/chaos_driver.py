@@ -1,0 +1,105 @@
+"""The driver of a run as a process that can really be killed, and what it is asked to prune."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from distprune.calibration import CalibrationMetadata, load_tokenizer, tokenizer_fingerprint, write_calibration
+
+# Every driver is forked from a server that has long imported everything: it lives and dies like any other process, and
+# is up in a moment.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["distprune.cli", "distprune.engine.driver", "distprune.reporting"])
+
+
+class Driver:
+    """``distprune ARGUMENTS`` in a process of its own; what it prints goes to the end of ``log``."""
+
+    def __init__(self, arguments: Sequence[str], log: Path):
+        self._process = FORK.Process(target=run_command_line, args=(list(arguments), log))
+        self._process.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def exit_status(self) -> int:
+        return self._process.exitcode
+
+    def send(self, sent: signal.Signals) -> bool:
+        """Whether there was still a process to send the signal to."""
+        if not self.is_alive:
+            return False
+        os.kill(self._process.pid, sent)
+        return True
+
+    def tell_where_it_is(self) -> None:
+        """Let it write the stacks of its threads into its log."""
+        if self.send(signal.SIGUSR1):
+            time.sleep(1)
+
+    def end(self) -> None:
+        if self.is_alive:
+            self._process.kill()
+        self._process.join()
+
+
+def run_command_line(arguments: list[str], log: Path) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    # Where the script runs in the background, SIGINT is ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    sys.argv = ["distprune", *arguments]
+    from distprune.cli import main
+
+    main()
+
+
+def make_model(folder: Path, layers: int) -> None:
+    """A Llama with grouped-query attention, small and random, and a tokenizer for it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=288, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["The river runs down to the sea."], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_calibration(model: Path, file: Path, samples: int = 48, length: int = 32) -> None:
+    """Random windows. Their hidden states are large enough to go through the object store, not along with a call."""
+    tokenizer = load_tokenizer(model)
+    tokens = np.random.default_rng(0).integers(len(tokenizer), size=(samples, length), dtype=np.int32)
+    about = CalibrationMetadata(tokenizer_fingerprint(tokenizer), len(tokenizer), length, ("random",), 0, False)
+    write_calibration(file, tokens, about)
