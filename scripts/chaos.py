@@ -161,10 +161,10 @@ class Chaos:
             now = time.monotonic()
             self.scene.do_what_is_due()
             reached.setdefault(steps_done(output), now)
-            if planned and any(
-                planned[0].step <= step and planned[0].delay <= now - at for step, at in reached.items()
-            ):
-                self.strike(planned.pop(0), trial)
+            for fault in [fault for fault in planned if is_due(fault, reached, now)]:
+                if FAULTS[fault.kind](self.scene):  # or else a moment later
+                    planned.remove(fault)
+                    trial.faults[fault.kind] += 1
             if not driver.is_alive:
                 if driver.exit_status == 0:
                     break

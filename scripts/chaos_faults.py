@@ -71,10 +71,11 @@ def freeze_worker(scene: Scene) -> bool:
 
 def lose_node(scene: Scene) -> bool:
     """It may be replaced at once, after a while or not before the run has ended, unless it was the last one."""
-    lost = scene.cluster.lose_node()
+    if not scene.cluster.lose_node():
+        return False
     if not scene.cluster.nodes or scene.random.random() < 0.5:
         scene.later(scene.random.uniform(0, 8), scene.cluster.add_node)
-    return lost
+    return True
 
 
 def add_node(scene: Scene) -> bool:
