@@ -42,10 +42,13 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunRecord:
     if record := finish_publishing(config):
         return record
     job = check_job(config)
-    with progress, hold_lock(partial_directory(config.output)), connected(config), sigterm_interrupts():
-        workers = plan_workers(config, alive_nodes(), job.dense.num_hidden_layers)
-        with work_folder(job, workers, progress) as work:
-            record = run_on_workers(job, workers, work, progress)
+    with progress, hold_lock(partial_directory(config.output)):
+        with connected(config), sigterm_interrupts():
+            workers = plan_workers(config, alive_nodes(), job.dense.num_hidden_layers)
+            with work_folder(job, workers, progress) as work:
+                record = run_on_workers(job, workers, work, progress)
+        # Leaving Ray takes a second or two. Whoever ends the run in them is told that it goes on, so it does.
+        with sigterm_interrupts():
             record.save(work.checkpoint, config)
             work.journal.write(PUBLISHING)
             publish(work.checkpoint, config.output, config.overwrite)

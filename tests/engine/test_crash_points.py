@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -137,3 +137,17 @@ def test_a_driver_killed_at_any_change_of_a_file_goes_on_to_the_same_bytes(prune
         assert digests(output) == undisturbed, point
         assert [name for name in os.listdir(tmp_path) if name.startswith(output.name)] == [output.name], point
         shutil.rmtree(output)
+
+
+def test_a_run_interrupted_while_it_leaves_ray_goes_on(prune_here, monkeypatch, tmp_path):
+    @contextmanager
+    def interrupted_at_the_end(_):
+        yield
+        raise KeyboardInterrupt
+
+    output = tmp_path / "pruned"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(driver, "connected", interrupted_at_the_end)
+        prune_here(output)
+    prune_here(output)
+    assert os.listdir(tmp_path) == ["pruned"]
