@@ -39,11 +39,25 @@ def status(output: Path) -> RunStatus:
     Raises:
         InputError: there is no such run.
     """
-    work = Work(partial_directory(output))
-    if work.journal.has(OUTLINE):
-        state = "running" if is_locked(work.folder) else "stopped"
-        outline = Outline(**work.journal.report(OUTLINE))
-        return RunStatus(state, outline, layers_done(work.journal, outline), work.seconds())
+    try:
+        return status_of_unfinished(Work(partial_directory(output)))
+    except FileNotFoundError:  # none has begun, or it ends just now
+        return status_of_finished(output)
+
+
+def status_of_unfinished(work: Work) -> RunStatus:
+    """The status from what the run has left in its folder so far.
+
+    Raises:
+        FileNotFoundError: it has left nothing, or it is clearing its folder away.
+    """
+    outline = Outline(**work.journal.report(OUTLINE))
+    state = "running" if is_locked(work.folder) else "stopped"
+    return RunStatus(state, outline, layers_done(work.journal, outline), work.seconds())
+
+
+def status_of_finished(output: Path) -> RunStatus:
+    """The status from the record beside the result."""
     if not output.is_dir():
         raise InputError(f"{output}: no run has made it, and none has begun to. Give a run's --output.")
     record = load_record(output)

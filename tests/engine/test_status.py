@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import asdict
+
 import pytest
 
 from distprune import InputError, status
+from distprune.checkpoint import partial_directory
+from distprune.engine.journal import Journal
 from distprune.engine.progress import Progress
+from distprune.engine.work import OUTLINE
 
 OPTIONS = {"sparsity": 0.3, "propagation": 2, "distill": True}
 
@@ -48,6 +54,23 @@ def test_an_interrupted_run_is_stopped(run, tmp_path):
     assert stopped.state == "stopped"
     assert stopped.layers_done == {"dense pass": 4, "prune": 2, "distill": 0}
     assert stopped.seconds["prune"] > 0
+
+
+def test_a_run_that_ends_while_it_is_looked_at_is_finished(run, tmp_path, monkeypatch):
+    """It clears its folder away between one look and the next."""
+    output, _ = run(output=tmp_path / "pruned", sparsity=0.3)
+    journal = Journal(partial_directory(output) / "journal")
+    journal.begin({})
+    journal.write(OUTLINE, asdict(status(output).run))
+    assert status(output).state == "stopped"
+
+    def clears_away(journal: Journal, _: str) -> bool:
+        shutil.rmtree(journal.folder)
+        return True
+
+    monkeypatch.setattr(Journal, "has", clears_away)
+    assert status(output).state == "finished"
+    assert not journal.folder.exists()
 
 
 def test_where_no_run_has_been_there_is_nothing_to_tell(tmp_path):
