@@ -30,6 +30,8 @@ WEIGHT_SUFFIXES = {
 }
 NOT_COPIED_SUFFIXES = WEIGHT_SUFFIXES | {".md", ".py"}
 LARGEST_SIDE_FILE = GB // 4
+# Seconds within which whoever asks `is_locked` has let go of the lock again.
+GLANCE = 1.0
 
 
 def partial_directory(output: Path) -> Path:
@@ -95,7 +97,7 @@ def hold_lock(partial: Path) -> Iterator[None]:
     """Let only one run at a time work in `partial`; InputError where another one does."""
     lock_file = partial.with_name(f"{partial.name}.lock")
     lock_file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(lock_file, timeout=0)
+    lock = FileLock(lock_file, timeout=GLANCE)
     try:
         lock.acquire()
     except Timeout as error:

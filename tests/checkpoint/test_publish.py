@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from distprune.checkpoint import copy_side_files, hold_lock, partial_directory, prepare_output, publish
 from distprune.errors import InputError
@@ -202,6 +204,15 @@ def test_another_process_is_refused_until_the_first_lets_go(tmp_path):
     with hold_lock(partial):
         assert reply_of_another_process() == "refused"
     assert reply_of_another_process() == "locked"
+
+
+def test_a_glance_at_the_lock_is_no_run(tmp_path):
+    partial = partial_directory(tmp_path / "pruned")
+    glance = FileLock(f"{partial}.lock", thread_local=False)
+    glance.acquire()
+    threading.Timer(0.2, glance.release).start()
+    with hold_lock(partial):
+        pass
 
 
 def test_the_lock_is_gone_after_the_run_also_when_it_fails(tmp_path):
