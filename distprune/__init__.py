@@ -4,10 +4,21 @@ Importing it lets transformers' Auto classes open pruned checkpoints without ``t
 """
 
 from distprune.api import calibrate, compare, evaluate, inspect, plan, prune, status
-from distprune.errors import InputError
+from distprune.errors import InputError, RunFailed
 from distprune.modeling import register_auto_classes
 from distprune.version import __version__
 
 register_auto_classes()
 
-__all__ = ["InputError", "__version__", "calibrate", "compare", "evaluate", "inspect", "plan", "prune", "status"]
+__all__ = [
+    "InputError",
+    "RunFailed",
+    "__version__",
+    "calibrate",
+    "compare",
+    "evaluate",
+    "inspect",
+    "plan",
+    "prune",
+    "status",
+]

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from distprune import api
-from distprune.errors import InputError
+from distprune.errors import InputError, RunFailed
 
 app = typer.Typer(
     help="Prune large language models on a Ray cluster, without retraining.",
@@ -27,6 +27,7 @@ app = typer.Typer(
 output_console = Console(soft_wrap=True)
 error_console = Console(stderr=True, soft_wrap=True)
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -84,7 +85,10 @@ OptionalTrust = Annotated[
 
 
 def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
-    """Print an InputError's message alone and exit with status 2; with 130 when interrupted."""
+    """Print an error's message alone and exit with status 2 for bad input, 1 for a run that can go on later.
+
+    An interrupted one exits with 130.
+    """
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -93,6 +97,9 @@ def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
         except InputError as error:
             error_console.print(f"distprune: {error}", style="red", markup=False, highlight=False)
             raise typer.Exit(BAD_INPUT) from None
+        except RunFailed as error:
+            error_console.print(f"distprune: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(FAILED) from None
         except KeyboardInterrupt:
             error_console.print("distprune: interrupted. The same command goes on from what was done.", style="red")
             raise typer.Exit(INTERRUPTED) from None

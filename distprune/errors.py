@@ -9,8 +9,20 @@ class InputError(ValueError):
     """
 
 
-class WorkersLost(InputError):
-    """A task lost worker after worker. What the run has done is kept: with fewer workers the same run may go on."""
+class RunFailed(RuntimeError):
+    """A run can't go on, for a reason that lies outside its input. What it has done is kept.
+
+    The message names the reason and the mend, in one or two sentences. The command line prints it alone, without a
+    traceback, and exits with status 1.
+    """
+
+
+class WorkersLost(RunFailed):
+    """A task lost worker after worker: with fewer workers the same run may go on."""
+
+
+class StorageFailed(RunFailed):
+    """A file system or the object store is full, or broken: when there is room again, the same run goes on."""
 
 
 class Unreachable(InputError):

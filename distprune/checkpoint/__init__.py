@@ -8,6 +8,7 @@ from distprune.checkpoint.durable import write_tensors, write_text
 from distprune.checkpoint.gguf import import_gguf
 from distprune.checkpoint.headers import TensorInfo
 from distprune.checkpoint.hub import HubFiles, HubModel, find_on_hub, open_on_hub
+from distprune.checkpoint.mishaps import failures_explained
 from distprune.checkpoint.publish import (
     copy_side_files,
     hold_lock,
@@ -31,6 +32,7 @@ __all__ = [
     "TensorSource",
     "check_free_space",
     "copy_side_files",
+    "failures_explained",
     "find_on_hub",
     "hold_lock",
     "import_gguf",

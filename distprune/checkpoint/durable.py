@@ -13,22 +13,26 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from distprune.checkpoint.mishaps import failures_explained, stalls_told
+
 
 def sync(path: Path) -> None:
     """Flush a file's content, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with failures_explained(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder`, and `folder` itself."""
-    for root, _, names in os.walk(folder):
-        for name in names:
-            sync(Path(root, name))
-        sync(Path(root))
+    with stalls_told(folder):
+        for root, _, names in os.walk(folder):
+            for name in names:
+                sync(Path(root, name))
+            sync(Path(root))
 
 
 def move(source: Path, target: Path) -> None:
@@ -49,16 +53,20 @@ def replacing(target: Path, scratch: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path to write; it becomes `target` at the block's end, and is removed if that raises.
 
     The temporary file lies in `scratch`, by default beside the target.
+
+    Raises:
+        StorageFailed: there is no room for it, or the file system fails otherwise.
     """
     temporary = (scratch or target.parent) / f"{target.name}.tmp"
-    temporary.unlink(missing_ok=True)
-    try:
-        yield temporary
-        sync(temporary)
-        move(temporary, target)
-    except BaseException:
+    with stalls_told(target), failures_explained(target):
         temporary.unlink(missing_ok=True)
-        raise
+        try:
+            yield temporary
+            sync(temporary)
+            move(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_text(target: Path, text: str) -> None:

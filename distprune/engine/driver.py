@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distprune.calibration import open_calibration
-from distprune.checkpoint import copy_side_files, hold_lock, partial_directory, publish
+from distprune.checkpoint import copy_side_files, failures_explained, hold_lock, partial_directory, publish
 from distprune.config import PruneConfig
 from distprune.engine.assembly import assemble
 from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers, sigterm_interrupts
@@ -23,7 +23,7 @@ from distprune.engine.runtime import RayRuntime
 from distprune.engine.stages import check_weights, distill_layers, prune_blocks, write_own_samples
 from distprune.engine.weights import WeightAccess, weight_access
 from distprune.engine.work import CHECK, PUBLISHING, Outline, Work
-from distprune.errors import InputError, Unreachable, WorkersLost
+from distprune.errors import InputError, Unreachable
 
 # Seconds until a run says that it waits for its first worker.
 PATIENCE = 30
@@ -37,12 +37,14 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> RunRecord:
 
     Raises:
         InputError: something about the input is wrong; the output path is untouched.
+        RunFailed: workers or storage gave out; the same call goes on.
     """
     progress = progress or Progress()
     if record := finish_publishing(config):
         return record
     job = check_job(config)
-    with progress, hold_lock(partial_directory(config.output)):
+    partial = partial_directory(config.output)
+    with progress, failures_explained(partial), hold_lock(partial):
         with connected(config), sigterm_interrupts():
             workers = plan_workers(config, alive_nodes(), job.dense.num_hidden_layers)
             with work_folder(job, workers, progress) as work:
@@ -87,8 +89,6 @@ def work_folder(job: Job, workers: WorkerPlan, progress: Progress) -> Iterator[W
         progress.note(f"Going on with what an earlier run has done in {work.folder}")
     try:
         yield work
-    except WorkersLost:
-        raise
     except InputError as error:
         if not (isinstance(error, Unreachable) and work.is_worth_keeping()):
             work.remove()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from distprune.checkpoint import ShardWriter
 from distprune.engine.journal import IDENTITY, Journal
+from distprune.errors import StorageFailed
 
 # Journal entries: a step that needs no repeating, seconds by stage, that the result is about to be published, and what
 # the run is about.
@@ -90,13 +91,17 @@ class Work:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Adds what happens inside to the seconds of a stage, those of earlier runs included."""
+        """Adds what happens inside to the seconds of a stage, those of earlier runs included.
+
+        Where storage fails, that is told of, and not that the seconds could not be kept either.
+        """
         start, before = time.perf_counter(), self.seconds()
         try:
             yield
         finally:
             spent = before.get(stage, 0.0) + time.perf_counter() - start
-            self.journal.write(SECONDS, before | {stage: round(spent, 3)})
+            with suppress(StorageFailed):
+                self.journal.write(SECONDS, before | {stage: round(spent, 3)})
 
     def seconds(self) -> dict[str, float]:
         return self.journal.report(SECONDS) if self.journal.has(SECONDS) else {}

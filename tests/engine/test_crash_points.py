@@ -9,53 +9,16 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from distprune import prune
 from distprune.checkpoint import durable
 from distprune.engine import driver
-from distprune.engine.runtime import RayRuntime
-from distprune.engine.worker import Worker
 
-OPTIONS = {"sparsity": 0.3, "max_shard_size": 30_000, "propagation": 2, "distill": {"learning_rate": 1e-3, "batch": 2}}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
-
-
-class InlineRuntime(RayRuntime):
-    """Makes calls in this process, at once."""
-
-    def start_worker(self):
-        return Worker.__ray_actor_class__(*self._arguments)
-
-    def call(self, worker, method, arguments=()):
-        values = getattr(worker, method)(*arguments)
-        return [Here(value) for value in values] if isinstance(values, tuple) else [Here(values)]
-
-    def wait(self, results, count=1, timeout=None):
-        return list(results)[:count]
-
-    def fetch(self, results):
-        return [result.value for result in results]
-
-    def put(self, value):
-        return value
-
-    def get(self, put):
-        return put
-
-    def stop(self, workers, starting):
-        pass
-
-
-class Here:
-    """A result that is there; unlike its value, it can be a key."""
-
-    def __init__(self, value):
-        self.value = value
 
 
 class Killed(BaseException):
@@ -111,16 +74,6 @@ class Disk:
             raise Killed
 
         return torn
-
-
-@pytest.fixture
-def prune_here(monkeypatch, save_model, calibrate):
-    monkeypatch.setattr(driver, "RayRuntime", InlineRuntime)
-    monkeypatch.setattr(driver, "connected", nullcontext)
-    monkeypatch.setattr(driver, "alive_nodes", lambda: [{"CPU": 1.0}])
-    model = save_model(num_hidden_layers=3)
-    options = {"calibration": calibrate(model), "device": "cpu", "workers": 1, "micro_batch": 3, **OPTIONS}
-    return lambda output: prune(str(model), output, **options)
 
 
 def test_a_driver_killed_at_any_change_of_a_file_goes_on_to_the_same_bytes(prune_here, digests, tmp_path):

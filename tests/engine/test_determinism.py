@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from distprune import InputError
 from distprune.engine import pool
+from distprune.errors import WorkersLost
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_call_that_hangs_is_taken_over_by_an_idle_worker_and_gives_the_same_by
 def test_a_call_that_keeps_losing_its_workers_is_named(run, lose, monkeypatch):
     monkeypatch.setattr(pool, "LOSSES", 0)
     lose(lambda share: share.step.method == "open_layer")
-    with pytest.raises(InputError, match=r"'open_layer' of layer 0 lost 1 workers in a row.*--micro-batch"):
+    with pytest.raises(WorkersLost, match=r"'open_layer' of layer 0 lost 1 workers in a row.*--micro-batch"):
         run()
 
 

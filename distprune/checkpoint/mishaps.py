@@ -1,0 +1,77 @@
+"""What becomes of a write when the file system is full, breaks or stalls."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from distprune.errors import StorageFailed
+
+# What the file system, and not the one who writes, is to blame for, and what helps.
+MENDS = {
+    errno.ENOSPC: "Free some space there",
+    errno.EDQUOT: "Free some space there or raise the quota",
+    errno.EFBIG: "Raise the limit on the size of files or give a smaller --max-shard-size",
+    errno.EIO: "Mend the file system",
+    errno.EROFS: "Make the file system writable again",
+    errno.ESTALE: "Mount the file system again",
+}
+# Seconds after which a write is said to stall.
+PATIENCE = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def failures_explained(target: Path) -> Iterator[None]:
+    """Inside, `target` is written, or files below it.
+
+    Raises:
+        StorageFailed: the file system gave out; names the file and the mend.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error_number(error)
+        if number not in MENDS:
+            raise
+        file = getattr(error, "filename2", None) or getattr(error, "filename", None) or target
+        raise StorageFailed(
+            f"{file}: {os.strerror(number)}. {MENDS[number]}; the same command goes on from what was done."
+        ) from error
+
+
+def error_number(error: OSError | SafetensorError) -> int | None:
+    """The system's number of an error; safetensors has it in the message alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    stated = re.search(r"\(os error (\d+)\)", str(error))
+    return stated and int(stated[1])
+
+
+@contextmanager
+def stalls_told(target: Path) -> Iterator[None]:
+    """Inside, `target` is written. If that takes long, the log says so; it is waited for all the same."""
+
+    def tell() -> None:
+        logger.warning(
+            "Writing %s has taken %.0f s so far: its file system stalls. The run waits for it and goes on.",
+            target,
+            PATIENCE,
+        )
+
+    watchdog = threading.Timer(PATIENCE, tell)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()

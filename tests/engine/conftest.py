@@ -1,0 +1,60 @@
+"""Runs of the whole engine but Ray: one worker's calls are made in this process, and hundreds of runs take seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from distprune import prune
+from distprune.engine import RunRecord, driver
+from distprune.engine.runtime import RayRuntime
+from distprune.engine.worker import Worker
+
+OPTIONS = {"sparsity": 0.3, "max_shard_size": 160_000, "propagation": 2, "distill": {"learning_rate": 1e-3, "batch": 2}}
+
+
+class InlineRuntime(RayRuntime):
+    """Makes calls in this process, at once."""
+
+    def start_worker(self):
+        return Worker.__ray_actor_class__(*self._arguments)
+
+    def call(self, worker, method, arguments=()):
+        values = getattr(worker, method)(*arguments)
+        return [Here(value) for value in values] if isinstance(values, tuple) else [Here(values)]
+
+    def wait(self, results, count=1, timeout=None):
+        return list(results)[:count]
+
+    def fetch(self, results):
+        return [result.value for result in results]
+
+    def put(self, value):
+        return value
+
+    def get(self, put):
+        return put
+
+    def stop(self, workers, starting):
+        pass
+
+
+class Here:
+    """A result that is there; unlike its value, it can be a key."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.fixture
+def prune_here(monkeypatch, save_model, calibrate) -> Callable[[Path], RunRecord]:
+    """Prunes a Llama of three layers into a folder, with every stage there is, all in this process."""
+    monkeypatch.setattr(driver, "RayRuntime", InlineRuntime)
+    monkeypatch.setattr(driver, "connected", nullcontext)
+    monkeypatch.setattr(driver, "alive_nodes", lambda: [{"CPU": 1.0}])
+    model = save_model(num_hidden_layers=3)
+    options = {"calibration": calibrate(model), "device": "cpu", "workers": 1, "micro_batch": 3, **OPTIONS}
+    return lambda output: prune(str(model), output, **options)

@@ -1,0 +1,181 @@
+"""A disk that is full or stalls: the run ends with a message that helps, or waits, and goes on to the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+from safetensors import SafetensorError
+from typer.testing import CliRunner
+
+from distprune import RunFailed, api, cli, status
+from distprune.checkpoint import durable, failures_explained, mishaps
+from distprune.engine.pool import WorkerPool
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+# Every kind of file that the driver writes.
+FILES = {
+    "work folder": r"pruned\.partial",
+    "identity of the run": r"journal/run\.json",
+    "copied file": r"checkpoint/tokenizer\.json",
+    "hidden states": r"journal/dense-00002\.safetensors",
+    "profile": r"journal/profile-00001\.safetensors",
+    "journal entry": r"journal/profile-00001\.json",
+    "pruned hidden states": r"journal/pruned-00001\.safetensors",
+    "pruned layer": r"parts/pruned-layer-00001\.safetensors",
+    "distilled layer": r"parts/distilled-layer-00001\.safetensors",
+    "embedding": r"parts/outer-0\.safetensors",
+    "configuration": r"checkpoint/config\.json",
+    "model class": r"checkpoint/modeling_distprune\.py",
+    "plan of the shards": r"parts/assembly\.json",
+    "shard": r"model-\d+-of-\d+\.safetensors",
+    "index": r"checkpoint/model\.safetensors\.index\.json",
+    "record": r"checkpoint/distprune_run\.json",
+    "last journal entry": r"journal/publishing\.json",
+}
+
+
+class FullDisk:
+    """Has no room from the moment when a file with a certain name is about to be written, until it is freed."""
+
+    def __init__(self):
+        self.name, self.full = None, False
+        sys.addaudithook(self._audit)  # for good, so one disk serves all tests
+
+    def fill_at(self, name: str, patch: pytest.MonkeyPatch) -> None:
+        self.name, self.full = re.compile(name), False
+        patch.setattr(durable, "save_file", self._save_file)  # neither is seen by Python's audit
+        patch.setattr(os, "fsync", lambda _: self._fsync())
+
+    def free(self) -> None:
+        self.name, self.full = None, False
+
+    def _has_no_room_for(self, path: object) -> bool:
+        self.full = self.full or (self.name is not None and self.name.search(str(path)) is not None)
+        return self.full
+
+    def _audit(self, event: str, arguments: tuple) -> None:
+        grows = event == "os.mkdir" or (event == "open" and (arguments[2] or 0) & WRITING)
+        if self.name and grows and not str(arguments[0]).endswith(".lock") and self._has_no_room_for(arguments[0]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
+
+    def _save_file(self, tensors: dict, path: Path, **options) -> None:
+        if self._has_no_room_for(path):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        SAVE_FILE(tensors, path, **options)
+
+    def _fsync(self) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+SAVE_FILE = durable.save_file
+DISK = FullDisk()
+
+
+@pytest.fixture
+def fill_at(monkeypatch):
+    yield lambda name: DISK.fill_at(name, monkeypatch)
+    DISK.free()
+
+
+@pytest.mark.parametrize("name", FILES.values(), ids=FILES)
+def test_a_run_that_fills_the_disk_says_so_and_goes_on_when_there_is_room(prune_here, digests, fill_at, tmp_path, name):
+    output = tmp_path / "pruned"
+    fill_at(name)
+    with pytest.raises(RunFailed) as failure:
+        prune_here(output)
+    message = (
+        rf".*{name}.*: No space left on device\. Free some space there; the same command goes on from what was done\."
+    )
+    assert re.fullmatch(message, str(failure.value))
+    assert not output.exists()
+    DISK.free()
+    prune_here(output)
+    assert os.listdir(tmp_path) == ["pruned"]
+    prune_here(tmp_path / "undisturbed")
+    assert digests(output) == digests(tmp_path / "undisturbed")
+
+
+def test_a_publishing_that_fills_the_disk_goes_on(prune_here, monkeypatch, tmp_path):
+    output = tmp_path / "pruned"
+    with monkeypatch.context() as patch, pytest.raises(RunFailed, match=r"pruned.*: No space left on device"):
+        patch.setattr(os, "rename", full)
+        prune_here(output)
+    assert not output.exists() and status(output).state == "stopped"
+    prune_here(output)
+    assert os.listdir(tmp_path) == ["pruned"]
+
+
+def full(source: Path, _: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+
+
+def test_the_command_line_exits_with_1_and_prints_the_message_alone(prune_here, fill_at, monkeypatch, tmp_path):
+    monkeypatch.setattr(api, "prune", lambda **_: prune_here(tmp_path / "pruned"))
+    fill_at("pruned-layer-00002")
+    result = CliRunner().invoke(cli.app, ["prune", "model", "--output", "pruned"])
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert re.fullmatch(r"distprune: \S+/pruned-layer-00002\.json\.tmp: No space left .* was done\.\n", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [(errno.EDQUOT, "quota"), (errno.EFBIG, "--max-shard-size"), (errno.EIO, "Mend"), (errno.ESTALE, "Mount")],
+)
+def test_other_failures_of_a_file_system_have_their_own_mend(number, mend):
+    with (
+        pytest.raises(RunFailed, match=rf"^file: {os.strerror(number)}\. .*{mend}.* same command"),
+        failures_explained(Path("file")),
+    ):
+        raise OSError(number, os.strerror(number))
+
+
+def test_errors_that_are_no_fault_of_the_file_system_stay_what_they_are():
+    with pytest.raises(FileNotFoundError), failures_explained(Path("file")):
+        raise FileNotFoundError(errno.ENOENT, "gone", "other")
+    with pytest.raises(SafetensorError, match="no such tensor"), failures_explained(Path("file")):
+        raise SafetensorError("no such tensor")
+
+
+def test_while_a_write_stalls_workers_go_on_and_the_log_tells(run, digests, monkeypatch, caplog):
+    """The third pruned layer takes seconds to be written; what the workers have begun ends meanwhile."""
+    options = {"sparsity": 0.3, "propagation": 1, "workers": 2}
+    pools, ended = [], []
+    init = WorkerPool.__init__
+
+    def note_and_init(pool: WorkerPool, *arguments) -> None:
+        pools.append(pool)
+        init(pool, *arguments)
+
+    def stalling(write: Callable) -> Callable:
+        def save_file(tensors: dict, path: Path, **given) -> None:
+            if path.name == "pruned-layer-00001.safetensors.tmp":
+                running = list(pools[0]._running)
+                time.sleep(2)
+                ended.extend(ray.wait(running, num_returns=len(running), timeout=0)[0])
+            write(tensors, path, **given)
+
+        return save_file
+
+    monkeypatch.setattr(WorkerPool, "__init__", note_and_init)
+    monkeypatch.setattr(durable, "save_file", stalling(SAVE_FILE))
+    monkeypatch.setattr(mishaps, "PATIENCE", 0.5)
+    with caplog.at_level(logging.WARNING, logger="distprune"):
+        stalled, _ = run(**options)
+    assert ended
+    assert [record.getMessage() for record in caplog.records if "stalls" in record.getMessage()] == [
+        f"Writing {stalled}.partial/parts/pruned-layer-00001.safetensors has taken 0 s so far: its file system stalls. "
+        "The run waits for it and goes on."
+    ]
+    assert digests(stalled) == digests(run(**options)[0])
