@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distprune import InputError, status
+from distprune.checkpoint import partial_directory
 from distprune.engine.record import CONFIG_FILE, RECORD_FILE
 
 LAYERS = 8
@@ -108,7 +109,7 @@ class Chaos:
         self.model, self.calibration = folder / "model", folder / "calibration.arrow"
         make_model(self.model, LAYERS)
         make_calibration(self.model, self.calibration)
-        self.scene = Scene(Cluster(random), random)
+        self.scene = new_scene(random)
         self.faults = Deck(list(FAULTS), random)
         self.undisturbed: dict[Setting, str] = {}
 
@@ -119,7 +120,7 @@ class Chaos:
     def renew_cluster(self) -> None:
         """A failed run may have left it in any state."""
         self.scene.cluster.close()
-        self.scene = Scene(Cluster(self.random), self.random)
+        self.scene = new_scene(self.random)
 
     def try_out(self, setting: Setting, name: str) -> Trial:
         """A disturbed run, after an undisturbed one where there was none of that setting yet."""
@@ -146,11 +147,11 @@ class Chaos:
     def plan_faults(self, setting: Setting) -> list[Planned]:
         """Half of them strike during the stages; the others before the first step or after the last."""
         planned = []
-        for _ in range(self.random.randint(1, MOST_FAULTS)):
-            step = self.random.choice((0, setting.steps, *self.random.choices(range(1, setting.steps), k=2)))
-            delay = self.random.uniform(0, 0.5 if step else 8)
-            planned.append(Planned(self.faults.deal(), step, delay))
-        return sorted(planned, key=lambda fault: fault.step)
+        for number in range(self.random.randint(1, MOST_FAULTS)):
+            middle = self.random.choices(range(1, setting.steps), k=2)
+            step = self.random.choice((0, *middle, *([setting.steps] if number else [])))
+            planned.append(Planned(self.faults.deal(), step, self.random.uniform(0, 0.3 if step else 8)))
+        return planned
 
     def run(self, setting: Setting, output: Path, planned: list[Planned]) -> Trial:
         """Prune, with faults, and go on as often as the driver was ended by one of them."""
@@ -166,7 +167,7 @@ class Chaos:
                     planned.remove(fault)
                     trial.faults[fault.kind] += 1
             if not driver.is_alive:
-                if driver.exit_status == 0:
+                if driver.exit_status == 0 or is_published(output):
                     break
                 if driver.exit_status not in ENDED_BY_SIGNAL or trial.resumes == drivers_ended(trial):
                     trial.failure = f"ended with status {driver.exit_status}:\n{tail(log)}"
@@ -199,6 +200,12 @@ class Chaos:
         return Driver(["prune", str(self.model), *given, *setting.arguments], log)
 
 
+def new_scene(random: Random) -> Scene:
+    """With a source of chance of its own: how often it is asked depends on the speed of the machine."""
+    own = Random(random.random())
+    return Scene(Cluster(own), own)
+
+
 def is_due(fault: Planned, reached: Mapping[int, float], now: float) -> bool:
     """Whether a step from the fault's on was reached so many seconds ago."""
     return any(fault.step <= step and fault.delay <= now - at for step, at in reached.items())
@@ -210,6 +217,11 @@ def steps_done(output: Path) -> int:
         return sum(status(output).layers_done.values())
     except InputError:  # it has not begun
         return 0
+
+
+def is_published(output: Path) -> bool:
+    """Whether there is nothing left to go on with: a signal came when all was done."""
+    return output.exists() and not partial_directory(output).exists()
 
 
 def drivers_ended(trial: Trial) -> int:

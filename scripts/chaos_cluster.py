@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from random import Random
 from typing import Any
@@ -9,13 +10,21 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
+from chaos_driver import FORK, write_output_to
 from ray.cluster_utils import Cluster as RayCluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 MIB = 2**20
+PATIENCE = 60  # seconds
 STORE = 80 * MIB  # about the least that Ray accepts
-# A node that is gone is known to be within a second.
-HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
+SETTINGS = {
+    # A node that is gone is known to be within a second.
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 300,
+    "health_check_failure_threshold": 3,
+    # Small values go through the object store, as a large model's do.
+    "max_direct_call_object_size": 1000,
+}
 
 
 class Cluster:
@@ -25,20 +34,15 @@ class Cluster:
 
     def __init__(self, random: Random):
         self._random = random
-        head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False, "_system_config": HEALTH}
+        head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False, "_system_config": SETTINGS}
         self._ray = RayCluster(initialize_head=True, head_node_args=head)
-        ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
+        self.nodes: list[Any] = []  # those for workers
         self._hogs: list[Any] = []
         self.refill()
 
     @property
     def address(self) -> str:
         return self._ray.address
-
-    @property
-    def nodes(self) -> list[Any]:
-        """Those for workers, in an order that does not depend on chance."""
-        return sorted(self._ray.worker_nodes, key=lambda node: node.unique_id)
 
     def refill(self) -> None:
         """See that there are as many nodes as at the beginning."""
@@ -48,7 +52,7 @@ class Cluster:
     def add_node(self) -> bool:
         if len(self.nodes) == self.MOST:
             return False
-        self._ray.add_node(num_cpus=self._random.choice((1, 1, 2)), object_store_memory=STORE)
+        self.nodes.append(self._ray.add_node(num_cpus=self._random.choice((1, 1, 2)), object_store_memory=STORE))
         return True
 
     def lose_node(self) -> bool:
@@ -56,7 +60,9 @@ class Cluster:
         at_work = [node for node in self.nodes if workers_on(node)]
         if not at_work:
             return False
-        self._ray.remove_node(self._random.choice(at_work), allow_graceful=False)
+        lost = self._random.choice(at_work)
+        self.nodes.remove(lost)
+        self._ray.remove_node(lost, allow_graceful=False)
         return True
 
     def workers(self) -> list[psutil.Process]:
@@ -65,27 +71,34 @@ class Cluster:
 
     def fill_stores(self, seconds: float) -> None:
         """For a while, objects of three times each store's size push those of the run out to the disk."""
-
-        @ray.remote(num_cpus=0, max_retries=0)
-        def fill_store() -> None:
-            held = [ray.put(np.ones(STORE // 8, np.uint8)) for _ in range(3 * 8)]
-            time.sleep(seconds)
-            del held
-
-        for node in ray.nodes():
-            if node["Alive"]:
-                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                self._hogs.append(fill_store.options(scheduling_strategy=there).remote())
+        self._hogs.append(FORK.Process(target=fill_stores, args=(self.address, seconds)))
+        self._hogs[-1].start()
 
     def empty_stores(self) -> None:
         """Wait until nothing fills them any more."""
-        if self._hogs:
-            ray.wait(self._hogs, num_returns=len(self._hogs), timeout=60)
+        for hog in self._hogs:
+            hog.join(PATIENCE)
+            hog.kill()
         self._hogs.clear()
 
     def close(self) -> None:
-        ray.shutdown()
         self._ray.shutdown()
+
+
+def fill_stores(address: str, seconds: float) -> None:
+    """A driver of its own, as another user's job would be; its nodes may vanish under it."""
+    write_output_to(os.devnull)
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def fill_store() -> None:
+        held = [ray.put(np.ones(STORE // 8, np.uint8)) for _ in range(3 * 8)]
+        time.sleep(seconds)
+        del held
+
+    nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
+    filling = [fill_store.options(scheduling_strategy=node).remote() for node in nodes]
+    ray.wait(filling, num_returns=len(filling), timeout=PATIENCE)
 
 
 def workers_on(node: Any) -> list[psutil.Process]:

@@ -57,10 +57,15 @@ class Driver:
         self._process.join()
 
 
+def write_output_to(file: str | Path) -> None:
+    """Let this process print to the end of a file."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
 def run_command_line(arguments: list[str], log: Path) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    write_output_to(log)
     # Where the script runs in the background, SIGINT is ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -98,7 +103,7 @@ def make_model(folder: Path, layers: int) -> None:
 
 
 def make_calibration(model: Path, file: Path, samples: int = 48, length: int = 32) -> None:
-    """Random windows. Their hidden states are large enough to go through the object store, not along with a call."""
+    """Random windows."""
     tokenizer = load_tokenizer(model)
     tokens = np.random.default_rng(0).integers(len(tokenizer), size=(samples, length), dtype=np.int32)
     about = CalibrationMetadata(tokenizer_fingerprint(tokenizer), len(tokenizer), length, ("random",), 0, False)
