@@ -218,8 +218,8 @@ class WorkerPool:
             took, call = self._took.get(running.share.step.method, []), running.share.call
             usual = median(took) if len(took) >= FEWEST_ENDED else inf
             late = self._runtime.now() - running.since > STRAGGLES * max(usual, LOOK_EVERY)
-            if self._idle and late and call.copies == 1 and not call.done:
-                self._begin(self._idle.popleft(), call)
+            if late and call.copies == 1 and not call.done and (worker := self._worker_for(call)):
+                self._begin(worker, call)
 
     def _enqueue(self, call: Call) -> None:
         insort(self._queue, call, key=lambda queued: queued.order)
@@ -230,24 +230,26 @@ class WorkerPool:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        """Give idle workers the first calls in the queue.
+        """Begin the first calls in the queue, as far as there are workers for them."""
+        while self._queue and (worker := self._worker_for(self._queue[0])):
+            self._begin(worker, self._queue.pop(0))
 
-        Where none is idle, a call takes the place of the last of the calls after it that wait for their next step: they
-        may be waiting for it.
+    def _worker_for(self, call: Call) -> Any | None:
+        """An idle worker, or else that of the last of the calls after this one that wait for their next step.
+
+        They may be waiting for it; the one that gives way goes back into the queue.
         """
-        while self._queue:
-            if self._idle:
-                self._begin(self._idle.popleft(), self._queue.pop(0))
-                continue
-            later = [share for share in self._waiting if share.call.order > self._queue[0].order]
-            if not later:
-                return
-            share = max(later, key=lambda share: share.call.order)
-            self._waiting.remove(share)
-            share.call.copies -= 1
-            self._idle.append(share.worker)
-            if not share.call.copies:
-                insort(self._queue, share.call, key=lambda queued: queued.order)
+        if self._idle:
+            return self._idle.popleft()
+        later = [share for share in self._waiting if share.call.order > call.order]
+        if not later:
+            return None
+        share = max(later, key=lambda share: share.call.order)
+        self._waiting.remove(share)
+        share.call.copies -= 1
+        if not share.call.copies:
+            insort(self._queue, share.call, key=lambda queued: queued.order)
+        return share.worker
 
     def _await(self, worker: Any) -> None:
         self._starting[self._runtime.call(worker, "ready")[0]] = worker
