@@ -3,15 +3,15 @@
     python scripts/chaos.py --runs 50 --seed 0
 
 Each must end with the same bytes as the undisturbed run of the same configuration. A driver that was ended is started
-again with the same command. Ends with status 1 if a run failed, hung, left something behind or gave other bytes; then
-the logs and folders stay. The seed decides on configurations, faults and the step of a run at which each strikes.
+again with the same command. Should some kind of fault have hit nothing in so many runs, there are more, up to twice as
+many. Ends with status 1 if a run failed, hung, left something behind or gave other bytes, or a kind of fault never hit;
+then the logs and folders stay. The seed decides on configurations, faults and the step of a run at which each strikes.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import os
 import shutil
 import signal
@@ -28,7 +28,7 @@ from random import Random
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from chaos_cluster import Cluster
-from chaos_driver import Driver, make_calibration, make_model
+from chaos_driver import SETTINGS, Driver, Setting, make_calibration, make_model
 from chaos_faults import FAULTS, Scene
 from rich.console import Console
 from rich.table import Table
@@ -37,36 +37,10 @@ from distprune import InputError, status
 from distprune.checkpoint import partial_directory
 from distprune.engine.record import CONFIG_FILE, RECORD_FILE
 
-LAYERS = 8
 MOST_FAULTS = 3  # in one run
 LOOK_EVERY = 0.05  # seconds
 ENDED_BY_SIGNAL = {130, *(-sent for sent in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT))}
 console = Console(soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a run is told that decides its result."""
-
-    method: str
-    propagation: str
-    distill: bool
-
-    def __str__(self) -> str:
-        return f"{self.method}, propagation {self.propagation}" + (", distilled" if self.distill else "")
-
-    @property
-    def arguments(self) -> list[str]:
-        distill = ["--distill", "--distill-learning-rate", "0.001"] if self.distill else []
-        return ["--method", self.method, "--propagation", self.propagation, *distill]
-
-    @property
-    def steps(self) -> int:
-        """Layers in all stages."""
-        return LAYERS * (3 if self.distill else 2)
-
-
-SETTINGS = [Setting(*choice) for choice in itertools.product(("olica", "oops"), ("1", "2", "full"), (False, True))]
 
 
 class Deck:
@@ -107,7 +81,7 @@ class Chaos:
     def __init__(self, folder: Path, random: Random, timeout: float):
         self.folder, self.random, self.timeout = folder, random, timeout
         self.model, self.calibration = folder / "model", folder / "calibration.arrow"
-        make_model(self.model, LAYERS)
+        make_model(self.model)
         make_calibration(self.model, self.calibration)
         self.scene = new_scene(random)
         self.faults = Deck(list(FAULTS), random)
@@ -241,13 +215,22 @@ def tail(log: Path, lines: int = 60) -> str:
     return "\n".join(log.read_text().splitlines()[-lines:])
 
 
+def all_faults(trials: list[Trial]) -> Counter:
+    return sum((trial.faults for trial in trials), Counter())
+
+
+def missing(trials: list[Trial]) -> set[str]:
+    """Kinds of faults that have hit nothing yet."""
+    return FAULTS.keys() - all_faults(trials).keys()
+
+
 def summary(trials: list[Trial]) -> Table:
     table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    faults = sum((trial.faults for trial in trials), Counter())
+    faults = all_faults(trials)
     table.add_row("prunes", str(len(trials)))
-    table.add_row("faults that hit", str(faults.total()), end_section=False)
+    table.add_row("faults that hit", str(faults.total()))
     for kind in FAULTS:
         table.add_row(f"  {kind}", str(faults[kind]))
     table.add_row("resumes", str(sum(trial.resumes for trial in trials)))
@@ -270,18 +253,18 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     settings = Deck(random.sample(SETTINGS, arguments.settings), random)
     chaos, trials = Chaos(folder, random, arguments.timeout), []
-    for number in range(arguments.runs):
+    while len(trials) < arguments.runs or (missing(trials) and len(trials) < 2 * arguments.runs):
         setting = settings.deal()
-        trial = chaos.try_out(setting, f"run-{number:03}")
+        trial = chaos.try_out(setting, f"run-{len(trials):03}")
         trials.append(trial)
         faults = ", ".join(trial.faults.elements()) or "no fault"
         verdict = trial.failure or "identical"
         console.print(
-            f"{number + 1}: {setting}; {faults}; {trial.seconds:.0f} s; {verdict}", markup=False, highlight=False
+            f"{len(trials)}: {setting}; {faults}; {trial.seconds:.0f} s; {verdict}", markup=False, highlight=False
         )
     chaos.close()
     console.print(summary(trials))
-    if any(trial.failure for trial in trials):
+    if missing(trials) or any(trial.failure for trial in trials):
         console.print(f"Logs and folders: {folder}", highlight=False)
         return 1
     shutil.rmtree(folder)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,33 @@ from distprune.calibration import CalibrationMetadata, load_tokenizer, tokenizer
 # is up in a moment.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["distprune.cli", "distprune.engine.driver", "distprune.reporting"])
+
+LAYERS = 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is told that decides its result."""
+
+    method: str
+    propagation: str
+    distill: bool
+
+    def __str__(self) -> str:
+        return f"{self.method}, propagation {self.propagation}" + (", distilled" if self.distill else "")
+
+    @property
+    def arguments(self) -> list[str]:
+        distill = ["--distill", "--distill-learning-rate", "0.001"] if self.distill else []
+        return ["--method", self.method, "--propagation", self.propagation, *distill]
+
+    @property
+    def steps(self) -> int:
+        """Layers in all stages."""
+        return LAYERS * (3 if self.distill else 2)
+
+
+SETTINGS = [Setting(*choice) for choice in itertools.product(("olica", "oops"), ("1", "2", "full"), (False, True))]
 
 
 class Driver:
@@ -75,7 +104,7 @@ def run_command_line(arguments: list[str], log: Path) -> None:
     main()
 
 
-def make_model(folder: Path, layers: int) -> None:
+def make_model(folder: Path) -> None:
     """A Llama with grouped-query attention, small and random, and a tokenizer for it."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,7 +118,7 @@ def make_model(folder: Path, layers: int) -> None:
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=192,
-        num_hidden_layers=layers,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=len(tokenizer),
