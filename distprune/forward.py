@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from accelerate import init_empty_weights
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distprune.decoder_layer import DecoderLayer, state_of
 from distprune.modeling import PrunedConfig, PrunedDecoderLayer, RotaryEmbedding, causal_masks
 
-#: Activations that can be observed while a layer runs: (tokens, width) each.
+#: Activations that can be observed while a layer runs, in the order in which it makes them: (tokens, width) each.
 TAPS = ("attention_input", "attention_values", "attention_output", "ffn_input", "ffn_neurons", "ffn_output")
 
 Observer = Callable[[dict[str, Tensor]], None]
@@ -53,6 +53,21 @@ class LayerRunner:
                     activations.clear()  # else they would lie beside the next micro-batch's
         return output
 
+    @torch.inference_mode()
+    def observe(
+        self, layer: DecoderLayer, index: int, hidden_states: Tensor, observe: Observer, taps: Collection[str]
+    ) -> None:
+        """The same without the output: no pass goes further than the last of ``taps``, and none is made for no taps."""
+        if not taps:
+            return
+        module = self.build(layer, index, self.dtype)
+        with tapped(module, last=max(taps, key=TAPS.index)) as activations:
+            for batch in hidden_states.split(self.micro_batch):
+                with suppress(EndOfPass):
+                    self.forward(module, index, batch.to(self.device, self.dtype))
+                observe(activations)
+                activations.clear()
+
     def build(self, layer: DecoderLayer, index: int, dtype: torch.dtype) -> PrunedDecoderLayer:
         """The layer as a module, on the runner's device."""
         with init_empty_weights():
@@ -72,28 +87,37 @@ class LayerRunner:
         )
 
 
+class EndOfPass(Exception):
+    """Everything that was to be seen of a forward pass has been seen."""
+
+
 @contextmanager
-def tapped(module: PrunedDecoderLayer) -> Iterator[dict[str, Tensor]]:
-    """While open, every forward pass of ``module`` leaves its activations in the yielded dict, (tokens, width) each."""
+def tapped(module: PrunedDecoderLayer, last: str | None = None) -> Iterator[dict[str, Tensor]]:
+    """While open, every forward pass of ``module`` leaves its activations in the yielded dict, (tokens, width) each.
+
+    A pass ends with :class:`EndOfPass` when it has come to the tap ``last``, if one is given.
+    """
     attention, ffn = module.self_attn, module.mlp
     activations: dict[str, Tensor] = {}
 
-    def keep_input(tap: str):
-        return lambda _, inputs, __: activations.__setitem__(tap, inputs[0].flatten(0, -2))
+    def keep(tap: str, activation: Tensor) -> None:
+        activations[tap] = activation.flatten(0, -2)
+        if tap == last:
+            raise EndOfPass
 
-    def keep_output(tap: str):
-        return lambda _, __, output: activations.__setitem__(tap, output.flatten(0, -2))
+    def keep_input(target: nn.Module, tap: str):
+        return target.register_forward_pre_hook(lambda _, inputs: keep(tap, inputs[0]))
 
-    def hook(target: nn.Module, action):
-        return target.register_forward_hook(action)
+    def keep_output(target: nn.Module, tap: str):
+        return target.register_forward_hook(lambda _, __, output: keep(tap, output))
 
     handles = [
-        hook(attention.v_proj, keep_input("attention_input")),
-        hook(attention.o_proj, keep_input("attention_values")),
-        hook(attention.o_proj, keep_output("attention_output")),
-        hook(ffn, keep_input("ffn_input")),
-        hook(ffn.down_proj, keep_input("ffn_neurons")),
-        hook(ffn, keep_output("ffn_output")),
+        keep_input(attention.v_proj, "attention_input"),
+        keep_input(attention.o_proj, "attention_values"),
+        keep_output(attention.o_proj, "attention_output"),
+        keep_input(ffn, "ffn_input"),
+        keep_input(ffn.down_proj, "ffn_neurons"),
+        keep_output(ffn, "ffn_output"),
     ]
     try:
         yield activations

@@ -161,6 +161,22 @@ def test_observing_does_not_change_the_output(config, layer, hidden_states):
     assert torch.equal(watched, runner.run(layer, 0, hidden_states))
 
 
+@pytest.mark.parametrize("last", TAPS)
+def test_a_pass_that_is_only_observed_ends_with_the_last_tap_asked_for(config, layer, hidden_states, last):
+    runner, seen, complete = runner_of(config, micro_batch=4), [], []
+    runner.run(layer, 0, hidden_states, observe=lambda activations: complete.append(dict(activations)))
+    runner.observe(layer, 0, hidden_states, lambda activations: seen.append(dict(activations)), {TAPS[0], last})
+    assert [list(batch) for batch in seen] == [list(TAPS[: TAPS.index(last) + 1])] * 2
+    assert all(
+        torch.equal(batch[tap], all_taps[tap]) for batch, all_taps in zip(seen, complete, strict=True) for tap in batch
+    )
+
+
+def test_nothing_is_run_where_nothing_is_observed(config, layer, hidden_states, monkeypatch):
+    monkeypatch.setattr(LayerRunner, "forward", None)
+    runner_of(config).observe(layer, 0, hidden_states, lambda activations: None, set())
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.double()
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
@@ -197,7 +213,7 @@ def test_the_ffn_output_holds_the_calibration_branch(config, calibrated, layer, 
 
 
 def hooks(module: torch.nn.Module) -> int:
-    return sum(len(part._forward_hooks) for part in module.modules())
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
 def test_hooks_are_gone_when_the_taps_close_and_when_a_forward_pass_fails(config, layer):

@@ -24,7 +24,7 @@ from distprune.engine.weights import Model
 from distprune.errors import ConvergenceWarning, InputError
 from distprune.forward import LayerRunner
 from distprune.methods import Profile, make_method
-from distprune.statistics import LayerStatistics, Moment
+from distprune.statistics import LayerStatistics, Moment, taps_of
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,9 @@ class LayerTasks:
         """The layer pruned to the planned shape, and its output hidden states if the next layer needs them."""
 
         def observe(variation: DecoderLayer, moments: Sequence[Moment]) -> LayerStatistics:
-            return self._observe(variation, index, hidden_states, moments)[1]
+            statistics = LayerStatistics(moments)
+            self.runner.observe(variation, index, hidden_states, statistics.update, taps_of(moments))
+            return statistics
 
         clock = Stopwatch()
         layer = self._read_layer(index)

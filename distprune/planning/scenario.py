@@ -24,7 +24,7 @@ from distprune.planning.rates import Rates, rates_of
 from distprune.planning.shapes import expected_shapes
 from distprune.planning.solves import Problem, Solve, solve_of
 from distprune.planning.work import Work, forward_flops, moment_work, tap_widths, total
-from distprune.statistics import Moment
+from distprune.statistics import Moment, taps_of
 
 # As the engine's dense pass has it.
 PIECES_PER_WORKER = 4
@@ -147,9 +147,14 @@ class Scenario:
 
     def observation(self, index: int, *, pruning: bool) -> Work:
         """Reading a layer, running it over the calibration set and collecting its moments."""
-        moved = self.moved(self.stored_bytes[index])
-        observed = self.observed(self.shape(index), self.moments(index, pruning=pruning))
-        return Work(read=self.stored_bytes[index]) + moved + observed
+        read = Work(read=self.stored_bytes[index]) + self.moved(self.stored_bytes[index])
+        shape, moments = self.shape(index), self.moments(index, pruning=pruning)
+        if pruning and not moments:
+            return read
+        observed = self.observed(shape, moments)
+        if pruning and "ffn_output" not in taps_of(moments):  # the output isn't computed
+            observed += Work(forward=-2.0 * self.calibration.tokens * shape.ffn_width * self.hidden)
+        return read + observed
 
     def observed(self, shape: LayerShape, moments: Sequence[Moment]) -> Work:
         """Running a layer of that shape over the calibration set and collecting moments."""

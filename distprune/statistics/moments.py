@@ -7,7 +7,7 @@ largest of them there is one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -118,3 +118,8 @@ class Peak:
 
 
 Moment = Mean | Power | Peak | Gram | Cross | HeadGram
+
+
+def taps_of(moments: Iterable[Moment]) -> set[str]:
+    """The activations that the moments are of."""
+    return {tap for moment in moments for tap in (moment.tap, getattr(moment, "other", moment.tap))}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power
+from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power, taps_of
 from distprune.statistics.products import TILE, as_exact_as_its
 
 MICRO_BATCHES = [7, 1, 30, 12]
@@ -119,6 +119,11 @@ def test_gpus_may_round_to_tf32_only_what_has_no_more_bits(dtype, precision):
         assert torch.get_float32_matmul_precision() == precision
     assert torch.get_float32_matmul_precision() == "highest"
     assert all(torch.finfo(narrow).eps >= 2**-10 for narrow in (torch.bfloat16, torch.float16))
+
+
+def test_the_taps_of_moments_are_those_they_are_of_each_once():
+    assert taps_of([]) == set()
+    assert taps_of([Mean(X), Cross(X, Y), Gram(Y)]) == {X, Y}
 
 
 @pytest.mark.parametrize(
