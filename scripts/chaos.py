@@ -55,7 +55,8 @@ class Deck:
         return self._stack.pop()
 
     def put_back(self, card) -> None:
-        self._stack.append(card)
+        """Deal it again, when all the others have been."""
+        self._stack.insert(0, card)
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,16 @@ class Cluster:
         self._ray = RayCluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []  # those for workers
         self._hogs: list[Any] = []
-        self.refill()
+        self.restore()
 
     @property
     def address(self) -> str:
         return self._ray.address
 
-    def refill(self) -> None:
+    def restore(self) -> None:
         """See that there are as many nodes as at the beginning."""
+        while len(self.nodes) > self.FEWEST:
+            self._ray.remove_node(self.nodes.pop())
         while len(self.nodes) < self.FEWEST:
             self.add_node()
 

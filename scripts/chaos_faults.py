@@ -38,7 +38,7 @@ class Scene:
             action()
         self._later.clear()
         self.cluster.empty_stores()
-        self.cluster.refill()
+        self.cluster.restore()
 
 
 def kill_worker(scene: Scene) -> bool:

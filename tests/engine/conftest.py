@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distprune import prune
-from distprune.engine import RunRecord, driver
+from distprune.engine import RunRecord, driver, weights
 from distprune.engine.runtime import RayRuntime
 from distprune.engine.worker import Worker
 
@@ -54,7 +54,8 @@ def prune_here(monkeypatch, save_model, calibrate) -> Callable[[Path], RunRecord
     """Prunes a Llama of three layers into a folder, with every stage there is, all in this process."""
     monkeypatch.setattr(driver, "RayRuntime", InlineRuntime)
     monkeypatch.setattr(driver, "connected", nullcontext)
-    monkeypatch.setattr(driver, "alive_nodes", lambda: [{"CPU": 1.0}])
+    for module in (driver, weights):
+        monkeypatch.setattr(module, "alive_nodes", lambda: [{"CPU": 1.0}])
     model = save_model(num_hidden_layers=3)
     options = {"calibration": calibrate(model), "device": "cpu", "workers": 1, "micro_batch": 3, **OPTIONS}
     return lambda output: prune(str(model), output, **options)
