@@ -181,7 +181,7 @@ class Recycled:
     def remote(self, *arguments) -> ActorHandle:
         if left := self.left.get(self.wanted):
             worker = left.pop()
-            worker.__ray_call__.remote(lambda self, arguments: self.__init__(*arguments), arguments)
+            worker.__ray_call__.remote(lambda self, *arguments: self.__init__(*arguments), *arguments)
         else:
             worker = Worker.options(**dict(self.wanted[1:])).remote(*arguments)
         self.asked[worker] = self.wanted

@@ -38,10 +38,13 @@ class RayRuntime:
     def __init__(self, plan: WorkerPlan, config: PruneConfig, model: WeightAccess):
         self._options = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "max_restarts": -1}
         self._arguments = config, model, plan.device
+        self._put: list[ObjectRef] = []
 
     def start_worker(self) -> Any:
         """A new worker, which Ray starts where and when there is room, and again when it is lost."""
-        return Worker.options(**self._options).remote(*self._arguments)
+        # Held here for all of them: large arguments that Ray puts aside itself are gone when it starts a worker again.
+        self._put = self._put or [ray.put(argument) for argument in self._arguments]
+        return Worker.options(**self._options).remote(*self._put)
 
     def call(self, worker: Any, method: str, arguments: Sequence[Any] = ()) -> list[ObjectRef]:
         """A worker's method begins when it is free and its arguments are there; its results to be."""
