@@ -168,6 +168,7 @@ class Chaos:
             "--micro-batch": 8,
             "--max-shard-size": 200_000,
             "--workers": self.random.choice(("1:1", "1:2", "1:2", "1:3")),
+            "--weights": self.random.choice(("auto", "served")),
             "--device": "cpu",
             "--address": self.scene.cluster.address,
         }

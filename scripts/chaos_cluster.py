@@ -59,7 +59,7 @@ class Cluster:
 
     def lose_node(self) -> bool:
         """Every process of a node vanishes, as when a machine loses its power."""
-        at_work = [node for node in self.nodes if workers_on(node)]
+        at_work = [node for node in self.nodes if actors_on(node, "Worker")]
         if not at_work:
             return False
         lost = self._random.choice(at_work)
@@ -69,7 +69,11 @@ class Cluster:
 
     def workers(self) -> list[psutil.Process]:
         """The processes of the run's workers."""
-        return [worker for node in self.nodes for worker in workers_on(node)]
+        return [worker for node in self.nodes for worker in actors_on(node, "Worker")]
+
+    def weight_servers(self) -> list[psutil.Process]:
+        """The processes that serve weights from the driver's node."""
+        return actors_on(self._ray.head_node, "WeightServer")
 
     def fill_stores(self, seconds: float) -> None:
         """For a while, objects of three times each store's size push those of the run out to the disk."""
@@ -103,13 +107,15 @@ def fill_stores(address: str, seconds: float) -> None:
     ray.wait(filling, num_returns=len(filling), timeout=PATIENCE)
 
 
-def workers_on(node: Any) -> list[psutil.Process]:
+def actors_on(node: Any, name: str) -> list[psutil.Process]:
+    """The processes of the actors of a class on a node."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return [child for child in raylet.children(recursive=True) if is_worker(child)]
+    return [child for child in raylet.children(recursive=True) if is_actor(child, name)]
 
 
-def is_worker(process: psutil.Process) -> bool:
+def is_actor(process: psutil.Process, name: str) -> bool:
     try:
-        return process.cmdline()[0].startswith("ray::Worker")
+        # A call that it is at work on is named after a dot.
+        return process.cmdline()[0].split(".")[0] == f"ray::{name}"
     except (psutil.Error, IndexError):  # it has ended
         return False

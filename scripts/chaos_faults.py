@@ -42,11 +42,18 @@ class Scene:
 
 
 def kill_worker(scene: Scene) -> bool:
-    workers = scene.cluster.workers()
-    if not workers:
+    return kill_one_of(scene.cluster.workers(), scene.random)
+
+
+def kill_weight_server(scene: Scene) -> bool:
+    return kill_one_of(scene.cluster.weight_servers(), scene.random)
+
+
+def kill_one_of(processes: list[psutil.Process], random: Random) -> bool:
+    if not processes:
         return False
     with suppress(psutil.NoSuchProcess):
-        scene.random.choice(workers).kill()
+        random.choice(processes).kill()
         return True
     return False
 
@@ -101,6 +108,7 @@ def interrupt_driver(scene: Scene) -> bool:
 
 FAULTS: dict[str, Callable[[Scene], bool]] = {
     "worker killed (SIGKILL)": kill_worker,
+    "weight server killed (SIGKILL)": kill_weight_server,
     "worker frozen for 4 to 10 s": freeze_worker,
     "node lost": lose_node,
     "node added": add_node,

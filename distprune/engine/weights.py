@@ -150,7 +150,9 @@ def weight_access(job: Job, workers: WorkerPlan) -> Iterator[WeightAccess]:
         yield access
         return
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    server = WeightServer.options(scheduling_strategy=here).remote(replace(access, way="auto"))
+    # Held here: large arguments that Ray puts aside itself are gone when it starts an actor again.
+    given = ray.put(replace(access, way="auto"))
+    server = WeightServer.options(scheduling_strategy=here).remote(given)
     try:
         yield replace(access, server=server)
     finally:
