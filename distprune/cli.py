@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from enum import Enum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -77,6 +78,18 @@ Weights = Annotated[
 Overwrite = Annotated[Optional[bool], typer.Option("--overwrite/--no-overwrite", help="replace an existing output")]
 Restart = Annotated[
     Optional[bool], typer.Option("--restart/--no-restart", help="begin anew where an unfinished run could go on")
+]
+
+
+class LogFormatName(str, Enum):
+    """What a run says of itself, and where."""
+
+    text = "text"
+    json = "json"
+
+
+LogFormat = Annotated[
+    LogFormatName, typer.Option(help="progress for people on stderr, or a JSON object for each event on stdout")
 ]
 OptionalTrust = Annotated[
     Optional[bool],
@@ -176,18 +189,23 @@ def prune(
     max_shard_size: Annotated[Optional[int], typer.Option(help="bytes of one safetensors file [5000000000]")] = None,
     overwrite: Overwrite = None,
     restart: Restart = None,
+    log_format: LogFormat = LogFormatName.text,
     revision: Revision = None,
     trust_remote_code: OptionalTrust = None,
 ) -> None:
     """Prune a model on Ray. Every option can also stand in the YAML file, with underscores."""
     given = dict(locals())
-    config, option = given.pop("config"), given.pop("option")
-    from distprune.engine.progress import console_progress
-    from distprune.reporting import memory_line, parameter_table
+    config, option, log_format = given.pop("config"), given.pop("option"), given.pop("log_format")
+    from distprune.engine.log import json_lines
+    from distprune.reporting import console_progress, memory_line, parameter_table
 
     if option:
         given["options"] = dict(parse_option(text) for text in option)
     gather_distillation(given)
+    if log_format == LogFormatName.json:
+        with json_lines(sys.stdout):
+            api.prune(config=config, **given)
+        return
     record = api.prune(config=config, progress=console_progress(error_console), **given)
     output_console.print(parameter_table(record))
     output_console.print(memory_line(record), highlight=False)
@@ -308,7 +326,7 @@ def compare(
     given["sparsities"] = [parse_sparsity(part) for part in given.pop("sparsity").split(",")]
     given["options"] = parse_method_options(option or ())
     gather_distillation(given)
-    from distprune.engine.progress import console_progress
+    from distprune.reporting import console_progress
 
     rows: list[Any] = []
     try:

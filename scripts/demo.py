@@ -15,9 +15,8 @@ from transformers.utils import logging as transformers_logging
 import distprune
 from distprune.calibration import generate_own_samples, load_tokenizer
 from distprune.checkpoint import resolve_model
-from distprune.engine.progress import console_progress
 from distprune.evaluation import generate_sentence, perplexity_of_model
-from distprune.reporting import memory_line
+from distprune.reporting import console_progress, memory_line
 
 PROMPT = "The best way to learn a language is"
 console = Console(soft_wrap=True)

@@ -1,19 +1,32 @@
-"""What a run tells while it goes: one progress bar a stage on a terminal, plain lines elsewhere."""
+"""What a run tells while it goes. Displays, logs and metrics listen; the engine knows none of them."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichBar
+
+@dataclass(frozen=True)
+class WorkerName:
+    """A worker's number in its run, and the node that it is on, once that is known."""
+
+    number: int
+    node: str | None = None
+
+    def __str__(self) -> str:
+        return f"worker {self.number}" if self.node is None else f"{self.node}/{self.number}"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker works on: its method, and the layer if it is about one."""
+
+    method: str
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return self.method.replace("_", " ") + ("" if self.layer is None else f" {self.layer}")
 
 
 class Progress(AbstractContextManager):
@@ -28,60 +41,67 @@ class Progress(AbstractContextManager):
     def note(self, text: str) -> None:
         """Something worth a line."""
 
+    def joining(self, worker: WorkerName) -> None:
+        """Ray was asked for a worker, or restarts it."""
+
+    def joined(self, worker: WorkerName) -> None:
+        """A worker is up, with nothing to do yet."""
+
+    def began(self, worker: WorkerName, assignment: Assignment) -> None:
+        """A worker begins to work on something."""
+
+    def ended(self, worker: WorkerName, assignment: Assignment, seconds: float) -> None:
+        """A worker has done it, having been busy for so many seconds, and is idle unless it begins something else."""
+
+    def lost(self, worker: WorkerName, assignment: Assignment | None) -> None:
+        """A worker, or its node, is gone, with what it was working on."""
+
+    def left(self, worker: WorkerName) -> None:
+        """A worker was sent away, since its device is too small."""
+
+    def moved(self, size: int) -> None:
+        """So many bytes of tensors went through the object store."""
+
     def __exit__(self, *error) -> None:
         pass
 
 
-class TerminalProgress(Progress):
-    def __init__(self, console: Console):
-        self._bar = RichBar(
-            SpinnerColumn(),
-            TextColumn("{task.description:<24}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._stage = None
+class Together(Progress):
+    """Several that are all told the same."""
 
-    def __enter__(self):
-        self._bar.start()
-        return self
+    def __init__(self, *parts: Progress):
+        self._parts = parts
+
+    def _tell(self, event: str, *details: Any) -> None:
+        for part in self._parts:
+            getattr(part, event)(*details)
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
-        self._stage = self._bar.add_task(name, total=total, completed=done)
+        self._tell("stage", name, total, done)
 
     def advance(self) -> None:
-        self._bar.advance(self._stage)
+        self._tell("advance")
 
     def note(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._tell("note", text)
 
-    def __exit__(self, *error) -> None:
-        self._bar.stop()
+    def joining(self, worker: WorkerName) -> None:
+        self._tell("joining", worker)
 
+    def joined(self, worker: WorkerName) -> None:
+        self._tell("joined", worker)
 
-class PlainProgress(Progress):
-    """A line at the start of a stage and about every quarter of it."""
+    def began(self, worker: WorkerName, assignment: Assignment) -> None:
+        self._tell("began", worker, assignment)
 
-    def __init__(self, console: Console):
-        self._console = console
-        self._name, self._done, self._total = "", 0, 0
+    def ended(self, worker: WorkerName, assignment: Assignment, seconds: float) -> None:
+        self._tell("ended", worker, assignment, seconds)
 
-    def stage(self, name: str, total: int, done: int = 0) -> None:
-        self._name, self._done, self._total = name, done, total
-        self.note(f"{name} ..." + (f" ({done} of {total} done before)" if done else ""))
+    def lost(self, worker: WorkerName, assignment: Assignment | None) -> None:
+        self._tell("lost", worker, assignment)
 
-    def advance(self) -> None:
-        self._done += 1
-        quarter = max(1, self._total // 4)
-        if self._done % quarter == 0 or self._done == self._total:
-            self.note(f"{self._name}: {self._done}/{self._total}")
+    def left(self, worker: WorkerName) -> None:
+        self._tell("left", worker)
 
-    def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def console_progress(console: Console) -> Progress:
-    return TerminalProgress(console) if console.is_terminal else PlainProgress(console)
+    def moved(self, size: int) -> None:
+        self._tell("moved", size)

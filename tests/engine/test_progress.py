@@ -1,61 +1,52 @@
-"""Progress is a bar on a terminal and plain lines elsewhere."""
+"""What a run tells: to nobody, or to several at once."""
 
 from __future__ import annotations
 
-import io
+import inspect
 
-import pytest
-from rich.console import Console
+from distprune.engine.progress import Assignment, Progress, Together, WorkerName
 
-from distprune.engine.progress import PlainProgress, Progress, TerminalProgress, console_progress
-
-
-def go_through(progress: Progress) -> None:
-    with progress:
-        progress.stage("Dense pass", 8)
-        for _ in range(8):
-            progress.advance()
-        progress.note("took [long] enough")
-        progress.stage("Pruning", 2)
-        progress.advance()
-        progress.advance()
-
-
-def test_away_from_a_terminal_there_are_a_few_plain_lines():
-    file = io.StringIO()
-    progress = console_progress(Console(file=file, width=20))
-    assert type(progress) is PlainProgress
-    go_through(progress)
-    assert file.getvalue().splitlines() == [
-        "Dense pass ...",
-        "Dense pass: 2/8",
-        "Dense pass: 4/8",
-        "Dense pass: 6/8",
-        "Dense pass: 8/8",
-        "took [long] enough",
-        "Pruning ...",
-        "Pruning: 1/2",
-        "Pruning: 2/2",
-    ]
+WORKER = WorkerName(3, "node")
+TOLD = {
+    "stage": ("Pruning", 4, 1),
+    "advance": (),
+    "note": ("a note",),
+    "joining": (WorkerName(3),),
+    "joined": (WORKER,),
+    "began": (WORKER, Assignment("prune", 2)),
+    "ended": (WORKER, Assignment("prune", 2), 1.5),
+    "lost": (WORKER, None),
+    "left": (WORKER,),
+    "moved": (10,),
+}
 
 
-def test_on_a_terminal_there_is_a_bar_a_stage():
-    file = io.StringIO()
-    progress = console_progress(Console(file=file, force_terminal=True, width=100))
-    assert type(progress) is TerminalProgress
-    go_through(progress)
-    for text in ("Dense pass", "8/8", "took [long] enough", "Pruning", "2/2"):
-        assert text in file.getvalue()
+def noting(notes: list) -> Progress:
+    """Notes everything that it is told."""
+
+    def note(name: str):
+        return lambda self, *details: notes.append((name, details))
+
+    return type("Noting", (Progress,), {name: note(name) for name in TOLD})()
 
 
-def test_a_bar_stops_when_the_run_fails():
-    progress = console_progress(Console(file=io.StringIO(), force_terminal=True))
-    with pytest.raises(KeyboardInterrupt), progress:
-        progress.stage("Pruning", 2)
-        raise KeyboardInterrupt
-    assert not progress._bar.live.is_started
+def test_several_are_all_told_everything():
+    """Every method of the interface, so that a new one can't be forgotten."""
+    methods = {name for name, _ in inspect.getmembers(Progress, inspect.isfunction) if not name.startswith("_")}
+    assert methods == set(TOLD)
+    first, second = [], []
+    together = Together(noting(first), noting(second))
+    for name, details in TOLD.items():
+        getattr(together, name)(*details)
+    assert first == second == list(TOLD.items())
 
 
 def test_the_silent_progress_says_nothing(capsys):
-    go_through(Progress())
+    for name, details in TOLD.items():
+        getattr(Progress(), name)(*details)
     assert capsys.readouterr() == ("", "")
+
+
+def test_workers_and_their_assignments_have_names():
+    assert [str(WorkerName(3)), str(WORKER)] == ["worker 3", "node/3"]
+    assert [str(Assignment("check_outer")), str(Assignment("open_layer", 7))] == ["check outer", "open layer 7"]

@@ -1,0 +1,175 @@
+"""Progress for people: bars and a line for each worker on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from distprune.engine.progress import Assignment, Progress, WorkerName
+from distprune.reporting.pace import Pace
+
+JOINING, IDLE, LOST = "joining", "idle", "lost, joining again"
+# A plain line is due when so many seconds have passed without one.
+SILENCE = 60.0
+# Lines of a terminal that are not for workers.
+SPARED_LINES = 12
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What a worker does, and since when."""
+
+    name: WorkerName
+    what: str
+    since: float
+
+
+class Spectator(Progress):
+    """Keeps what every worker does now, and the stage's pace."""
+
+    def __init__(self, console: Console, now: Callable[[], float] = monotonic):
+        self._console, self._now = console, now
+        self._crew: dict[int, Doing] = {}
+        self._pace = Pace(now)
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        self._pace.stage(total, done)
+
+    def advance(self) -> None:
+        self._pace.advance()
+
+    def joining(self, worker: WorkerName) -> None:
+        self._does(worker, LOST if worker.number in self._crew else JOINING)
+
+    def joined(self, worker: WorkerName) -> None:
+        self._does(worker, IDLE)
+
+    def began(self, worker: WorkerName, assignment: Assignment) -> None:
+        self._pace.began(worker.number, assignment.layer)
+        self._does(worker, str(assignment))
+
+    def ended(self, worker: WorkerName, assignment: Assignment, seconds: float) -> None:
+        self._pace.ended(worker.number)
+        self._does(worker, IDLE)
+
+    def lost(self, worker: WorkerName, assignment: Assignment | None) -> None:
+        self._pace.gone(worker.number)
+        self.note(f"{worker} is lost" + (f" in '{assignment}', which another takes" if assignment else ""))
+
+    def left(self, worker: WorkerName) -> None:
+        self._pace.gone(worker.number)
+        self._crew.pop(worker.number, None)
+
+    def _does(self, worker: WorkerName, what: str) -> None:
+        self._crew[worker.number] = Doing(worker, what, self._now())
+
+
+class TerminalProgress(Spectator):
+    """A bar for each stage, and below a line for each worker."""
+
+    def __init__(self, console: Console, now: Callable[[], float] = monotonic):
+        super().__init__(console, now)
+        self._stage = None
+        self._bars = Bars(
+            SpinnerColumn(),
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+        )
+        self._live = Live(get_renderable=self._picture, console=console, refresh_per_second=4)
+
+    def __enter__(self):
+        self._live.start()
+        return self
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        super().stage(name, total, done)
+        self._stage = self._bars.add_task(name, total=total, completed=done, left="")
+
+    def advance(self) -> None:
+        super().advance()
+        self._bars.advance(self._stage)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
+
+    def __exit__(self, *error) -> None:
+        self._crew.clear()  # what stays on the terminal is the bars
+        self._live.stop()
+
+    def _picture(self) -> RenderableType:
+        if self._stage is not None:
+            left = self._pace.time_left()
+            self._bars.update(self._stage, left=f"{clock(left)} left" if left else "")
+        return Group(self._bars.get_renderable(), self._workers())
+
+    def _workers(self) -> Table:
+        table = Table(box=None, padding=(0, 2), show_header=False)
+        room, now = max(1, self._console.height - SPARED_LINES), self._now()
+        crew = sorted(self._crew.values(), key=lambda doing: doing.name.number)
+        for doing in crew[:room]:
+            style = "dim" if doing.what in (JOINING, IDLE) else "red" if doing.what == LOST else ""
+            table.add_row(str(doing.name), doing.what, clock(now - doing.since), style=style)
+        others = Counter(kind_of(doing) for doing in crew[room:])
+        if others:
+            table.add_row(f"{others.total()} more", ", ".join(f"{count} {kind}" for kind, count in others.items()))
+        return table
+
+
+def kind_of(doing: Doing) -> str:
+    return doing.what if doing.what in (JOINING, IDLE, LOST) else "at work"
+
+
+class PlainProgress(Spectator):
+    """A line at the start of a stage, about every quarter of it, and when there was none for a minute."""
+
+    def __init__(self, console: Console, now: Callable[[], float] = monotonic):
+        super().__init__(console, now)
+        self._name, self._done, self._total, self._told = "", 0, 0, now()
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        super().stage(name, total, done)
+        self._name, self._done, self._total = name, done, total
+        self.note(f"{name} ..." + (f" ({done} of {total} done before)" if done else ""))
+
+    def advance(self) -> None:
+        super().advance()
+        self._done += 1
+        quarter = max(1, self._total // 4)
+        if self._done % quarter == 0 or self._done == self._total:
+            self._tell()
+
+    def began(self, worker: WorkerName, assignment: Assignment) -> None:
+        super().began(worker, assignment)
+        if self._name and self._now() - self._told >= SILENCE:
+            self._tell()
+
+    def _tell(self) -> None:
+        left = self._pace.time_left()
+        self.note(f"{self._name}: {self._done}/{self._total}" + (f", {clock(left)} left" if left else ""))
+
+    def note(self, text: str) -> None:
+        self._told = self._now()
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def clock(seconds: float) -> str:
+    """As a clock shows it: ``4:07`` or ``1:04:07``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def console_progress(console: Console) -> Progress:
+    return TerminalProgress(console) if console.is_terminal else PlainProgress(console)

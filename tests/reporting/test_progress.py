@@ -1,0 +1,135 @@
+"""Progress is bars and a line a worker on a terminal, and plain lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from distprune.engine.progress import Assignment, Progress, WorkerName
+from distprune.reporting import console_progress
+from distprune.reporting.progress import PlainProgress, TerminalProgress, clock
+
+A, B = WorkerName(0, "node-a"), WorkerName(1, "node-b")
+
+
+def go_through(progress: Progress) -> None:
+    with progress:
+        progress.stage("Dense pass", 8)
+        for _ in range(8):
+            progress.advance()
+        progress.note("took [long] enough")
+        progress.stage("Pruning", 2)
+        progress.advance()
+        progress.advance()
+
+
+def picture(progress: TerminalProgress, height: int = 40) -> list[str]:
+    """What the terminal shows now."""
+    file = io.StringIO()
+    Console(file=file, width=100, height=height).print(progress._picture())
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def test_away_from_a_terminal_there_are_a_few_plain_lines():
+    file = io.StringIO()
+    progress = console_progress(Console(file=file, width=20))
+    assert type(progress) is PlainProgress
+    go_through(progress)
+    assert file.getvalue().splitlines() == [
+        "Dense pass ...",
+        "Dense pass: 2/8",
+        "Dense pass: 4/8",
+        "Dense pass: 6/8",
+        "Dense pass: 8/8",
+        "took [long] enough",
+        "Pruning ...",
+        "Pruning: 1/2",
+        "Pruning: 2/2",
+    ]
+
+
+def test_plain_lines_tell_the_time_left_the_lost_and_come_at_least_once_a_minute():
+    file, now = io.StringIO(), [0.0]
+    progress = PlainProgress(Console(file=file, width=200), lambda: now[0])
+    progress.stage("Pruning", 80)
+    for worker in (A, B):
+        progress.joining(WorkerName(worker.number))
+        progress.joined(worker)
+        progress.began(worker, Assignment("prune", worker.number))
+    for layer in range(2, 10):
+        worker = (A, B)[layer % 2]
+        now[0] += 40 * (worker is A)
+        progress.ended(worker, Assignment("prune", layer - 2), 40.0)
+        progress.began(worker, Assignment("prune", layer))
+        progress.advance()
+    progress.lost(B, Assignment("prune", 9))
+    progress.joining(B)
+    assert file.getvalue().splitlines() == [
+        "Pruning ...",
+        "Pruning: 2/80, 26:00 left",
+        "Pruning: 6/80, 24:40 left",
+        "node-b/1 is lost in 'prune 9', which another takes",
+    ]
+
+
+def test_on_a_terminal_there_is_a_bar_a_stage():
+    file = io.StringIO()
+    progress = console_progress(Console(file=file, force_terminal=True, width=100))
+    assert type(progress) is TerminalProgress
+    go_through(progress)
+    for text in ("Dense pass", "8/8", "took [long] enough", "Pruning", "2/2"):
+        assert text in file.getvalue()
+
+
+def test_on_a_terminal_there_is_a_line_for_each_worker():
+    now = [0.0]
+    progress = TerminalProgress(Console(file=io.StringIO(), force_terminal=True, width=100, height=40), lambda: now[0])
+    progress.stage("Pruning", 80)
+    for worker in (A, B):
+        progress.joining(WorkerName(worker.number))
+    progress.joined(A)
+    progress.began(A, Assignment("prune", 0))
+    now[0] = 65.0
+    assert [line.split() for line in picture(progress)[1:]] == [
+        ["node-a/0", "prune", "0", "1:05"],
+        ["worker", "1", "joining", "1:05"],
+    ]
+    progress.ended(A, Assignment("prune", 0), 65.0)
+    progress.advance()
+    progress.joined(B)
+    progress.began(B, Assignment("prune", 1))
+    now[0] = 70.0
+    bar, *workers = picture(progress)
+    assert "1/80" in bar and bar.endswith("1:25:30 left")  # 79 layers of 65 seconds, 5 of which have passed
+    assert [line.split() for line in workers] == [["node-a/0", "idle", "0:05"], ["node-b/1", "prune", "1", "0:05"]]
+    progress.lost(B, Assignment("prune", 1))
+    progress.joining(B)
+    assert picture(progress)[2].split() == ["node-b/1", "lost,", "joining", "again", "0:00"]
+
+
+def test_workers_that_have_no_room_on_the_terminal_are_counted():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=14)
+    progress = TerminalProgress(console)
+    progress.stage("Pruning", 80)
+    for number in range(6):
+        progress.joined(WorkerName(number, "node"))
+    for number in range(5):
+        progress.began(WorkerName(number, "node"), Assignment("prune", number))
+    lines = picture(progress)[1:]
+    assert [line.split()[0] for line in lines] == ["node/0", "node/1", "4"]
+    assert "3 at work, 1 idle" in lines[-1]
+
+
+def test_the_terminal_is_given_back_when_the_run_fails():
+    progress = console_progress(Console(file=io.StringIO(), force_terminal=True))
+    with pytest.raises(KeyboardInterrupt), progress:
+        progress.stage("Pruning", 2)
+        raise KeyboardInterrupt
+    assert not progress._live.is_started
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (65, "1:05"), (3599.6, "1:00:00"), (90061, "25:01:01")])
+def test_times_are_written_as_on_a_clock(seconds, text):
+    assert clock(seconds) == text
