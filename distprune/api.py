@@ -81,10 +81,13 @@ def prune(
         InputError: the input is unusable; names it and the mend, and the output path is untouched.
     """
     from distprune.config import load_config
+    from distprune.engine import Needs
     from distprune.engine import prune as run
+    from distprune.planning import worker_needs
 
     path = None if config is None else Path(config)
-    return run(load_config(path, {"model": model, "output": output, **options}), progress)
+    settings = load_config(path, {"model": model, "output": output, **options})
+    return run(settings, progress, lambda local, device: Needs(*worker_needs(local, device)))
 
 
 def plan(

@@ -2,6 +2,7 @@
 
 from distprune.engine.driver import prune
 from distprune.engine.record import RunRecord, load_record
+from distprune.engine.sites import Needs
 from distprune.engine.status import RunStatus, status
 
-__all__ = ["RunRecord", "RunStatus", "load_record", "prune", "status"]
+__all__ = ["Needs", "RunRecord", "RunStatus", "load_record", "prune", "status"]

@@ -10,11 +10,12 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import ray
 
 from distprune.config import PruneConfig
+from distprune.engine.sites import Needs
 from distprune.errors import InputError
 
 # Ray itself takes minutes to give up on an address where nothing listens.
@@ -74,7 +75,7 @@ def check_listens(address: str) -> None:
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """How many workers a run may have, what each asks Ray for, and how many must be up before it starts.
+    """How many workers a run may have, what each asks Ray for and needs, and how many must be up before it starts.
 
     Those for which there is no room wait, and Ray's autoscaler sees what they wait for.
     """
@@ -84,6 +85,12 @@ class WorkerPlan:
     cpus: float
     gpus: float
     least: int = 1
+    needs: Needs = field(default_factory=Needs)
+
+    def needing(self, needs: Needs) -> WorkerPlan:
+        """The same for workers with such needs, of which several may share a GPU."""
+        share = min(self.gpus, 1.0) or 1.0
+        return replace(self, needs=replace(needs, device=round(needs.device / share)))
 
 
 def plan_workers(config: PruneConfig, nodes: Sequence[Mapping[str, float]], layers: int) -> WorkerPlan:

@@ -20,7 +20,8 @@ from distprune.modeling import PrunedConfig
 RECORD_FILE = "distprune_run.json"
 CONFIG_FILE = "distprune_config.yaml"
 CALIBRATION_FILE = "calibration.arrow"
-OWN_FILES = (RECORD_FILE, CONFIG_FILE, CALIBRATION_FILE)
+LOG_FILE = "distprune_log.jsonl"
+OWN_FILES = (RECORD_FILE, CONFIG_FILE, CALIBRATION_FILE, LOG_FILE)
 
 
 @dataclass(frozen=True)

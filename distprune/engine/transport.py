@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,3 +59,12 @@ def fetch(result: ObjectRef | list[ObjectRef]) -> Any:
         if isinstance(error.cause, InputError):
             raise error.cause from None
         raise
+
+
+def size_of(value: Any) -> int:
+    """Bytes of all tensors in a value that goes through the object store."""
+    if isinstance(value, Parcel):
+        return value.array.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(size_of, value.values()))
+    return sum(map(size_of, value)) if isinstance(value, list | tuple) else 0

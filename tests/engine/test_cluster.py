@@ -94,23 +94,44 @@ def test_a_run_waits_for_the_fewest_workers_and_takes_those_that_join(run, new_w
     free = ray.available_resources()["CPU"]
     holder = ray.remote(num_cpus=free - 2)(Holder).remote()
     ray.get(holder.ready.remote())
-    employed = []
-    employ = WorkerPool._employ
+    employed, pools = [], []
+    employ, init = WorkerPool._employ, WorkerPool.__init__
 
     def note_and_employ(self, worker):
         employed.append(worker)
         employ(self, worker)
 
+    def note_and_init(self, *arguments):
+        pools.append(self)
+        init(self, *arguments)
+
     class Frees(Progress):
         def stage(self, name, total, done=0):
             if name == "Pruning":
                 ray.kill(holder)
-                time.sleep(8)  # until the others have been started
+                ray.wait(list(pools[0]._starting), timeout=120)  # for another to be up
 
     monkeypatch.setattr(WorkerPool, "_employ", note_and_employ)
+    monkeypatch.setattr(WorkerPool, "__init__", note_and_init)
     _, record = run(workers="2:4", propagation=1, progress=Frees())
     assert record.workers == 4
     assert len(set(employed)) > 2
+
+
+def test_a_run_says_that_it_waits_while_others_have_the_cluster(run, new_workers, monkeypatch):
+    holder = ray.remote(num_cpus=ray.available_resources()["CPU"])(Holder).remote()
+    ray.get(holder.ready.remote())
+    notes = []
+
+    class Frees(Progress):
+        def note(self, text):
+            notes.append(text)
+            ray.kill(holder)
+
+    monkeypatch.setattr("distprune.engine.driver.PATIENCE", 0.5)
+    _, record = run(progress=Frees())
+    assert notes == ["Waiting until the Ray cluster has 1 CPUs and 0 GPUs free for a worker ..."]
+    assert record.workers == 1
 
 
 def test_workers_take_the_gpus_that_they_ask_for(run, new_workers, calls):

@@ -1,0 +1,104 @@
+"""A run's workers: who they are, where, and what they are seen to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distprune.engine.progress import Assignment, Progress, WorkerName
+from distprune.engine.runtime import RayRuntime
+from distprune.engine.sites import Site, Sites
+from distprune.engine.transport import size_of
+
+
+@dataclass
+class Work:
+    """An assignment in hand and the seconds that its steps so far have taken."""
+
+    assignment: Assignment
+    seconds: float = 0.0
+
+
+class Crew:
+    """Asks for workers, sends those away that can't work where they are, and tells the progress what the others do.
+
+    A worker's steps of one kind on one layer, as those of the dense pass are, count as one assignment.
+    """
+
+    def __init__(self, runtime: RayRuntime, sites: Sites, progress: Progress):
+        self.workers: list[Any] = []
+        self._runtime, self._sites, self._progress = runtime, sites, progress
+        self._names: dict[Any, WorkerName] = {}
+        self._works: dict[Any, Work] = {}
+
+    # ---------------------------------------------------------------- who takes part
+
+    def ask(self) -> Any:
+        """A new worker, which Ray starts when there is room for it."""
+        name = WorkerName(len(self._names))
+        worker = self._runtime.start_worker(name.number, self._sites.refused)
+        self.workers.append(worker)
+        self._names[worker] = name
+        self._progress.joining(name)
+        return worker
+
+    def admits(self, worker: Any, site: Site) -> bool:
+        """A worker is up. Whether its device holds what it needs; if not, it goes."""
+        name = self._names[worker] = WorkerName(self._names[worker].number, site.node)
+        if self._sites.suits(site):
+            self._progress.joined(name)
+            if warning := self._sites.crowding(site):
+                self._progress.note(warning)
+            return True
+        self._progress.left(name)
+        self._progress.note(self._sites.refusal(site))
+        self.workers.remove(worker)
+        self._runtime.stop([worker], [])
+        return False
+
+    def replace(self) -> Any | None:
+        """Another worker in place of one that went, if there is room elsewhere.
+
+        Raises:
+            InputError: there is none, and no worker is left.
+        """
+        if len(self.workers) < self._runtime.room(avoided=self._sites.refused):
+            return self.ask()
+        if not self.workers:
+            raise self._sites.nowhere()
+        return None
+
+    def lose(self, worker: Any) -> None:
+        """A worker was lost; Ray restarts it, here or elsewhere."""
+        work = self._works.pop(worker, None)
+        self._progress.lost(self._names[worker], work and work.assignment)
+        self._progress.joining(self._names[worker])
+
+    # ---------------------------------------------------------------- what they do
+
+    def begins(self, worker: Any, method: str, arguments: Sequence[Any]) -> None:
+        """A step begins."""
+        self._progress.moved(size_of(arguments))
+        layer = arguments[0] if arguments and isinstance(arguments[0], int) else None
+        assignment = Assignment(method, layer)
+        if worker in self._works and self._works[worker].assignment == assignment:
+            return
+        self.rests(worker)
+        self._works[worker] = Work(assignment)
+        self._progress.began(self._names[worker], assignment)
+
+    def ends(self, worker: Any, seconds: float, values: Sequence[Any]) -> None:
+        """A step is done; whether the assignment is, is seen by what the worker does next."""
+        self._progress.moved(size_of(values))
+        self._works[worker].seconds += seconds
+
+    def rests(self, worker: Any) -> None:
+        """A worker has nothing to do, or something else."""
+        if work := self._works.pop(worker, None):
+            self._progress.ended(self._names[worker], work.assignment, work.seconds)
+
+    def gives(self, value: Any) -> Any:
+        """A value is put where every worker can get it."""
+        self._progress.moved(size_of(value))
+        return self._runtime.put(value)

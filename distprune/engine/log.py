@@ -1,0 +1,132 @@
+"""What happened in a run and when: records of the standard logging, one JSON object a line.
+
+They go to the logger "distprune", to which anyone may add handlers, and to a file in the run's work folder, which a run
+that goes on appends to, and which becomes a part of the result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from time import monotonic
+from typing import Any, TextIO
+
+from distprune.config import PruneConfig
+from distprune.engine.progress import Assignment, Progress, WorkerName
+from distprune.version import __version__
+
+LOGGER = logging.getLogger("distprune")
+# For those alone who ask for it: neither the root's handlers nor, where there are none, stderr gets it.
+LOGGER.propagate = False
+LOGGER.setLevel(logging.INFO)
+LOGGER.addHandler(logging.NullHandler())
+
+
+class JsonFormatter(logging.Formatter):
+    """Time in UTC, level, event and run; then what belongs to the event."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        known = {"time": time, "level": record.levelname.lower(), "event": record.getMessage()}
+        return json.dumps(known | getattr(record, "fields", {}))
+
+
+@contextmanager
+def json_lines(stream: TextIO) -> Iterator[None]:
+    """Inside, every record is a line of the stream."""
+    with _handled_by(logging.StreamHandler(stream)):
+        yield
+
+
+@contextmanager
+def json_file(path: Path) -> Iterator[None]:
+    """Inside, every record is appended to the file. A line that an earlier process was torn off in is cut away."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    with _handled_by(logging.FileHandler(path, encoding="utf-8")):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: logging.Handler) -> Iterator[None]:
+    handler.setFormatter(JsonFormatter())
+    LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        handler.close()
+
+
+class RunLog(Progress):
+    """Logs what a run tells, under the run's name."""
+
+    def __init__(self, run: str):
+        self._run = run
+        self._stage, self._left, self._began = "", 0, monotonic()
+        self._told: BaseException | None = None
+
+    def tell(self, event: str, level: int = logging.INFO, **fields: Any) -> None:
+        LOGGER.log(level, event, extra={"fields": {"run": self._run, **fields}})
+
+    def run_began(self, config: PruneConfig, goes_on: bool) -> None:
+        settings = config.model_dump(mode="json", include={"model", "method", "sparsity", "workers"})
+        self.tell("run resumed" if goes_on else "run started", **settings, distprune=__version__)
+
+    def run_done(self, seconds: Mapping[str, float], decoder_sparsity: float, total_sparsity: float) -> None:
+        self.tell("run done", decoder_sparsity=decoder_sparsity, total_sparsity=total_sparsity, seconds=dict(seconds))
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Logs what is raised inside; once, where one is inside another."""
+        try:
+            yield
+        except BaseException as error:
+            if error is not self._told:
+                self._told = error
+                event = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
+                self.tell(event, logging.ERROR, kind=type(error).__name__, message=str(error))
+            raise
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        self._stage, self._left, self._began = name, total - done, monotonic()
+        self.tell("stage began", stage=name, steps=total, done_before=done)
+
+    def advance(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.tell("stage done", stage=self._stage, seconds=round(monotonic() - self._began, 3))
+
+    def note(self, text: str) -> None:
+        self.tell("note", text=text)
+
+    def joining(self, worker: WorkerName) -> None:
+        self.tell("worker asked for", worker=worker.number)
+
+    def joined(self, worker: WorkerName) -> None:
+        self.tell("worker up", **place(worker))
+
+    def began(self, worker: WorkerName, assignment: Assignment) -> None:
+        self.tell("call started", stage=self._stage, **call(assignment), **place(worker))
+
+    def ended(self, worker: WorkerName, assignment: Assignment, seconds: float) -> None:
+        self.tell("call ended", stage=self._stage, **call(assignment), **place(worker), seconds=round(seconds, 3))
+
+    def lost(self, worker: WorkerName, assignment: Assignment | None) -> None:
+        self.tell("worker lost", logging.WARNING, **(call(assignment) if assignment else {}), **place(worker))
+
+    def left(self, worker: WorkerName) -> None:
+        self.tell("worker sent away", logging.WARNING, **place(worker))
+
+
+def place(worker: WorkerName) -> dict[str, Any]:
+    return {"worker": worker.number, "node": worker.node}
+
+
+def call(assignment: Assignment) -> dict[str, Any]:
+    return {"call": assignment.method, "layer": assignment.layer}

@@ -1,0 +1,25 @@
+"""What one worker needs is what the plan of a whole run says of each."""
+
+from __future__ import annotations
+
+from distprune.config import PruneConfig
+from distprune.planning import Cluster, worker_needs
+from distprune.planning.memory import CUDA_CONTEXT
+
+
+def needs(model, device: str, **options) -> tuple[int, int]:
+    return worker_needs(PruneConfig(model=str(model), output="pruned", **options), device)
+
+
+def test_a_gpu_must_hold_what_the_plan_gives_to_one_worker(plan, headers_70b):
+    planned = plan(headers_70b, Cluster(gpus=8), method="slimgpt").memory
+    device, resident = needs(headers_70b, "cuda", method="slimgpt", workers=3, gpus_per_worker=0.25)
+    assert device == planned.worker_device + CUDA_CONTEXT == planned.gpu
+    assert resident == planned.worker_resident - planned.store
+
+
+def test_on_the_cpu_a_worker_needs_no_gpu_and_the_whole_model_at_no_time(plan, small):
+    planned = plan(small, Cluster(cpus=1)).memory
+    device, resident = needs(small, "cpu")
+    assert device == 0
+    assert 0 < resident < planned.worker_resident
