@@ -87,7 +87,7 @@ def prune(
 
     path = None if config is None else Path(config)
     settings = load_config(path, {"model": model, "output": output, **options})
-    return run(settings, progress, lambda local, device: Needs(*worker_needs(local, device)))
+    return run(settings, progress, lambda *job: Needs(*worker_needs(*job)))
 
 
 def plan(

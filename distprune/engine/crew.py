@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from distprune.engine.memory import PeakMemory
 from distprune.engine.progress import Assignment, Progress, WorkerName
 from distprune.engine.runtime import RayRuntime
 from distprune.engine.sites import Site, Sites
@@ -97,6 +99,14 @@ class Crew:
         """A worker has nothing to do, or something else."""
         if work := self._works.pop(worker, None):
             self._progress.ended(self._names[worker], work.assignment, work.seconds)
+
+    def peak_memory(self, idle: Iterable[Any]) -> list[PeakMemory]:
+        """Of workers that have nothing to do."""
+        peaks = []
+        for results in [self._runtime.call(worker, "peak_memory") for worker in idle]:
+            with suppress(*self._runtime.lost):
+                peaks += self._runtime.fetch(results)
+        return peaks
 
     def gives(self, value: Any) -> Any:
         """A value is put where every worker can get it."""

@@ -2,56 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from distprune.calibration import open_calibration
-from distprune.checkpoint import copy_side_files, failures_explained, hold_lock, partial_directory, publish
+from distprune.checkpoint import Checkpoint, copy_side_files, failures_explained, hold_lock, partial_directory, publish
 from distprune.config import PruneConfig
 from distprune.engine.assembly import assemble
 from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers, sigterm_interrupts
 from distprune.engine.dense_pass import DensePass
 from distprune.engine.journal import fingerprint
 from distprune.engine.layer_files import LayerFiles
+from distprune.engine.log import RunLog, json_file
 from distprune.engine.memory import peak_memory
+from distprune.engine.metrics import RunMetrics
 from distprune.engine.pool import WorkerPool
 from distprune.engine.preflight import Job, check_job
-from distprune.engine.progress import Progress
-from distprune.engine.record import CALIBRATION_FILE, OWN_FILES, RunRecord, layer_records, load_record, parameter_counts
+from distprune.engine.progress import Progress, Together
+from distprune.engine.record import (
+    CALIBRATION_FILE,
+    LOG_FILE,
+    OWN_FILES,
+    RunRecord,
+    layer_records,
+    load_record,
+    parameter_counts,
+)
 from distprune.engine.runtime import RayRuntime
+from distprune.engine.sites import Needs
 from distprune.engine.stages import check_weights, distill_layers, prune_blocks, write_own_samples
 from distprune.engine.weights import WeightAccess, weight_access
 from distprune.engine.work import CHECK, PUBLISHING, Outline, Work
 from distprune.errors import InputError, Unreachable
 
+#: What a worker of a run needs on a kind of device.
+NeedsOf = Callable[[PruneConfig, Checkpoint, str], Needs]
 # Seconds until a run says that it waits for its first worker.
 PATIENCE = 30
 
 
-def prune(config: PruneConfig, progress: Progress | None = None) -> RunRecord:
+def prune(config: PruneConfig, progress: Progress | None = None, needs: NeedsOf | None = None) -> RunRecord:
     """Prune a model and publish the result at ``config.output``.
 
     Work happens in ``OUTPUT.partial`` and becomes visible by one rename at the end. A run that ends before that leaves
     there what was done, and the same call goes on with it.
 
+    Args:
+        config: the run.
+        progress: what to tell how far it is; silent by default.
+        needs: tells what a worker needs, from the configuration, the model and the workers' device.
+
     Raises:
         InputError: something about the input is wrong; the output path is untouched.
         RunFailed: workers or storage gave out; the same call goes on.
     """
-    progress = progress or Progress()
-    if record := finish_publishing(config):
-        return record
-    job = check_job(config)
-    partial = partial_directory(config.output)
+    log = RunLog(str(config.output))
+    with log.errors():
+        if record := finish_publishing(config):
+            return record
+        return prune_job(check_job(config), progress or Progress(), log, needs)
+
+
+def prune_job(job: Job, progress: Progress, log: RunLog, needs: NeedsOf | None) -> RunRecord:
+    config, name, partial = job.config, str(job.config.output), partial_directory(job.config.output)
     with progress, failures_explained(partial), hold_lock(partial):
         with connected(config), sigterm_interrupts():
             workers = plan_workers(config, alive_nodes(), job.dense.num_hidden_layers)
-            with work_folder(job, workers, progress) as work:
-                record = run_on_workers(job, workers, work, progress)
+            if needs:
+                workers = workers.needing(needs(config, job.checkpoint, workers.device))
+            with work_folder(job, workers, progress) as work, json_file(work.log), log.errors():
+                log.run_began(config, goes_on=work.goes_on)
+                with RunMetrics(name) as metrics:
+                    record = run_on_workers(job, workers, work, Together(progress, log, metrics))
+                log.run_done(record.seconds, record.decoder_sparsity, record.total_sparsity)
         # Leaving Ray takes a second or two. Whoever ends the run in them is told that it goes on, so it does.
         with sigterm_interrupts():
             record.save(work.checkpoint, config)
+            shutil.copyfile(work.log, work.checkpoint / LOG_FILE)
             work.journal.write(PUBLISHING)
             publish(work.checkpoint, config.output, config.overwrite)
             work.clear_away()
@@ -155,7 +184,7 @@ def copy_model_files(job: Job, folder: Path) -> None:
 
 @contextmanager
 def worker_pool(job: Job, workers: WorkerPlan, model: WeightAccess, progress: Progress) -> Iterator[WorkerPool]:
-    pool = WorkerPool(RayRuntime(workers, job.config, model), workers.count)
+    pool = WorkerPool(RayRuntime(workers, job.config, model), workers.count, progress, workers.needs)
     try:
         if not pool.are_up(workers.least, PATIENCE):
             wanted = f"{workers.cpus:g} CPUs and {workers.gpus:g} GPUs free for "

@@ -1,7 +1,7 @@
 """What happened in a run and when: records of the standard logging, one JSON object a line.
 
-They go to the logger "distprune", to which anyone may add handlers, and to a file in the run's work folder, which a run
-that goes on appends to, and which becomes a part of the result.
+They go to the logger "distprune.run", to which anyone may add handlers, and, with the package's other records, to a
+file in the run's work folder, which a run that goes on appends to, and which becomes a part of the result.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from time import monotonic
@@ -20,8 +20,9 @@ from distprune.config import PruneConfig
 from distprune.engine.progress import Assignment, Progress, WorkerName
 from distprune.version import __version__
 
-LOGGER = logging.getLogger("distprune")
-# For those alone who ask for it: neither the root's handlers nor, where there are none, stderr gets it.
+PACKAGE = logging.getLogger("distprune")
+# What a run tells is for those alone who ask for it; it is much, and people are told by the progress.
+LOGGER = PACKAGE.getChild("run")
 LOGGER.propagate = False
 LOGGER.setLevel(logging.INFO)
 LOGGER.addHandler(logging.NullHandler())
@@ -48,19 +49,36 @@ def json_file(path: Path) -> Iterator[None]:
     """Inside, every record is appended to the file. A line that an earlier process was torn off in is cut away."""
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    with _handled_by(logging.FileHandler(path, encoding="utf-8")):
-        yield
+    # Warnings that nobody handles are shown on stderr, and go on being shown there.
+    unhandled = not PACKAGE.hasHandlers()
+    with _handled_by(_File(path, encoding="utf-8")):
+        if unhandled:
+            PACKAGE.addHandler(logging.lastResort)
+        try:
+            yield
+        finally:
+            PACKAGE.removeHandler(logging.lastResort)
 
 
 @contextmanager
 def _handled_by(handler: logging.Handler) -> Iterator[None]:
     handler.setFormatter(JsonFormatter())
-    LOGGER.addHandler(handler)
+    for logger in (PACKAGE, LOGGER):
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        LOGGER.removeHandler(handler)
-        handler.close()
+        for logger in (PACKAGE, LOGGER):
+            logger.removeHandler(handler)
+        with suppress(OSError):
+            handler.close()
+
+
+class _File(logging.FileHandler):
+    """What can't be written is left out: a full disk is for the run itself to tell of."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 class RunLog(Progress):

@@ -16,14 +16,16 @@ import itertools
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
 from statistics import median
 from typing import Any
 
+from distprune.engine.crew import Crew
 from distprune.engine.memory import PeakMemory
+from distprune.engine.progress import Progress
 from distprune.engine.runtime import RayRuntime
+from distprune.engine.sites import Needs, Sites
 from distprune.errors import WorkersLost
 
 # A call survives this many losses of its worker; more mean that the layer itself is what kills it (out of memory).
@@ -108,8 +110,9 @@ class Running:
 class WorkerPool:
     """Workers take queued calls as they fall idle; a worker counts from the moment it is up, so none is waited for."""
 
-    def __init__(self, runtime: RayRuntime, count: int):
+    def __init__(self, runtime: RayRuntime, count: int, progress: Progress | None = None, needs: Needs | None = None):
         self._runtime = runtime
+        self._crew = Crew(runtime, Sites(needs or Needs()), progress or Progress())
         self._orders = itertools.count()
         self._queue: list[Call] = []
         self._running: dict[Any, Running] = {}
@@ -117,13 +120,19 @@ class WorkerPool:
         self._took: dict[str, list[float]] = {}
         self._starting: dict[Any, Any] = {}
         self._idle: deque[Any] = deque()
-        self.workers = [runtime.start_worker() for _ in range(count)]
-        for worker in self.workers:
-            self._await(worker)
+        self.workers = self._crew.workers
+        for _ in range(count):
+            self._await(self._crew.ask())
 
     def are_up(self, count: int, patience: float | None) -> bool:
-        """Whether so many workers are up within ``patience`` seconds; None waits until they are."""
-        return len(self._runtime.wait(list(self._starting), count, patience)) >= count
+        """Whether so many workers are up, and idle, within ``patience`` seconds; None waits until they are."""
+        start = self._runtime.now()
+        while len(self._idle) < count:
+            timeout = None if patience is None else max(0.0, start + patience - self._runtime.now())
+            if not (ready := self._runtime.wait(list(self._starting), timeout=timeout)):
+                return False
+            self._greet(ready[0])
+        return True
 
     def submit(self, then: Callable[..., None], method: str, *arguments: Any) -> None:
         """Queue the workers' ``method(*arguments)``; :meth:`run` calls ``then`` with its results.
@@ -150,7 +159,7 @@ class WorkerPool:
 
     def put(self, value: Any) -> Any:
         """A value as an argument that many calls can share."""
-        return self._runtime.put(value)
+        return self._crew.gives(value)
 
     def get(self, put: Sequence[Any]) -> list[Any]:
         """Values that were put."""
@@ -171,8 +180,7 @@ class WorkerPool:
             if not ended:
                 self._take_over_stragglers()
             elif ended[0] in self._starting:
-                self._runtime.fetch(ended)
-                self._employ(self._starting.pop(ended[0]))
+                self._greet(ended[0])
             else:
                 self._finish(self._running.pop(ended[0]))
 
@@ -182,11 +190,14 @@ class WorkerPool:
             values = self._runtime.fetch(running.results)
         except self._runtime.lost as error:
             call.copies -= 1
+            self._crew.lose(share.worker)
             self._await(share.worker)
             if not call.done and not call.copies:
                 self._put_back(share, error)
             return
-        self._took.setdefault(share.step.method, []).append(self._runtime.now() - running.since)
+        seconds = self._runtime.now() - running.since
+        self._took.setdefault(share.step.method, []).append(seconds)
+        self._crew.ends(share.worker, seconds, values)
         is_new = share.number == call.taken
         call.taken += is_new
         if call.done:
@@ -225,7 +236,17 @@ class WorkerPool:
         insort(self._queue, call, key=lambda queued: queued.order)
         self._dispatch()
 
+    def _greet(self, ready: Any) -> None:
+        """A worker is up, and employed unless its device is too small."""
+        [site] = self._runtime.fetch([ready])
+        worker = self._starting.pop(ready)
+        if self._crew.admits(worker, site):
+            self._employ(worker)
+        elif another := self._crew.replace():
+            self._await(another)
+
     def _employ(self, worker: Any) -> None:
+        self._crew.rests(worker)
         self._idle.append(worker)
         self._dispatch()
 
@@ -261,6 +282,7 @@ class WorkerPool:
     def _start(self, share: Share) -> None:
         given = share.step.arguments
         arguments = [argument.make() if isinstance(argument, Later) else argument for argument in given]
+        self._crew.begins(share.worker, share.step.method, arguments)
         results = self._runtime.call(share.worker, share.step.method, arguments)
         self._running[results[0]] = Running(share, results, self._runtime.now())
 
@@ -275,11 +297,7 @@ class WorkerPool:
 
     def peak_memory(self) -> list[PeakMemory]:
         """Peak memory of every worker that is up."""
-        peaks = []
-        for results in [self._runtime.call(worker, "peak_memory") for worker in self._idle]:
-            with suppress(*self._runtime.lost):
-                peaks += self._runtime.fetch(results)
-        return peaks
+        return self._crew.peak_memory(self._idle)
 
     def shutdown(self) -> None:
         self._runtime.stop(self.workers, list(self._starting))

@@ -6,7 +6,8 @@ The scheduler knows nothing else of Ray, so that the simulation of large cluster
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from math import inf
 from typing import Any
 
 import ray
@@ -20,12 +21,14 @@ from ray.exceptions import (
 )
 
 from distprune.config import PruneConfig
-from distprune.engine.cluster import WorkerPlan
+from distprune.engine.cluster import WorkerPlan, count_fitting
 from distprune.engine.tasks import ForgottenError
 from distprune.engine.transport import fetch
 from distprune.engine.weights import WeightAccess
 from distprune.engine.worker import Worker
 
+# Ray's label of every node.
+NODE_ID = "ray.io/node-id"
 LOST = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError, ForgottenError)
 
 
@@ -39,12 +42,22 @@ class RayRuntime:
         self._options = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "max_restarts": -1}
         self._arguments = config, model, plan.device
         self._put: list[ObjectRef] = []
+        self._asked, self._grows = {"CPU": plan.cpus, "GPU": plan.gpus}, isinstance(config.workers, str)
 
-    def start_worker(self) -> Any:
-        """A new worker, which Ray starts where and when there is room, and again when it is lost."""
+    def start_worker(self, number: int = 0, avoided: Collection[str] = ()) -> Any:
+        """A new worker of that number, which Ray starts where and when there is room, and again when it is lost.
+
+        The nodes whose ids are to be avoided are never the place.
+        """
         # Held here for all of them: large arguments that Ray puts aside itself are gone when it starts a worker again.
         self._put = self._put or [ray.put(argument) for argument in self._arguments]
-        return Worker.options(**self._options).remote(*self._put)
+        place = {"label_selector": {NODE_ID: f"!in({','.join(sorted(avoided))})"}} if avoided else {}
+        return Worker.options(**self._options, **place).remote(*self._put, number)
+
+    def room(self, avoided: Collection[str]) -> float:
+        """How many workers the other nodes can hold; any number where the cluster is expected to grow."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in avoided]
+        return inf if self._grows else sum(count_fitting(self._asked, node) for node in nodes)
 
     def call(self, worker: Any, method: str, arguments: Sequence[Any] = ()) -> list[ObjectRef]:
         """A worker's method begins when it is free and its arguments are there; its results to be."""

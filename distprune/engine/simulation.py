@@ -7,7 +7,7 @@ the seconds that were measured for them, and give nothing but what the stages lo
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -20,11 +20,13 @@ from distprune.decoder_layer import LayerShape
 from distprune.engine.dense_pass import DensePass
 from distprune.engine.pool import WorkerPool
 from distprune.engine.progress import Progress
+from distprune.engine.sites import Site
 from distprune.engine.stages import check_weights, prune_blocks
 from distprune.engine.tasks import Report
 from distprune.engine.transport import Parcel
 
 HOUR = 3600.0
+NOWHERE = Site("", "", "", None, 0)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class SimulatedRuntime:
         self.clock, self.losses, self.busy = 0.0, 0, 0.0
         self._random = random.Random(seed)
 
-    def start_worker(self) -> SimulatedWorker:
+    def start_worker(self, number: int, avoided: Collection[str] = ()) -> SimulatedWorker:
         return SimulatedWorker(up=self.costs.start, dies=self._lifetime(self.costs.start))
 
     def _lifetime(self, begins: float) -> float:
@@ -169,7 +171,7 @@ class SimulatedRuntime:
     # ---------------------------------------------------------------- the workers' methods: values, seconds, bytes
 
     def _ready(self, worker: SimulatedWorker) -> tuple:
-        return [None], 0.0, 0.0
+        return [NOWHERE], 0.0, 0.0
 
     def _check_outer(self, worker: SimulatedWorker) -> tuple:
         return [None], self.costs.check, 0.0

@@ -42,7 +42,9 @@ def this_site(device: str) -> Site:
         properties = torch.cuda.get_device_properties(0)
         name, memory = properties.name, properties.total_memory
     host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Site(platform.node(), ray.get_runtime_context().get_node_id(), name, memory, host_memory)
+    # Where Ray is not up, asking it would join whichever Ray is found.
+    node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    return Site(platform.node(), node_id, name, memory, host_memory)
 
 
 class Sites:

@@ -35,13 +35,15 @@ class Work:
 
     - ``journal/``: what was done, and the hidden states that are still needed;
     - ``parts/``: the layers that are done, until they are assembled;
-    - ``checkpoint/``: what becomes the output by one rename.
+    - ``checkpoint/``: what becomes the output by one rename;
+    - ``log.jsonl``: what happened when.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.checkpoint = folder / "checkpoint"
         self.journal = Journal(folder / "journal")
+        self.log = folder / "log.jsonl"
 
     def begin(self, identity: Mapping[str, Any], outline: Outline) -> bool:
         """Begin the run with that identity, or go on with it. Returns whether it goes on.
@@ -51,7 +53,7 @@ class Work:
         """
         if not self.journal.has(IDENTITY):
             self.remove()
-        goes_on = self.journal.begin(identity)
+        goes_on = self.goes_on = self.journal.begin(identity)
         self.checkpoint.mkdir(exist_ok=True)
         self.journal.write(OUTLINE, asdict(outline))
         self.writer = ShardWriter(self.folder)

@@ -14,6 +14,8 @@ from distprune.config import PruneConfig
 from distprune.decoder_layer import LayerShape, layer_from_state, state_of
 from distprune.distillation import Exercise, Lesson
 from distprune.engine.memory import PeakMemory, peak_memory
+from distprune.engine.metrics import MemoryMetrics
+from distprune.engine.sites import Site, this_site
 from distprune.engine.tasks import LayerTasks, Report
 from distprune.engine.transport import Parcel, pack, pack_all, unpack, unpack_all
 from distprune.engine.weights import WeightAccess, naming_node
@@ -26,7 +28,7 @@ Parcels = dict[str, Parcel]
 class Worker:
     """One device and the tasks that run on it. What a restarted worker would miss is its open layer."""
 
-    def __init__(self, config: PruneConfig, model: WeightAccess, device: str):
+    def __init__(self, config: PruneConfig, model: WeightAccess, device: str, number: int = 0):
         # Threads are set, not taken from the machine: results may change in the last bit with their number.
         torch.set_num_threads(config.threads_per_worker)
         if device == "cuda":
@@ -35,6 +37,7 @@ class Worker:
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.config, self.model, self.device = config, model, device
         self._tasks: LayerTasks | None = None
+        MemoryMetrics(self, str(config.output), number).start()
 
     @property
     def tasks(self) -> LayerTasks:
@@ -54,13 +57,17 @@ class Worker:
             return LayerTasks(self.config, self.model.open(), torch.device(self.device))
 
     @ray.method(max_task_retries=-1)
-    def ready(self) -> None:
+    def ready(self) -> Site:
         """Device and checkpoint are open. Asked again after every restart.
+
+        Returns:
+            Where that is.
 
         Raises:
             InputError: one of them can't be opened on this node.
         """
         _ = self.tasks
+        return this_site(self.device)
 
     def check_layer(self, index: int) -> None:
         self.tasks.check_layer(index)

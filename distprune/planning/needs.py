@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.planning.cluster import Cluster
-from distprune.planning.headers import open_headers
 from distprune.planning.memory import CUDA_CONTEXT, plan_memory
 from distprune.planning.scenario import make_scenario
 
 
-def worker_needs(config: PruneConfig, device: str) -> tuple[int, int]:
+def worker_needs(config: PruneConfig, checkpoint: Checkpoint, device: str) -> tuple[int, int]:
     """Bytes of a GPU, CUDA's own included (0 on the CPU), and of memory that a worker shares with no other process.
 
     Drawing the model's own samples is left out: one worker does it, once, and spreads what is too large for it.
@@ -22,7 +22,6 @@ def worker_needs(config: PruneConfig, device: str) -> tuple[int, int]:
     """
     on_gpu = device == "cuda"
     alone = config.model_copy(update={"device": device, "workers": 1, "gpus_per_worker": None})
-    checkpoint = open_headers(config.model, config.revision, config.trust_remote_code)
     scenario = make_scenario(alone, checkpoint, Cluster(gpus=int(on_gpu)), "h100" if on_gpu else "cpu", {})
     given = alone.model_copy(update={"calibration": Path("calibration.arrow")})
     memory = plan_memory(replace(scenario, config=given))

@@ -19,8 +19,8 @@ OPTIONS = {"sparsity": 0.3, "max_shard_size": 160_000, "propagation": 2, "distil
 class InlineRuntime(RayRuntime):
     """Makes calls in this process, at once."""
 
-    def start_worker(self):
-        return Worker.__ray_actor_class__(*self._arguments)
+    def start_worker(self, number, avoided=()):
+        return Worker.__ray_actor_class__(*self._arguments, number)
 
     def call(self, worker, method, arguments=()):
         values = getattr(worker, method)(*arguments)

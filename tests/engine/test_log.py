@@ -114,8 +114,21 @@ def test_nobody_hears_of_it_who_did_not_ask(capsys):
     assert stream.getvalue() == "" and capsys.readouterr() == ("", "")
 
 
+def test_the_packages_other_warnings_are_lines_too_and_still_shown(tmp_path):
+    code = """
+import logging, pathlib, sys
+from distprune.engine.log import json_file
+with json_file(pathlib.Path(sys.argv[1])):
+    logging.getLogger("distprune.checkpoint").warning("a disk stalls")
+"""
+    path = tmp_path / "log.jsonl"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stderr == "a disk stalls\n"
+    assert [(line["level"], line["event"]) for line in lines_of(path.read_text())] == [("warning", "a disk stalls")]
+
+
 @pytest.mark.parametrize("sparsity", [0.3, 0.99])
-def test_standard_output_can_be_the_log(run, dense_path, calibration_path, tmp_path, ray_cluster, sparsity):
+def test_standard_output_can_be_the_log(run, dense_path, calibration_path, tmp_path, sparsity):
     options = f"--calibration {calibration_path} --output {tmp_path / 'pruned'} --sparsity {sparsity} --workers 1"
     address = f"--device cpu --log-format json --address {ray.get_runtime_context().gcs_address}"
     command = [sys.executable, "-m", "distprune.cli", "prune", str(dense_path), *options.split(), *address.split()]

@@ -62,7 +62,7 @@ def test_the_fingerprint_depends_on_what_changes_the_result_alone(run, pruned):
 def test_without_a_calibration_set_the_model_writes_its_own(run, dense_path, digests, tmp_path):
     model = shutil.copytree(dense_path, tmp_path / "model")
     # As if an earlier run had made the model: what that run left must not pass for this run's.
-    for name in ("calibration.arrow", "distprune_config.yaml", "distprune_run.json"):
+    for name in ("calibration.arrow", "distprune_config.yaml", "distprune_log.jsonl", "distprune_run.json"):
         (model / name).write_text("left by an earlier run")
     options = {"calibration": None, "samples": 4, "sequence_length": 12}
     (folder, record), (again, _), (other, _) = (run(model, **options, seed=seed) for seed in (5, 5, 6))
@@ -82,6 +82,7 @@ def test_tokenizer_and_generation_config_travel_along_and_an_old_calibration_set
         "config.json",
         "configuration_distprune.py",
         "distprune_config.yaml",
+        "distprune_log.jsonl",
         "distprune_run.json",
         "generation_config.json",
         "modeling_distprune.py",
@@ -90,10 +91,14 @@ def test_tokenizer_and_generation_config_travel_along_and_an_old_calibration_set
     }
 
 
-def test_what_solvers_warn_of_is_told_and_recorded(run, monkeypatch):
+def test_what_solvers_warn_of_is_told_and_recorded(run):
     notes = []
-    monkeypatch.setattr(Progress, "note", lambda _, text: notes.append(text))
-    options = {"method": "oops", "options": {"radius": 1e-3, "damping": 1e-9, "attention": False}}
+
+    class Notes(Progress):
+        def note(self, text):
+            notes.append(text)
+
+    options = {"progress": Notes(), "method": "oops", "options": {"radius": 1e-3, "damping": 1e-9, "attention": False}}
     folder, record = run(sparsity=0.3, **options)
     warnings = [f"layer {layer.index}: {text}" for layer in record.layers for text in layer.warnings]
     assert sorted(warnings) == sorted(notes)
@@ -167,15 +172,3 @@ def test_bad_input_in_a_worker_is_bad_input_here_and_other_errors_keep_their_tra
         fetch(fail.remote(InputError("tensor t is bad")))
     with pytest.raises(RayTaskError, match=r"(?s)raise error.*RuntimeError: a mistake"):
         fetch(fail.remote(RuntimeError("a mistake")))
-
-
-def test_a_run_says_that_it_waits_for_its_first_worker(run, monkeypatch):
-    notes = []
-
-    class Notes(Progress):
-        def note(self, text):
-            notes.append(text)
-
-    monkeypatch.setattr(WorkerPool, "are_up", lambda pool, count, patience: False)
-    run(progress=Notes())
-    assert notes == ["Waiting until the Ray cluster has 1 CPUs and 0 GPUs free for a worker ..."]

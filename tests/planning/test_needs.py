@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from distprune.config import PruneConfig
 from distprune.planning import Cluster, worker_needs
+from distprune.planning.headers import open_headers
 from distprune.planning.memory import CUDA_CONTEXT
 
 
 def needs(model, device: str, **options) -> tuple[int, int]:
-    return worker_needs(PruneConfig(model=str(model), output="pruned", **options), device)
+    config = PruneConfig(model=str(model), output="pruned", **options)
+    return worker_needs(config, open_headers(config.model), device)
 
 
 def test_a_gpu_must_hold_what_the_plan_gives_to_one_worker(plan, headers_70b):
