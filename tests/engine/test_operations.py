@@ -26,6 +26,8 @@ pytest.importorskip("aiohttp_cors", reason="needs ray[default]")
 
 from ray.job_submission import JobDetails, JobSubmissionClient
 
+pytestmark = pytest.mark.slow
+
 MINUTES = 180  # seconds that anything here may take, on a machine that does other work
 SAMPLE = re.compile(r"ray_(distprune_\w+)\{(.*)\} (\S+)")
 
