@@ -23,7 +23,7 @@ from ray.exceptions import (
 from distprune.config import PruneConfig
 from distprune.engine.cluster import WorkerPlan, count_fitting
 from distprune.engine.tasks import ForgottenError
-from distprune.engine.transport import fetch
+from distprune.engine.transport import Kept, fetch, put
 from distprune.engine.weights import WeightAccess
 from distprune.engine.worker import Worker
 
@@ -41,7 +41,7 @@ class RayRuntime:
     def __init__(self, plan: WorkerPlan, config: PruneConfig, model: WeightAccess):
         self._options = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "max_restarts": -1}
         self._arguments = config, model, plan.device
-        self._put: list[ObjectRef] = []
+        self._kept: Kept | None = None
         self._asked, self._grows = {"CPU": plan.cpus, "GPU": plan.gpus}, isinstance(config.workers, str)
 
     def start_worker(self, number: int = 0, avoided: Collection[str] = ()) -> Any:
@@ -49,10 +49,10 @@ class RayRuntime:
 
         The nodes whose ids are to be avoided are never the place.
         """
-        # Held here for all of them: large arguments that Ray puts aside itself are gone when it starts a worker again.
-        self._put = self._put or [ray.put(argument) for argument in self._arguments]
+        config, model, device = self._arguments
+        self._kept = self._kept or Kept(put(model))
         place = {"label_selector": {NODE_ID: f"!in({','.join(sorted(avoided))})"}} if avoided else {}
-        return Worker.options(**self._options, **place).remote(*self._put, number)
+        return Worker.options(**self._options, **place).remote(config, self._kept, device, number)
 
     def room(self, avoided: Collection[str]) -> float:
         """How many workers the other nodes can hold; any number where the cluster is expected to grow."""
@@ -79,7 +79,7 @@ class RayRuntime:
 
     def put(self, value: Any) -> ObjectRef:
         """A value where every worker can get it, until nothing here refers to it any more."""
-        return ray.put(value)
+        return put(value)
 
     def get(self, put: Sequence[ObjectRef]) -> list[Any]:
         """Values that were put."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,10 @@ import numpy as np
 import ray
 import torch
 from ray import ObjectRef
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfDiskError, RayTaskError
 from torch import Tensor
 
-from distprune.errors import InputError
+from distprune.errors import InputError, RunFailed, StorageFailed
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,14 @@ def fetch(result: ObjectRef | list[ObjectRef]) -> Any:
 
     Raises:
         InputError: what the worker raised.
+        RunFailed: the same, or there is no room for the values.
         ray.exceptions.RayError: any other failure.
     """
     try:
-        return ray.get(result)
+        with full_store_explained():
+            return ray.get(result)
     except RayTaskError as error:
-        if isinstance(error.cause, InputError):
+        if isinstance(error.cause, InputError | RunFailed):
             raise error.cause from None
         raise
 
@@ -68,3 +71,39 @@ def size_of(value: Any) -> int:
     if isinstance(value, Mapping):
         return sum(map(size_of, value.values()))
     return sum(map(size_of, value)) if isinstance(value, list | tuple) else 0
+
+
+def put(value: Any) -> ObjectRef:
+    """A value in the object store.
+
+    Raises:
+        StorageFailed: there is no room for it.
+    """
+    with full_store_explained():
+        return ray.put(value)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A value in the object store, as a constructor's argument for an actor that may start again.
+
+    Large arguments that Ray puts aside itself are gone by then; this one is there for as long as its giver keeps it.
+    """
+
+    reference: ObjectRef
+
+    @property
+    def value(self) -> Any:
+        return ray.get(self.reference)
+
+
+@contextmanager
+def full_store_explained() -> Iterator[None]:
+    try:
+        yield
+    except OutOfDiskError:
+        raise StorageFailed(
+            "Ray's object store is full, and so is the disk that it spills to, on one of the nodes. Free some space in "
+            "Ray's temporary folder (/tmp/ray by default) or give Ray more object store memory; the same command goes "
+            "on from what was done."
+        ) from None

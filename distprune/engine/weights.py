@@ -30,7 +30,7 @@ from distprune.checkpoint import (
 from distprune.config import Way
 from distprune.engine.cluster import WorkerPlan, alive_nodes, count_fitting
 from distprune.engine.preflight import Job
-from distprune.engine.transport import Parcel, fetch, pack, unpack
+from distprune.engine.transport import Kept, Parcel, fetch, pack, put, unpack
 from distprune.errors import InputError
 from distprune.families import Family
 from distprune.modeling import PrunedConfig
@@ -150,9 +150,8 @@ def weight_access(job: Job, workers: WorkerPlan) -> Iterator[WeightAccess]:
         yield access
         return
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # Held here: large arguments that Ray puts aside itself are gone when it starts an actor again.
-    given = ray.put(replace(access, way="auto"))
-    server = WeightServer.options(scheduling_strategy=here).remote(given)
+    kept = Kept(put(replace(access, way="auto")))
+    server = WeightServer.options(scheduling_strategy=here).remote(kept)
     try:
         yield replace(access, server=server)
     finally:
@@ -169,8 +168,8 @@ def may_span_nodes(workers: WorkerPlan) -> bool:
 class WeightServer:
     """Reads tensors on the driver's node for workers that can't. Keeps nothing that a restart would miss."""
 
-    def __init__(self, access: WeightAccess):
-        self._access = access
+    def __init__(self, access: Kept):
+        self._access: WeightAccess = access.value
         self._opened: Checkpoint | None = None
         self._found: Path | None = None
 

@@ -20,7 +20,8 @@ class InlineRuntime(RayRuntime):
     """Makes calls in this process, at once."""
 
     def start_worker(self, number, avoided=()):
-        return Worker.__ray_actor_class__(*self._arguments, number)
+        config, model, device = self._arguments
+        return Worker.__ray_actor_class__(config, Here(model), device, number)
 
     def call(self, worker, method, arguments=()):
         values = getattr(worker, method)(*arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import re
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import OutOfDiskError
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from distprune import RunFailed, api, cli, status
 from distprune.checkpoint import durable, failures_explained, mishaps
 from distprune.engine.pool import WorkerPool
+from distprune.engine.transport import fetch
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -78,7 +81,7 @@ class FullDisk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-SAVE_FILE = durable.save_file
+SAVE_FILE, PUT = durable.save_file, ray.put
 DISK = FullDisk()
 
 
@@ -146,6 +149,35 @@ def test_errors_that_are_no_fault_of_the_file_system_stay_what_they_are():
         raise FileNotFoundError(errno.ENOENT, "gone", "other")
     with pytest.raises(SafetensorError, match="no such tensor"), failures_explained(Path("file")):
         raise SafetensorError("no such tensor")
+
+
+@pytest.mark.parametrize("number", [0, 5, 9])
+def test_an_object_store_without_room_says_so_and_the_run_goes_on(run, digests, monkeypatch, tmp_path, number):
+    """Ray raises this where neither the store nor the disk that it spills to has room."""
+    options, puts = {"sparsity": 0.3, "propagation": 2}, itertools.count()
+
+    def put(value: object) -> ray.ObjectRef:
+        if next(puts) == number:
+            raise OutOfDiskError("Local disk is full")
+        return PUT(value)
+
+    output = tmp_path / "pruned"
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RunFailed, match=r"object store is full.* the same command goes"),
+    ):
+        patch.setattr(ray, "put", put)
+        run(output=output, **options)
+    assert digests(run(output=output, **options)[0]) == digests(run(**options)[0])
+
+
+def test_a_worker_that_lacks_room_is_the_same(ray_cluster):
+    @ray.remote
+    def lacks_room() -> None:
+        raise RunFailed("no room")
+
+    with pytest.raises(RunFailed, match=r"^no room$"):
+        fetch(lacks_room.remote())
 
 
 def test_while_a_write_stalls_workers_go_on_and_the_log_tells(run, digests, monkeypatch, caplog):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -260,7 +261,7 @@ def test_a_server_that_does_not_see_the_folder_names_its_node(access):
     told = access()
     lose_folder(told)
     with pytest.raises(InputError, match=rf"node \S+: {told.model.checkpoint.path} can't be read"):
-        WeightServer.__ray_metadata__.modified_class(told).read("model.norm.weight")
+        WeightServer.__ray_metadata__.modified_class(SimpleNamespace(value=told)).read("model.norm.weight")
 
 
 class Broken(TensorFiles):
