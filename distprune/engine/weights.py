@@ -30,7 +30,7 @@ from distprune.checkpoint import (
 from distprune.config import Way
 from distprune.engine.cluster import WorkerPlan, alive_nodes, count_fitting
 from distprune.engine.preflight import Job
-from distprune.engine.transport import Kept, Parcel, fetch, pack, put, unpack
+from distprune.engine.transport import Compact, Parcel, fetch, pack, unpack
 from distprune.errors import InputError
 from distprune.families import Family
 from distprune.modeling import PrunedConfig
@@ -150,8 +150,7 @@ def weight_access(job: Job, workers: WorkerPlan) -> Iterator[WeightAccess]:
         yield access
         return
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    kept = Kept(put(replace(access, way="auto")))
-    server = WeightServer.options(scheduling_strategy=here).remote(kept)
+    server = WeightServer.options(scheduling_strategy=here).remote(Compact.of(replace(access, way="auto")))
     try:
         yield replace(access, server=server)
     finally:
@@ -168,7 +167,7 @@ def may_span_nodes(workers: WorkerPlan) -> bool:
 class WeightServer:
     """Reads tensors on the driver's node for workers that can't. Keeps nothing that a restart would miss."""
 
-    def __init__(self, access: Kept):
+    def __init__(self, access: Compact):
         self._access: WeightAccess = access.value
         self._opened: Checkpoint | None = None
         self._found: Path | None = None

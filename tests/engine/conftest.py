@@ -20,8 +20,7 @@ class InlineRuntime(RayRuntime):
     """Makes calls in this process, at once."""
 
     def start_worker(self, number, avoided=()):
-        config, model, device = self._arguments
-        return Worker.__ray_actor_class__(config, Here(model), device, number)
+        return Worker.__ray_actor_class__(*self._arguments, number)
 
     def call(self, worker, method, arguments=()):
         values = getattr(worker, method)(*arguments)

@@ -11,14 +11,14 @@ import ray
 from distprune.config import PruneConfig
 from distprune.engine.cluster import WorkerPlan
 from distprune.engine.runtime import RayRuntime
-from distprune.engine.transport import Kept
+from distprune.engine.transport import Compact
 
 
 @ray.remote
 class Keeper:
     """Keeps what it is given, as a worker does."""
 
-    def __init__(self, config: PruneConfig, model: Kept, device: str, number: int):
+    def __init__(self, config: PruneConfig, model: Compact, device: str, number: int):
         self.model = model.value
 
     @ray.method(max_task_retries=-1)

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import ray
@@ -26,6 +25,7 @@ from distprune.engine import weights
 from distprune.engine.cluster import WorkerPlan
 from distprune.engine.preflight import check_job
 from distprune.engine.progress import Progress
+from distprune.engine.transport import Compact
 from distprune.engine.weights import (
     FirstThatWorks,
     Model,
@@ -261,7 +261,7 @@ def test_a_server_that_does_not_see_the_folder_names_its_node(access):
     told = access()
     lose_folder(told)
     with pytest.raises(InputError, match=rf"node \S+: {told.model.checkpoint.path} can't be read"):
-        WeightServer.__ray_metadata__.modified_class(SimpleNamespace(value=told)).read("model.norm.weight")
+        WeightServer.__ray_metadata__.modified_class(Compact.of(told)).read("model.norm.weight")
 
 
 class Broken(TensorFiles):
