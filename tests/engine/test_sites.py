@@ -145,9 +145,12 @@ away_of_all = len(sent_away)
 sent_away.clear()
 run(40, workers="2:2")
 pathlib.Path(output, "seen.json").write_text(json.dumps([away_of_all, errors, sent_away, up]))
+ray.shutdown()
+cluster.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_on_a_cluster_of_small_and_large_gpus_the_large_do_the_work(
     run, dense_path, calibration_path, digests, tmp_path
 ):
