@@ -61,7 +61,8 @@ class Work:
 
     def remove(self) -> None:
         """Give up what is here."""
-        self.journal.remove(PUBLISHING)  # first of all, or what is left would look as if it had been published
+        for entry in (PUBLISHING, IDENTITY):  # first of all, or half a run could be published or gone on with
+            self.journal.remove(entry)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def clear_away(self) -> None:
