@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Install distprune with what its tests need, and run them:  scripts/test.sh [PYTEST ARGUMENTS]
+# The slow ones are left out; -m slow runs those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 scripts/setup.sh "$venv" dev
-exec "$venv/bin/python" -m pytest --durations=10 "$@"
+exec "$venv/bin/python" -m pytest --durations=10 -m "not slow" "$@"
