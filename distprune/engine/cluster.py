@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from distprune.config import PruneConfig
 from distprune.engine.sites import Needs
@@ -39,12 +40,22 @@ def connected(config: PruneConfig) -> Iterator[None]:
             check_listens(address)
             ray.init(address=address, **quiet)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().rstrip(".")
-        raise InputError(f"no Ray cluster answers at {address}: {reason}. Check --address and RAY_ADDRESS.") from None
+        raise InputError(f"no Ray cluster answers at {address}: {reason_of(error)}") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a cluster can't be joined, and the mend."""
+    causes, cause = [], error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__
+    if any(isinstance(cause, AuthenticationError) for cause in causes):
+        return "it asks for a token. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN where the token is not in ~/.ray."
+    return str(error).strip().rstrip(".") + ". Check --address and RAY_ADDRESS."
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
 from distprune import InputError
 from distprune.config import PruneConfig
@@ -172,5 +173,20 @@ def test_an_address_that_is_none_is_bad_input(monkeypatch):
     with (
         pytest.raises(InputError, match=r"no Ray cluster answers at nonsense: .*Check --address and RAY_ADDRESS"),
         connected(PruneConfig(model="m", output="o")),
+    ):
+        pass
+
+
+def test_a_cluster_that_asks_for_a_token_says_how_to_give_it(monkeypatch):
+    def refuse(**options):
+        raise ConnectionError("Failed to connect") from AuthenticationError("InvalidAuthToken")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(
+            InputError, match=r"no Ray cluster answers at auto: it asks for a token\. Set RAY_AUTH_MODE=token"
+        ),
+        connected(PruneConfig(model="m", output="o", address="auto")),
     ):
         pass
