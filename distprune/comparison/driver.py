@@ -15,7 +15,7 @@ from distprune.comparison.evaluation import Evaluation, evaluate_apart
 from distprune.comparison.runs import MethodOptions, Settings, list_runs, naming
 from distprune.config import PruneConfig
 from distprune.engine import RunRecord, prune
-from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers
+from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers, sigterm_interrupts
 from distprune.engine.driver import worker_pool
 from distprune.engine.memory import PeakMemory
 from distprune.engine.preflight import Job
@@ -79,7 +79,7 @@ def compare(
         calibration = dense.config.calibration or Path(folder) / CALIBRATION_FILE
         if dense.config.calibration is None:
             check_own_samples(dense, calibration)
-        with connected(dense.config):
+        with sigterm_interrupts(), connected(dense.config):
             workers = plan_workers(dense.config, alive_nodes(), dense.dense.num_hidden_layers)
             prepare(dense, workers, calibration, progress())
             with naming("the dense model"):

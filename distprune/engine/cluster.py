@@ -32,13 +32,14 @@ def connected(config: PruneConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
-        if address == "local":
-            # A laptop may be asked for more workers than it has cores.
-            cpus = max(os.cpu_count() or 1, (config.worker_range()[1] or 1) * config.threads_per_worker)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-        else:
-            check_listens(address)
-            ray.init(address=address, **quiet)
+        with sigterm_as_it_was():
+            if address == "local":
+                # A laptop may be asked for more workers than it has cores.
+                cpus = max(os.cpu_count() or 1, (config.worker_range()[1] or 1) * config.threads_per_worker)
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            else:
+                check_listens(address)
+                ray.init(address=address, **quiet)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"no Ray cluster answers at {address}: {reason_of(error)}") from None
     try:
@@ -60,18 +61,25 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM does what Ctrl-C does: schedulers and ``ray job stop`` end a run as its user would.
-
-    Ray sets a handler of its own when it is joined, which would end the process with a status that tells nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
+    """Inside, SIGTERM does what Ctrl-C does: schedulers and ``ray job stop`` end a run as its user would."""
+    with sigterm_as_it_was():
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@contextmanager
+def sigterm_as_it_was() -> Iterator[None]:
+    """Whatever sets another handler inside, as joining Ray does, has set it for no longer than that.
+
+    Ray's would end the process with a status that tells nothing.
+    """
+    before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def check_listens(address: str) -> None:

@@ -67,8 +67,8 @@ def prune(config: PruneConfig, progress: Progress | None = None, needs: NeedsOf 
 
 def prune_job(job: Job, progress: Progress, log: RunLog, needs: NeedsOf | None) -> RunRecord:
     config, name, partial = job.config, str(job.config.output), partial_directory(job.config.output)
-    with progress, failures_explained(partial), hold_lock(partial):
-        with connected(config), sigterm_interrupts():
+    with progress, failures_explained(partial), hold_lock(partial), sigterm_interrupts():
+        with connected(config):
             workers = plan_workers(config, alive_nodes(), job.dense.num_hidden_layers)
             if needs:
                 workers = workers.needing(needs(config, job.checkpoint, workers.device))
@@ -77,13 +77,11 @@ def prune_job(job: Job, progress: Progress, log: RunLog, needs: NeedsOf | None) 
                 with RunMetrics(name) as metrics:
                     record = run_on_workers(job, workers, work, Together(progress, log, metrics))
                 log.run_done(record.seconds, record.decoder_sparsity, record.total_sparsity)
-        # Leaving Ray takes a second or two. Whoever ends the run in them is told that it goes on, so it does.
-        with sigterm_interrupts():
-            record.save(work.checkpoint, config)
-            shutil.copyfile(work.log, work.checkpoint / LOG_FILE)
-            work.journal.write(PUBLISHING)
-            publish(work.checkpoint, config.output, config.overwrite)
-            work.clear_away()
+        record.save(work.checkpoint, config)
+        shutil.copyfile(work.log, work.checkpoint / LOG_FILE)
+        work.journal.write(PUBLISHING)
+        publish(work.checkpoint, config.output, config.overwrite)
+        work.clear_away()
     return record
 
 
