@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import sys
 import time
 
 import pytest
@@ -11,7 +14,7 @@ from ray.exceptions import AuthenticationError
 
 from distprune import InputError
 from distprune.config import PruneConfig
-from distprune.engine.cluster import WorkerPlan, connected, plan_workers
+from distprune.engine.cluster import WorkerPlan, connected, plan_workers, sigterm_interrupts
 from distprune.engine.pool import WorkerPool
 from distprune.engine.progress import Progress
 
@@ -165,6 +168,17 @@ def test_a_closed_port_is_bad_input_within_seconds(monkeypatch):
         ):
             pass
         assert time.monotonic() - start < 5
+
+
+def test_sigterm_interrupts_also_while_ray_shuts_down(monkeypatch):
+    """Ray's own handler would end the process with a status of its own."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, lambda *_: sys.exit(15)))
+    monkeypatch.setattr(ray, "shutdown", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_interrupts(), connected(PruneConfig(model="m", output="o")):
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_an_address_that_is_none_is_bad_input(monkeypatch):
