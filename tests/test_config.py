@@ -73,7 +73,7 @@ def test_every_option_can_be_set_in_yaml(yaml_file):
 def test_the_command_line_has_every_option_under_the_same_name():
     parameters = set(python.signature(cli.prune).parameters)
     distillation = {name for name in parameters if name.startswith("distill_")}
-    assert parameters - distillation - {"config"} == set(PruneConfig.model_fields) - {"options"} | {"option"}
+    assert parameters - distillation - {"config", "log_format"} == set(PruneConfig.model_fields) - {"options"} | {"option"}
     assert {name.removeprefix("distill_") for name in distillation} <= set(DistillConfig.model_fields)
 
 
