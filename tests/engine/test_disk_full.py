@@ -151,7 +151,7 @@ def test_errors_that_are_no_fault_of_the_file_system_stay_what_they_are():
         raise SafetensorError("no such tensor")
 
 
-@pytest.mark.parametrize("number", [0, 5, 9])
+@pytest.mark.parametrize("number", [0, 5, 8])  # of nine
 def test_an_object_store_without_room_says_so_and_the_run_goes_on(run, digests, monkeypatch, tmp_path, number):
     """Ray raises this where neither the store nor the disk that it spills to has room."""
     options, puts = {"sparsity": 0.3, "propagation": 2}, itertools.count()
