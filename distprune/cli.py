@@ -43,6 +43,14 @@ CountEmbeddings = Annotated[
     Optional[bool],
     typer.Option("--count-embeddings/--no-count-embeddings", help="a fraction of all parameters instead"),
 ]
+Target = Annotated[
+    Optional[str],
+    typer.Option(metavar="RESOURCE", help="what it is a fraction of: parameters, flops, kv-cache, bytes [parameters]"),
+]
+Layout = Annotated[
+    Optional[str],
+    typer.Option(metavar="per-layer|stock", help="stock: same widths in all layers, a plain checkpoint [per-layer]"),
+]
 Align = Annotated[Optional[int], typer.Option(help="widths and ranks are multiples of this [8]")]
 CalibrationFile = Annotated[Optional[Path], typer.Option(help="calibration set in Arrow [the model's own samples]")]
 Samples = Annotated[Optional[int], typer.Option(help="own samples to generate [128]")]
@@ -165,7 +173,9 @@ def prune(
         typer.Option(metavar="NAME=VALUE", help="hyperparameter of the method; repeatable"),
     ] = None,
     sparsity: Annotated[Optional[float], typer.Option(help="fraction of decoder parameters to remove [0.2]")] = None,
+    target: Target = None,
     count_embeddings: CountEmbeddings = None,
+    layout: Layout = None,
     align: Align = None,
     calibration: CalibrationFile = None,
     samples: Samples = None,
@@ -234,7 +244,9 @@ def plan(
         typer.Option(metavar="NAME=VALUE", help="hyperparameter of the method; repeatable"),
     ] = None,
     sparsity: Annotated[Optional[float], typer.Option(help="fraction of decoder parameters to remove [0.2]")] = None,
+    target: Target = None,
     count_embeddings: CountEmbeddings = None,
+    layout: Layout = None,
     align: Align = None,
     calibration: CalibrationFile = None,
     samples: Samples = None,
@@ -295,7 +307,9 @@ def compare(
     keep: Annotated[Optional[Path], typer.Option(help="folder where the pruned checkpoints stay")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
     config: Config = None,
+    target: Target = None,
     count_embeddings: CountEmbeddings = None,
+    layout: Layout = None,
     align: Align = None,
     calibration: CalibrationFile = None,
     samples: Samples = None,

@@ -62,7 +62,13 @@ class PruneConfig(BaseModel):
     method: str = Field("olica", description="pruning method")
     options: dict[str, Any] = Field(default_factory=dict, description="hyperparameters of the method")
     sparsity: float = Field(0.2, ge=0, lt=1, description="fraction of the decoder layers' parameters to remove")
-    count_embeddings: bool = Field(False, description="the fraction is of all parameters, embeddings included")
+    target: Literal["parameters", "flops", "kv-cache", "bytes"] = Field(
+        "parameters", description="what the fraction is of, for methods that can plan for it"
+    )
+    count_embeddings: bool = Field(False, description="the fraction is of the whole model, embeddings included")
+    layout: Literal["per-layer", "stock"] = Field(
+        "per-layer", description="widths of each layer's own, or the same in all, which the original architecture has"
+    )
     align: int = Field(8, ge=1, description="widths and ranks are multiples of this")
 
     calibration: Path | None = Field(None, description="calibration set in Arrow; by default the model's own samples")

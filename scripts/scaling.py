@@ -27,7 +27,7 @@ from rich.table import Table
 from scale import SHAPES, VOCABULARY, WINDOW, make_calibration, make_model
 from transformers import LlamaConfig
 
-from distprune.budgets import ParameterTarget
+from distprune.budgets import Target
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
@@ -98,7 +98,7 @@ def time_tasks(tasks: LayerTasks, tokens: np.ndarray) -> Costs:
     read, _ = timed(lambda: tasks.open_layer(0))
     swept, _ = timed(lambda: tasks.sweep(0, 0, states))
     profile, remembered = timed(lambda: tasks.profile(0, 1))
-    plan = tasks.method.plan(ParameterTarget(tasks.dense, 0.3), [remembered] * 2, align=8)
+    plan = tasks.method.plan(Target(tasks.dense, 0.3), [remembered] * 2, align=8)
     pruned = tasks.prune(0, states, plan[0], remembered, propagate=False)
     weights = tasks.family.layer_to_checkpoint(pruned.layer, 0)
     seconds = pruned.report.seconds

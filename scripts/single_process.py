@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distprune.budgets import ParameterTarget
+from distprune.budgets import Target
 from distprune.calibration import open_calibration
 from distprune.families import family_of
 from distprune.methods import make_method
@@ -44,7 +44,7 @@ def main() -> None:
     with timed("dense pass"):
         profiles = dense_pass(model, tokens)
     dense = family_of(model.config).dense_config(model.config)
-    plan = OLICA.plan(ParameterTarget(dense, arguments.sparsity), profiles, align=8)
+    plan = OLICA.plan(Target(dense, arguments.sparsity), profiles, align=8)
     shapes = [asdict(shape) for shape in plan]
     pruned = PrunedForCausalLM(PrunedConfig(**{**dense.to_dict(), "layer_shapes": shapes})).to(model.dtype).eval()
     prune_layers(model, pruned, plan, tokens, sequential=arguments.propagation == "full")

@@ -18,7 +18,9 @@ VALUES = {
     "method": "another",
     "options": {"k": 2.0},
     "sparsity": 0.5,
+    "target": "flops",
     "count_embeddings": True,
+    "layout": "stock",
     "align": 64,
     "calibration": "set.arrow",
     "samples": 7,
@@ -73,7 +75,9 @@ def test_every_option_can_be_set_in_yaml(yaml_file):
 def test_the_command_line_has_every_option_under_the_same_name():
     parameters = set(python.signature(cli.prune).parameters)
     distillation = {name for name in parameters if name.startswith("distill_")}
-    assert parameters - distillation - {"config", "log_format"} == set(PruneConfig.model_fields) - {"options"} | {"option"}
+    assert parameters - distillation - {"config", "log_format"} == set(PruneConfig.model_fields) - {"options"} | {
+        "option"
+    }
     assert {name.removeprefix("distill_") for name in distillation} <= set(DistillConfig.model_fields)
 
 
@@ -120,6 +124,8 @@ def test_distillation_is_a_switch_or_options_overridden_one_by_one(yaml_file, in
         ("sparsity: 1.2", "option 'sparsity' is 1.2: .*less than 1"),
         ("sparsity: -0.1", "option 'sparsity' is -0.1: .*greater than or equal to 0"),
         ("sparsity: .nan", "option 'sparsity' is nan: "),
+        ("target: speed", "option 'target' is 'speed': .*'kv-cache' or 'bytes'"),
+        ("layout: even", "option 'layout' is 'even': .*'per-layer' or 'stock'"),
         ("align: 0", "option 'align' is 0: "),
         ("device: tpu", "option 'device' is 'tpu': .*'auto', 'cpu' or 'cuda'"),
         ("options: [k, 2]", r"option 'options' is \['k', 2\]: .*dictionary"),

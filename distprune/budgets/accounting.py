@@ -1,17 +1,17 @@
-"""Counting the parameters that decoder layers hold, and how many a sparsity asks to remove."""
+"""Counting the parameters that decoder layers hold."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from distprune.modeling import LayerShape, PrunedConfig, layer_tensor_shapes
+from distprune.budgets.resources import amount, outer_amount
+from distprune.modeling import LayerShape, PrunedConfig
 
 
 def layer_parameters(config: PrunedConfig, index: int, shape: LayerShape) -> int:
     """Parameters of layer ``index`` if it had ``shape``, norms and biases included."""
-    return sum(map(math.prod, layer_tensor_shapes(config, index, shape).values()))
+    return amount("parameters", config, index, shape)
 
 
 def decoder_parameters(config: PrunedConfig, shapes: Sequence[LayerShape]) -> int:
@@ -27,43 +27,4 @@ def affordable_neurons(config: PrunedConfig, index: int, shape: LayerShape, budg
 
 def outer_parameters(config: PrunedConfig) -> int:
     """Parameters outside the decoder layers: embeddings, final norm and an untied head."""
-    tables = 1 if config.tie_word_embeddings else 2
-    return tables * config.vocab_size * config.hidden_size + config.hidden_size
-
-
-@dataclass(frozen=True)
-class ParameterTarget:
-    """How many decoder parameters may remain.
-
-    Args:
-        config: the dense model.
-        sparsity: the fraction to remove, in [0, 1).
-        count_embeddings: whether the fraction is of all parameters (embeddings, final norm and head included) or of
-            the decoder layers alone. What is removed comes from the decoder layers either way.
-    """
-
-    config: PrunedConfig
-    sparsity: float
-    count_embeddings: bool = False
-
-    @property
-    def dense_shapes(self) -> list[LayerShape]:
-        return [self.config.layer_shape(index) for index in range(self.config.num_hidden_layers)]
-
-    @property
-    def dense(self) -> int:
-        return decoder_parameters(self.config, self.dense_shapes)
-
-    @property
-    def counted(self) -> int:
-        """The parameters that ``sparsity`` is a fraction of."""
-        return self.dense + (outer_parameters(self.config) if self.count_embeddings else 0)
-
-    @property
-    def remaining(self) -> int:
-        return self.dense - round(self.sparsity * self.counted)
-
-    @property
-    def decoder_sparsity(self) -> float:
-        """The fraction to remove of the decoder layers' parameters: ``sparsity`` itself where it is of those alone."""
-        return self.sparsity * (self.counted / self.dense)
+    return outer_amount("parameters", config)

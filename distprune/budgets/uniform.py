@@ -7,7 +7,8 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 from math import ceil
 
-from distprune.budgets.accounting import ParameterTarget, decoder_parameters, layer_parameters
+from distprune.budgets.accounting import decoder_parameters, layer_parameters
+from distprune.budgets.target import Target
 from distprune.errors import InputError
 from distprune.modeling import LayerShape
 
@@ -18,19 +19,20 @@ def aligned(width: float, align: int, most: int) -> int:
 
 
 def fill_with_ffn(
-    target: ParameterTarget, shapes: Sequence[LayerShape], align: int, wanted: Sequence[float] | None = None
+    target: Target, shapes: Sequence[LayerShape], align: int, wanted: Sequence[float] | None = None
 ) -> list[LayerShape]:
     """Give every layer the FFN width at which the whole decoder meets the target, all else in ``shapes`` standing.
 
     The sum of the widths is the one nearest to the target, and no FFN becomes wider than the dense one, even where
-    the rest of ``shapes`` has lost more than the target asks for.
+    the rest of ``shapes`` has lost more than the target asks for. Where the target is a stock layout, all FFNs are
+    equally wide, and the whole is within half a step of ``align`` in every layer.
 
     Args:
         target: how many parameters may remain.
         shapes: the layers; their FFN widths are not looked at.
         align: widths are multiples of this.
         wanted: how wide each layer wants to be, in proportion; by default all the same, and widths then differ by at
-            most one step of ``align``.
+            most one step of ``align``. A stock layout has no use for it.
 
     Raises:
         InputError: what ``shapes`` hold besides FFN neurons already exceeds the target.
@@ -38,13 +40,15 @@ def fill_with_ffn(
     config, layers = target.config, len(shapes)
     narrow = [replace(shape, ffn_width=align) for shape in shapes]
     step = layer_parameters(config, 0, replace(narrow[0], ffn_width=2 * align)) - layer_parameters(config, 0, narrow[0])
-    steps = layers + round((target.remaining - decoder_parameters(config, narrow)) / step)
+    more = (target.remaining - decoder_parameters(config, narrow)) / step
+    steps = layers * (1 + round(more / layers)) if target.stock else layers + round(more)
     if steps < layers:
         raise InputError(
             f"sparsity {target.sparsity:g} can't be reached: it leaves no FFN neurons. Ask for a lower --sparsity."
         )
     full = config.intermediate_size
-    widths = share_out(steps, wanted or [1.0] * layers, most=ceil(full / align))
+    even = target.stock or wanted is None
+    widths = share_out(steps, [1.0] * layers if even else wanted, most=ceil(full / align))
     return [replace(shape, ffn_width=min(align * width, full)) for shape, width in zip(shapes, widths, strict=True)]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
+from distprune.budgets import is_stock
 from distprune.checkpoint import Checkpoint, ShardWriter
 from distprune.decoder_layer import LayerShape
 from distprune.engine.preflight import Job
@@ -26,18 +27,13 @@ def write_outer_tensors(job: Job, writer: ShardWriter) -> tuple[list[str], list[
     return parts[:1], parts[1:]
 
 
-def is_stock(dense: LayerShape, shapes: Sequence[LayerShape]) -> bool:
-    """Whether a plain configuration of the original architecture can describe the shapes: FFNs all as narrow."""
-    return all(shape == replace(dense, ffn_width=shapes[0].ffn_width) for shape in shapes)
-
-
 def write_config(job: Job, shapes: Sequence[LayerShape], folder: Path) -> str:
     """Write config.json, and the modeling files where the checkpoint needs them.
 
     Returns:
         The layout: "stock" (the original architecture) or "per-layer" (our class).
     """
-    if is_stock(job.dense.dense_shape(), shapes):
+    if is_stock(job.dense, shapes):
         job.family.stock_config(job.checkpoint.config, shapes[0]).save_pretrained(folder)
         return "stock"
     config = pruned_config(job, shapes)

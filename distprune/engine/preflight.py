@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from distprune.budgets import ParameterTarget
+from distprune.budgets import Target, target_of
 from distprune.calibration import Calibration, load_tokenizer, open_calibration, tokenizer_fingerprint
 from distprune.checkpoint import (
     Checkpoint,
@@ -42,7 +42,7 @@ class Job:
     family: Family
     dense: PrunedConfig
     method: Method
-    target: ParameterTarget
+    target: Target
 
     def whole_folder(self) -> Path:
         """The model's folder with its weights, which a hub model's are fetched into."""
@@ -76,7 +76,7 @@ def check_job(config: PruneConfig) -> Job:
     family = family_of(checkpoint.config)
     dense = family.dense_config(checkpoint.config)
     check_tensors(checkpoint, family, dense)
-    target = ParameterTarget(dense, config.sparsity, config.count_embeddings)
+    target = target_of(config, dense)
     method.check_target(target, config.align)
     texts = config.calibration, config.distill and config.distill.calibration
     for path in filter(None, texts):

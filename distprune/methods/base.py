@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from distprune.budgets import ParameterTarget
+from distprune.budgets import Target
 from distprune.decoder_layer import DecoderLayer, LayerShape
+from distprune.errors import InputError
 from distprune.statistics import LayerStatistics, Moment
 
 #: What the dense pass leaves of one layer for planning and pruning: small named tensors.
@@ -33,6 +34,9 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str]
+    #: The resources that the method can plan for, and the layouts that its plans may be asked for in.
+    targets: ClassVar[tuple[str, ...]] = ("parameters",)
+    layouts: ClassVar[tuple[str, ...]] = ("per-layer",)
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
         """Moments to collect in the dense pass; with none, the dense pass only carries hidden states."""
@@ -42,14 +46,26 @@ class Method(BaseModel):
         """What to remember of a dense layer."""
         return {}
 
-    def check_target(self, target: ParameterTarget, align: int) -> None:
-        """See, before any weight is read, that the target can be reached.
+    def check_target(self, target: Target, align: int) -> None:
+        """See, before any weight is read, that the target can be reached. Methods that override it call this too.
 
         Raises:
             InputError: it can't.
         """
+        self._check_offered("--target", target.resource, "targets")
+        self._check_offered("--layout", "stock" if target.stock else "per-layer", "layouts")
 
-    def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def _check_offered(self, option: str, value: str, offers: str) -> None:
+        if value in getattr(self, offers):
+            return
+        able = sorted(method.name for method in named_methods(Method) if value in getattr(method, offers))
+        mend = f"Choose one of the methods {', '.join(able)}, or" if able else "No method offers it:"
+        raise InputError(
+            f"{option} {value}: method {self.name} can't plan for it. {mend} give {option} "
+            f"{' or '.join(getattr(self, offers))}."
+        )
+
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
         """The shape each layer is to have, the whole meeting ``target`` within one step of ``align``."""
         raise NotImplementedError
 
@@ -67,3 +83,11 @@ class Method(BaseModel):
     ) -> DecoderLayer:
         """The layer pruned to the ``planned`` shape, on its device: what is new in float32, what stays as it was."""
         raise NotImplementedError
+
+
+def named_methods(base: type[Method]) -> Iterator[type[Method]]:
+    """The subclasses that are whole methods."""
+    for method in base.__subclasses__():
+        if "name" in vars(method):
+            yield method
+        yield from named_methods(method)

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distprune.budgets import ParameterTarget, decoder_parameters, fill_with_ffn, layer_parameters
+from distprune.budgets import Target, decoder_parameters, fill_with_ffn, layer_parameters
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
 from distprune.methods.base import Method, Observe, Profile
 from distprune.methods.units import (
@@ -55,10 +55,11 @@ class Flap(Method):
 
     # ---------------------------------------------------------------- the budget
 
-    def check_target(self, target: ParameterTarget, align: int) -> None:
+    def check_target(self, target: Target, align: int) -> None:
+        super().check_target(target, align)
         fill_with_ffn(target, [self._with_groups(shape, 1) for shape in target.dense_shapes], align)
 
-    def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
         dense = target.dense_shapes
         if target.sparsity == 0:
             return dense
@@ -72,7 +73,7 @@ class Flap(Method):
         return fill_with_ffn(target, shapes, align, [float(neurons) for _, neurons in kept])
 
     def _thresholds(
-        self, target: ParameterTarget, dense: Sequence[LayerShape], scores: Sequence[tuple[Tensor, Tensor]]
+        self, target: Target, dense: Sequence[LayerShape], scores: Sequence[tuple[Tensor, Tensor]]
     ) -> Tensor:
         """The scores of the units that may stay, ascending: as many of the lowest are gone as the target asks for."""
         costs = [cost for _ in dense for cost in unit_parameters(target.config, dense[0])]

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distprune.budgets import ParameterTarget, aligned, fill_with_ffn
+from distprune.budgets import Target, aligned, fill_with_ffn
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank, slice_linear
 from distprune.errors import InputError
 from distprune.methods.base import Method, Observe, Profile
@@ -94,15 +94,16 @@ class Olica(Method):
 
     # ---------------------------------------------------------------- the budget
 
-    def check_target(self, target: ParameterTarget, align: int) -> None:
+    def check_target(self, target: Target, align: int) -> None:
+        super().check_target(target, align)
         # Which layers are calibrated makes no difference to how many parameters they hold.
         possible = target.config.num_hidden_layers - 1
         self._shapes(target, set(range(min(self.calibrated_layers, possible))), align)
 
-    def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
         return self._shapes(target, self._most_linear(profiles), align)
 
-    def _shapes(self, target: ParameterTarget, calibrated: set[int], align: int) -> list[LayerShape]:
+    def _shapes(self, target: Target, calibrated: set[int], align: int) -> list[LayerShape]:
         config = target.config
         dense = target.dense_shapes
         if target.sparsity == 0:

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distprune.budgets import (
-    ParameterTarget,
+    Target,
     affordable_neurons,
     fill_with_ffn,
     layer_parameters,
@@ -113,11 +113,12 @@ class Oops(Method):
 
     # ---------------------------------------------------------------- the budget
 
-    def check_target(self, target: ParameterTarget, align: int) -> None:
+    def check_target(self, target: Target, align: int) -> None:
+        super().check_target(target, align)
         layers = range(target.config.num_hidden_layers)
         fill_with_ffn(target, [self._smallest(target.config.layer_shape(index)) for index in layers], align)
 
-    def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
         dense = target.dense_shapes
         if target.sparsity == 0:
             return dense
@@ -131,7 +132,7 @@ class Oops(Method):
         return fill_with_ffn(target, shapes, align, wanted)
 
     def _divide(
-        self, target: ParameterTarget, index: int, shape: LayerShape, sparsity: float, profile: Profile, align: int
+        self, target: Target, index: int, shape: LayerShape, sparsity: float, profile: Profile, align: int
     ) -> tuple[LayerShape, float]:
         """Divide a layer's budget between heads and neurons: as many heads go as makes the lost energy least,
         attention's and the FFN's each as a share of the module's own.

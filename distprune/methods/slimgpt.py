@@ -21,7 +21,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from distprune.budgets import ParameterTarget, affordable_neurons, fill_with_ffn, layer_parameters
+from distprune.budgets import Target, affordable_neurons, fill_with_ffn, layer_parameters
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
 from distprune.methods.base import Method, Observe, Profile
 from distprune.methods.uniform import with_fewer_groups
@@ -40,10 +40,11 @@ class SlimGPT(Method):
 
     # ---------------------------------------------------------------- the budget
 
-    def check_target(self, target: ParameterTarget, align: int) -> None:
+    def check_target(self, target: Target, align: int) -> None:
+        super().check_target(target, align)
         self.plan(target, (), align)
 
-    def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
         config = target.config
         dense = target.dense_shapes
         if target.sparsity == 0:

@@ -6,19 +6,23 @@ Units are whole KV groups of attention and neurons of the FFN.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
-from distprune.budgets import ParameterTarget, fill_with_ffn
+from distprune.budgets import Target, fill_with_ffn, has_plain_heads
 from distprune.decoder_layer import DecoderLayer, LayerShape
 from distprune.methods.base import Method, Observe, Profile
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons, with_heads
+from distprune.modeling import PrunedConfig
 from distprune.solvers import most_important
 from distprune.statistics import LayerStatistics
 
 
 class ScoredUnits(Method):
     """A method that is two scores."""
+
+    layouts: ClassVar[tuple[str, ...]] = ("per-layer", "stock")
 
     def score_groups(self, layer: DecoderLayer, statistics: LayerStatistics) -> Tensor:
         """What the KV groups are worth, (g,)."""
@@ -28,14 +32,19 @@ class ScoredUnits(Method):
         """What the FFN's neurons are worth, (f,)."""
         raise NotImplementedError
 
-    def check_target(self, target: ParameterTarget, align: int) -> None:
+    def check_target(self, target: Target, align: int) -> None:
+        super().check_target(target, align)
         self.plan(target, (), align)
 
-    def plan(self, target: ParameterTarget, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
         dense, sparsity = target.dense_shapes, target.decoder_sparsity
         if target.sparsity == 0:
             return dense
-        return fill_with_ffn(target, [with_fewer_groups(shape, sparsity) for shape in dense], align)
+        if target.stock:
+            shapes = [with_plain_groups(target.config, shape, sparsity) for shape in dense]
+        else:
+            shapes = [with_fewer_groups(shape, sparsity) for shape in dense]
+        return fill_with_ffn(target, shapes, align)
 
     def prune(
         self,
@@ -55,3 +64,11 @@ def with_fewer_groups(shape: LayerShape, sparsity: float) -> LayerShape:
     """The shape without the fraction ``sparsity`` of its KV groups, to the nearest whole one; at least one stays."""
     kept = max(1, round((1 - sparsity) * shape.kv_heads))
     return with_heads(shape, kept, shape.query_heads // shape.kv_heads)
+
+
+def with_plain_groups(config: PrunedConfig, shape: LayerShape, sparsity: float) -> LayerShape:
+    """The same, to the nearest number that a plain configuration can have."""
+    heads = shape.query_heads // shape.kv_heads
+    possible = [with_heads(shape, groups, heads) for groups in range(shape.kv_heads, 0, -1)]
+    plain = [smaller for smaller in possible if has_plain_heads(config, smaller)]
+    return min(plain, key=lambda smaller: abs(smaller.kv_heads - (1 - sparsity) * shape.kv_heads))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from distprune.budgets import ParameterTarget, layer_parameters, outer_parameters
+from distprune.budgets import Target, layer_parameters, outer_parameters, target_of
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
@@ -54,7 +54,7 @@ class Scenario:
     family: Family
     dense: PrunedConfig
     method: Method
-    target: ParameterTarget
+    target: Target
     shapes: tuple[LayerShape, ...]
     stored_bytes: tuple[int, ...]  # of each layer in the checkpoint
     pruned_bytes: tuple[int, ...]  # of each layer in the result
@@ -176,7 +176,7 @@ def make_scenario(
     """
     method = make_method(config.method, config.options)
     family, dense = dense_model(checkpoint)
-    target = ParameterTarget(dense, config.sparsity, config.count_embeddings)
+    target = target_of(config, dense)
     shapes = tuple(expected_shapes(method, target, config.align))
     own = TokenSet(config.samples, config.sequence_length)
     calibration = _token_set(config.calibration, dense) or own

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from distprune.budgets import ParameterTarget, fill_with_ffn
+from distprune.budgets import Target, fill_with_ffn
 from distprune.decoder_layer import LayerShape
 from distprune.methods import Method, Profile
 from distprune.methods.uniform import with_fewer_groups
 
 
-def expected_shapes(method: Method, target: ParameterTarget, align: int) -> list[LayerShape]:
+def expected_shapes(method: Method, target: Target, align: int) -> list[LayerShape]:
     """The method's own plan for a model all of whose layers look alike, units being worth more or less evenly.
 
-    A method of which no such profile is known is taken to narrow every layer by as much.
+    A method of which no such profile is known is taken to narrow every layer by as much, of its parameters.
 
     Raises:
         InputError: the target can't be reached.
@@ -30,6 +31,7 @@ def expected_shapes(method: Method, target: ParameterTarget, align: int) -> list
     if method.name in EVEN_PROFILES:
         profile = EVEN_PROFILES[method.name](dense[0])
         return method.plan(target, [profile] * len(dense), align)
+    target = replace(target, resource="parameters")
     return fill_with_ffn(target, [with_fewer_groups(shape, target.decoder_sparsity) for shape in dense], align)
 
 

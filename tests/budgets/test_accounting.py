@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distprune.budgets import ParameterTarget, decoder_parameters, layer_parameters, outer_parameters
+from distprune.budgets import Target, decoder_parameters, layer_parameters, outer_parameters
 from distprune.modeling import LayerShape, PrunedForCausalLM
 
 SHAPES = [
@@ -44,12 +44,12 @@ def test_what_remains_of_a_model_is_its_decoder_less_the_asked_for_fraction(tiny
     config = tiny_config(**FLAGS[flags])
     model = PrunedForCausalLM(config)
     decoder, whole = elements(model.model.layers), elements(model)
-    target = ParameterTarget(config, 0.3)
+    target = Target(config, 0.3)
     assert target.dense == decoder
     assert target.remaining == decoder - round(0.3 * decoder)
     assert target.decoder_sparsity == 0.3
 
-    counted = ParameterTarget(config, 0.3, count_embeddings=True)
+    counted = Target(config, 0.3, count_embeddings=True)
     assert counted.dense == decoder
     assert counted.remaining == decoder - round(0.3 * whole)
     assert counted.decoder_sparsity == pytest.approx(0.3 * whole / decoder)
@@ -60,11 +60,11 @@ def test_what_remains_of_a_model_is_its_decoder_less_the_asked_for_fraction(tiny
 def test_the_sparsity_of_decoder_layers_alone_is_not_rounded(tiny_config, sparsity, layers, width):
     """Methods branch on it: at 0.4 exactly, a last digit more is another budget."""
     config = tiny_config(num_hidden_layers=layers, intermediate_size=width)
-    assert ParameterTarget(config, sparsity).decoder_sparsity == sparsity
+    assert Target(config, sparsity).decoder_sparsity == sparsity
 
 
 def test_a_sparsity_of_zero_leaves_everything(tiny_config):
     for count_embeddings in (False, True):
-        target = ParameterTarget(tiny_config(), 0.0, count_embeddings)
+        target = Target(tiny_config(), 0.0, count_embeddings)
         assert target.remaining == target.dense
         assert target.decoder_sparsity == 0

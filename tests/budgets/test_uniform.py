@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from distprune.budgets import ParameterTarget, aligned, decoder_parameters, fill_with_ffn
+from distprune.budgets import Target, aligned, decoder_parameters, fill_with_ffn
 from distprune.errors import InputError
 from distprune.modeling import LayerShape, PrunedConfig
 
@@ -42,7 +42,7 @@ def attention_shapes() -> st.SearchStrategy[LayerShape]:
     )
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(
     data=st.data(),
     layers=st.integers(1, 6),
@@ -53,7 +53,7 @@ def attention_shapes() -> st.SearchStrategy[LayerShape]:
 def test_the_whole_decoder_is_within_half_a_step_of_the_target(tiny_config, data, layers, align, sparsity, biases):
     config: PrunedConfig = tiny_config(num_hidden_layers=layers, intermediate_size=FULL, mlp_bias=biases)
     shapes = data.draw(st.lists(attention_shapes(), min_size=layers, max_size=layers))
-    target = ParameterTarget(config, sparsity)
+    target = Target(config, sparsity)
 
     def with_ffn(width: int) -> int:
         return decoder_parameters(config, [replace(shape, ffn_width=width) for shape in shapes])
@@ -69,12 +69,12 @@ def test_the_whole_decoder_is_within_half_a_step_of_the_target(tiny_config, data
     assert [replace(shape, ffn_width=FULL) for shape in filled] == shapes
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(layers=st.integers(1, 6), sparsity=st.floats(0.05, 0.5))
 def test_embeddings_that_count_are_paid_for_by_the_decoder(tiny_config, layers, sparsity):
     config = tiny_config(num_hidden_layers=layers, vocab_size=20)
     shapes = [config.dense_shape()] * layers
-    target = ParameterTarget(config, sparsity, count_embeddings=True)
+    target = Target(config, sparsity, count_embeddings=True)
     whole = target.dense + 2 * 20 * HIDDEN + HIDDEN
     filled = fill_with_ffn(target, shapes, align=4)
     removed = target.dense - decoder_parameters(config, filled)
@@ -85,7 +85,7 @@ def test_no_ffn_becomes_wider_than_the_dense_one(tiny_config):
     """Attention alone has lost more than was asked for."""
     config = tiny_config(intermediate_size=100)
     narrow = replace(config.dense_shape(), value_dim=1)
-    filled = fill_with_ffn(ParameterTarget(config, 0.01), [narrow] * 3, align=8)
+    filled = fill_with_ffn(Target(config, 0.01), [narrow] * 3, align=8)
     assert filled == [narrow] * 3
 
 
@@ -93,13 +93,13 @@ def test_a_target_below_one_step_a_layer_is_refused(tiny_config):
     config = tiny_config()
     shapes = [config.dense_shape()] * 3
 
-    def target(width: int) -> ParameterTarget:
+    def target(width: int) -> Target:
         """The decoder with FFNs of that width."""
         remaining = decoder_parameters(config, [replace(shape, ffn_width=width) for shape in shapes])
-        return ParameterTarget(config, 1 - remaining / decoder_parameters(config, shapes))
+        return Target(config, 1 - remaining / decoder_parameters(config, shapes))
 
     assert [shape.ffn_width for shape in fill_with_ffn(target(8), shapes, align=8)] == [8, 8, 8]
     with pytest.raises(InputError, match=r"can't be reached.*lower --sparsity"):
         fill_with_ffn(target(5), shapes, align=8)
     with pytest.raises(InputError, match=r"sparsity 0\.99 "):
-        fill_with_ffn(ParameterTarget(config, 0.99), shapes, align=8)
+        fill_with_ffn(Target(config, 0.99), shapes, align=8)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from distprune import InputError
-from distprune.budgets import ParameterTarget
+from distprune.budgets import Target
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
@@ -92,7 +92,7 @@ def test_a_run_prunes_each_layer_on_the_outputs_that_propagation_says(run, make_
         output, profile = dense_layer(tasks, index, dense[-1])
         dense.append(output)
         profiles.append(profile)
-    plan = tasks.method.plan(ParameterTarget(tasks.dense, 0.3), profiles, align=8)
+    plan = tasks.method.plan(Target(tasks.dense, 0.3), profiles, align=8)
 
     block = LAYERS if propagation == "full" else propagation
     for index in range(LAYERS):

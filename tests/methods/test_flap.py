@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distprune.budgets import ParameterTarget, decoder_parameters
+from distprune.budgets import Target, decoder_parameters
 from distprune.decoder_layer import Linear
 from distprune.errors import InputError
 from distprune.methods.flap import Flap, fluctuation
@@ -184,7 +184,7 @@ def units_below_one_threshold(config, profiles, excess: int) -> tuple[list[int],
 @pytest.mark.parametrize("seed", range(4))
 def test_one_threshold_over_all_layers_divides_the_budget(biases, seed):
     config = config_of(**biases)
-    profiles, target = random_profiles(config, seed), ParameterTarget(config, 0.4)
+    profiles, target = random_profiles(config, seed), Target(config, 0.4)
     added = 0 if biases else 6 * 2 * 32
     groups, neurons = units_below_one_threshold(config, profiles, target.dense + added - target.remaining)
     plan = Flap().plan(target, profiles, ALIGN)
@@ -201,7 +201,7 @@ def test_one_threshold_over_all_layers_divides_the_budget(biases, seed):
 @pytest.mark.parametrize("lift", [-9.0, 0.0, 9.0], ids=["groups first", "either", "neurons first"])
 def test_the_plan_meets_the_target_with_all_biases_counted(biases, compensation, sparsity, lift):
     config = config_of(**biases)
-    target = ParameterTarget(config, sparsity)
+    target = Target(config, sparsity)
     plan = Flap(compensation=compensation).plan(target, random_profiles(config, lift=lift), ALIGN)
     assert all(shape.ffn_width % ALIGN == 0 and 1 <= shape.kv_heads <= 4 for shape in plan)
     assert all(shape.query_heads == 2 * shape.kv_heads for shape in plan)
@@ -218,18 +218,18 @@ def test_the_plan_meets_the_target_with_all_biases_counted(biases, compensation,
 
 def test_embeddings_that_count_are_paid_for():
     config = config_of(vocab_size=200)
-    target = ParameterTarget(config, 0.3, count_embeddings=True)
+    target = Target(config, 0.3, count_embeddings=True)
     plan = Flap().plan(target, random_profiles(config), ALIGN)
     assert abs(decoder_parameters(config, plan) - target.remaining) <= ALIGN * (3 * 32 + 2)
 
 
 def test_at_sparsity_zero_nothing_goes():
     config = config_of()
-    assert Flap().plan(ParameterTarget(config, 0.0), random_profiles(config), ALIGN) == [config.dense_shape()] * 6
+    assert Flap().plan(Target(config, 0.0), random_profiles(config), ALIGN) == [config.dense_shape()] * 6
 
 
 def test_a_target_below_the_smallest_layers_is_refused_before_any_profile():
     config = config_of(intermediate_size=16)
     with pytest.raises(InputError, match=r"sparsity 0\.9"):
-        Flap().check_target(ParameterTarget(config, 0.9), ALIGN)
-    Flap().check_target(ParameterTarget(config, 0.5), ALIGN)
+        Flap().check_target(Target(config, 0.9), ALIGN)
+    Flap().check_target(Target(config, 0.5), ALIGN)

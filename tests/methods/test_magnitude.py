@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distprune.budgets import ParameterTarget, decoder_parameters
+from distprune.budgets import Target, decoder_parameters
 from distprune.errors import InputError
 from distprune.methods.magnitude import Magnitude
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons, with_heads
@@ -86,7 +86,7 @@ def test_it_asks_for_nothing_of_the_data(subject):
 @METHODS
 @pytest.mark.parametrize(("sparsity", "groups"), [(0.1, 3), (0.3, 2), (0.45, 2), (0.55, 1)])
 def test_the_plan_meets_its_target_with_the_same_shape_in_every_layer(method, sparsity, groups):
-    target = ParameterTarget(llama(), sparsity)
+    target = Target(llama(), sparsity)
     plan = method.plan(target, (), 8)
     assert abs(decoder_parameters(target.config, plan) - target.remaining) <= 8 * 3 * 32 / 2
     assert {(shape.kv_heads, shape.query_heads) for shape in plan} == {(groups, 2 * groups)}
@@ -97,12 +97,12 @@ def test_the_plan_meets_its_target_with_the_same_shape_in_every_layer(method, sp
 @METHODS
 def test_one_kv_group_stays_whatever_the_target(method):
     config = llama(num_key_value_heads=1, intermediate_size=960)
-    assert {shape.kv_heads for shape in method.plan(ParameterTarget(config, 0.7), (), 8)} == {1}
+    assert {shape.kv_heads for shape in method.plan(Target(config, 0.7), (), 8)} == {1}
 
 
 @METHODS
 def test_embeddings_that_count_cost_more_groups(method):
-    target = ParameterTarget(llama(vocab_size=1200, intermediate_size=384), 0.4, count_embeddings=True)
+    target = Target(llama(vocab_size=1200, intermediate_size=384), 0.4, count_embeddings=True)
     assert target.decoder_sparsity > 0.5
     assert {shape.kv_heads for shape in method.plan(target, (), 8)} == {1}
 
@@ -110,7 +110,7 @@ def test_embeddings_that_count_cost_more_groups(method):
 @METHODS
 def test_a_plan_of_sparsity_zero_is_the_dense_model_and_leaves_the_layer_as_it_is(subject, method):
     this = subject()
-    assert method.plan(ParameterTarget(this.config, 0.0), (), 8) == [this.layer.shape]
+    assert method.plan(Target(this.config, 0.0), (), 8) == [this.layer.shape]
     statistics = this.statistics(method.pruning_moments(this.layer.shape, this.layer.shape))
     pruned = method.prune(this.layer, this.layer.shape, statistics, {}, this.observe)
     assert torch.equal(this.run(pruned), this.run(this.layer))
@@ -120,5 +120,5 @@ def test_a_plan_of_sparsity_zero_is_the_dense_model_and_leaves_the_layer_as_it_i
 def test_a_target_out_of_reach_is_refused_before_any_weight_is_read(method):
     config = llama(num_key_value_heads=1, num_attention_heads=6, intermediate_size=32)
     with pytest.raises(InputError, match=r"sparsity 0\.8 can't be reached"):
-        method.check_target(ParameterTarget(config, 0.8), 8)
-    method.check_target(ParameterTarget(config, 0.3), 8)
+        method.check_target(Target(config, 0.8), 8)
+    method.check_target(Target(config, 0.3), 8)

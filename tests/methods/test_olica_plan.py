@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distprune.budgets import ParameterTarget, decoder_parameters, layer_parameters
+from distprune.budgets import Target, decoder_parameters, layer_parameters
 from distprune.errors import InputError
 from distprune.methods import Olica
 from distprune.methods.olica import kept_rank
@@ -69,14 +69,14 @@ def test_kept_rank_is_a_multiple_of_the_alignment_or_full(out, inp, sparsity, al
 @pytest.mark.parametrize("align", [1, 4, 8])
 def test_the_plan_meets_its_target_within_one_alignment_step(sparsity, align):
     config = llama()
-    target = ParameterTarget(config, sparsity)
+    target = Target(config, sparsity)
     planned = Olica().plan(target, profiles(RISING), align)
     step = 3 * align * config.hidden_size
     assert abs(decoder_parameters(config, planned) - target.remaining) <= step / 2
 
 
 def test_the_plan_holds_the_published_shares():
-    planned = Olica().plan(ParameterTarget(llama(head_dim=20), 0.4), profiles(RISING), align=1)
+    planned = Olica().plan(Target(llama(head_dim=20), 0.4), profiles(RISING), align=1)
     assert {shape.value_dim for shape in planned} == {16}  # 0.8 · 20
     assert {shape.query_rank for shape in planned} == {8}  # ⌈0.2 · 80 · 64 / (80 + 64)⌉
     assert {shape.key_rank for shape in planned} == {5}  # ⌈0.2 · 40 · 64 / (40 + 64)⌉
@@ -87,14 +87,14 @@ def test_forty_percent_is_on_the_published_side_of_the_kink_for_any_model():
     """A count of parameters rounded up must not turn 0.8 of queries and keys to 0.6."""
     for width in range(100, 140):
         config = llama(layers=1, intermediate_size=width)
-        planned = Olica(calibrated_layers=0).plan(ParameterTarget(config, 0.4), profiles([0.0]), align=1)
+        planned = Olica(calibrated_layers=0).plan(Target(config, 0.4), profiles([0.0]), align=1)
         assert planned[0].query_rank == ceil(0.2 * 64 * 64 / 128), width
 
 
 def test_count_embeddings_takes_more_from_every_module():
     config = llama(vocab_size=2000)
     plain, counted = (
-        Olica().plan(ParameterTarget(config, 0.2, count_embeddings=count), profiles(RISING), align=1)[-1]
+        Olica().plan(Target(config, 0.2, count_embeddings=count), profiles(RISING), align=1)[-1]
         for count in (False, True)
     )
     for name in ("value_dim", "query_rank", "key_rank", "ffn_width"):
@@ -103,7 +103,7 @@ def test_count_embeddings_takes_more_from_every_module():
 
 def calibrated(method: Olica, linearity: list[float]) -> list[int]:
     config = llama(layers=len(linearity))
-    planned = method.plan(ParameterTarget(config, 0.2), profiles(linearity), align=1)
+    planned = method.plan(Target(config, 0.2), profiles(linearity), align=1)
     return [index for index, shape in enumerate(planned) if shape.calibration_rank]
 
 
@@ -118,20 +118,20 @@ def test_the_last_layer_is_never_calibrated():
 
 def test_without_calibrated_layers_there_is_no_branch_and_no_need_of_linearity():
     config, method = llama(), Olica(calibrated_layers=0)
-    planned = method.plan(ParameterTarget(config, 0.2), [{}] * 8, align=1)
+    planned = method.plan(Target(config, 0.2), [{}] * 8, align=1)
     assert {shape.calibration_rank for shape in planned} == {None}
 
 
 def test_the_calibration_rank_is_a_fraction_of_the_hidden_size():
     method = Olica(calibration_rank_ratio=0.25)
-    planned = method.plan(ParameterTarget(llama(), 0.2), profiles(RISING), align=8)
+    planned = method.plan(Target(llama(), 0.2), profiles(RISING), align=8)
     assert planned[0].calibration_rank is None and planned[6].calibration_rank == 16
 
 
 def test_a_plan_of_sparsity_zero_is_the_dense_model():
     config = llama()
     dense = [config.layer_shape(index) for index in range(8)]
-    assert Olica().plan(ParameterTarget(config, 0.0), profiles(RISING), align=8) == dense
+    assert Olica().plan(Target(config, 0.0), profiles(RISING), align=8) == dense
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_plan_of_sparsity_zero_is_the_dense_model():
     ],
 )
 def test_a_target_out_of_reach_is_refused_before_anything_is_measured(sparsity, options):
-    target, method = ParameterTarget(llama(), sparsity), Olica(**options)
+    target, method = Target(llama(), sparsity), Olica(**options)
     with pytest.raises(InputError, match=f"sparsity {sparsity:g} can't be reached"):
         method.check_target(target, align=8)
     with pytest.raises(InputError, match=f"sparsity {sparsity:g} can't be reached"):
@@ -151,12 +151,12 @@ def test_a_target_out_of_reach_is_refused_before_anything_is_measured(sparsity, 
 
 
 def test_a_target_within_reach_is_not_refused():
-    Olica().check_target(ParameterTarget(llama(), 0.5), align=8)
+    Olica().check_target(Target(llama(), 0.5), align=8)
 
 
 def test_every_layer_of_one_plan_costs_about_the_same():
     """The budget is uniform: layers differ by one step of FFN neurons and the calibration branch at most."""
     config = llama()
-    planned = Olica().plan(ParameterTarget(config, 0.3), profiles(RISING), align=8)
+    planned = Olica().plan(Target(config, 0.3), profiles(RISING), align=8)
     costs = [layer_parameters(config, index, shape) for index, shape in enumerate(planned)]
     assert max(costs) - min(costs) <= 3 * 8 * 64 + 2 * 8 * 64

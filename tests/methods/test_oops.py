@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from distprune.budgets import ParameterTarget, decoder_parameters
+from distprune.budgets import Target, decoder_parameters
 from distprune.errors import ConvergenceWarning, InputError
 from distprune.methods import make_method
 from distprune.methods.oops import grouped_head_interaction
@@ -165,7 +165,7 @@ def test_the_plan_meets_the_target_and_keeps_layers_with_outliers(sparsity, atte
         }
         for index in range(layers)
     ]
-    target = ParameterTarget(config, sparsity)
+    target = Target(config, sparsity)
     plan = make_method("oops", {"attention": attention}).plan(target, profiles, 8)
     one_step = 8 * 3 * 32
     assert abs(decoder_parameters(config, plan) - target.remaining) <= one_step
@@ -179,15 +179,15 @@ def test_the_plan_meets_the_target_and_keeps_layers_with_outliers(sparsity, atte
 
 def test_at_sparsity_zero_nothing_goes():
     config = PrunedConfig(hidden_size=32, num_attention_heads=4, intermediate_size=96, num_hidden_layers=2)
-    plan = make_method("oops", {}).plan(ParameterTarget(config, 0.0), [{}, {}], 8)
+    plan = make_method("oops", {}).plan(Target(config, 0.0), [{}, {}], 8)
     assert plan == [config.dense_shape()] * 2
 
 
 def test_a_target_below_the_smallest_layers_is_refused_before_any_profile():
     config = PrunedConfig(hidden_size=32, num_attention_heads=4, intermediate_size=16, num_hidden_layers=2)
     with pytest.raises(InputError, match=r"sparsity 0\.9"):
-        make_method("oops", {"attention": False}).check_target(ParameterTarget(config, 0.9), 8)
-    make_method("oops", {}).check_target(ParameterTarget(config, 0.4), 8)
+        make_method("oops", {"attention": False}).check_target(Target(config, 0.9), 8)
+    make_method("oops", {}).check_target(Target(config, 0.4), 8)
 
 
 def test_silent_neurons_do_no_harm(subject):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from distprune.budgets import ParameterTarget, decoder_parameters, layer_parameters
+from distprune.budgets import Target, decoder_parameters, layer_parameters
 from distprune.decoder_layer import state_of
 from distprune.errors import InputError
 from distprune.methods.slimgpt import SlimGPT, incremental_sparsities
@@ -136,7 +136,7 @@ def test_sparsities_grow_with_the_logarithm_of_the_depth_about_their_mean(sparsi
 @pytest.mark.parametrize("options", [{}, {"first_layer": 0.5}, {"first_layer": 1.0}])
 def test_the_plan_meets_its_target_and_its_layers_follow_the_sparsities(sparsity, options):
     config = llama()
-    target, method = ParameterTarget(config, sparsity), SlimGPT(**options)
+    target, method = Target(config, sparsity), SlimGPT(**options)
     plan = method.plan(target, (), 8)
     step = 8 * 3 * 32
     assert abs(decoder_parameters(config, plan) - target.remaining) <= step / 2
@@ -150,13 +150,13 @@ def test_the_plan_meets_its_target_and_its_layers_follow_the_sparsities(sparsity
 
 def test_by_default_the_first_layer_keeps_everything_and_the_last_loses_most():
     config = llama()
-    plan = SlimGPT().plan(ParameterTarget(config, 0.3), (), 8)
+    plan = SlimGPT().plan(Target(config, 0.3), (), 8)
     assert plan[0] == config.layer_shape(0)
     assert plan[-1].kv_heads < 4 and plan[-1].ffn_width == min(shape.ffn_width for shape in plan)
 
 
 def test_embeddings_that_count_cost_more_groups():
-    target = ParameterTarget(llama(vocab_size=1500), 0.3, count_embeddings=True)
+    target = Target(llama(vocab_size=1500), 0.3, count_embeddings=True)
     plan = SlimGPT(first_layer=1.0).plan(target, (), 8)
     assert 1 - target.decoder_sparsity < 0.625 < 1 - target.sparsity
     assert {shape.kv_heads for shape in plan} == {2}
@@ -164,11 +164,11 @@ def test_embeddings_that_count_cost_more_groups():
 
 def test_a_plan_of_sparsity_zero_is_the_dense_model():
     config = llama()
-    assert SlimGPT().plan(ParameterTarget(config, 0.0), (), 8) == [config.layer_shape(0)] * 10
+    assert SlimGPT().plan(Target(config, 0.0), (), 8) == [config.layer_shape(0)] * 10
 
 
 def test_a_target_out_of_reach_is_refused_before_any_weight_is_read():
     config = llama(num_key_value_heads=1, intermediate_size=32)
     with pytest.raises(InputError, match=r"sparsity 0\.8 can't be reached"):
-        SlimGPT().check_target(ParameterTarget(config, 0.8), 8)
-    SlimGPT().check_target(ParameterTarget(config, 0.3), 8)
+        SlimGPT().check_target(Target(config, 0.8), 8)
+    SlimGPT().check_target(Target(config, 0.3), 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distprune.budgets import ParameterTarget
+from distprune.budgets import Target
 from distprune.decoder_layer import state_of
 from distprune.methods import METHODS
 
@@ -15,7 +15,7 @@ from distprune.methods import METHODS
 def test_a_layer_in_bfloat16_is_pruned_like_the_same_weights_in_float32(subject, name):
     this, method = subject(biases=False, num_hidden_layers=2), METHODS[name]()
     stored = this.layer.to(torch.bfloat16)
-    target = ParameterTarget(this.config, 0.3)
+    target = Target(this.config, 0.3)
 
     def pruned(layer) -> dict[str, torch.Tensor]:
         profile = method.profile(layer, this.observe(layer, method.dense_moments(layer.shape)))

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import distprune
 from distprune import InputError
-from distprune.budgets import ParameterTarget, layer_parameters
+from distprune.budgets import Target, layer_parameters
 from distprune.cli import app
 from distprune.config import PruneConfig
 from distprune.methods import METHODS
@@ -28,7 +28,7 @@ def stage(planned, name: str):
 def test_what_remains_is_within_one_step_of_what_was_asked_for(plan, small, method):
     planned = plan(method=method, sparsity=0.3)
     _, dense = dense_model(open_headers(str(small)))
-    target, shape = ParameterTarget(dense, 0.3), dense.layer_shape(0)
+    target, shape = Target(dense, 0.3), dense.layer_shape(0)
     step = layer_parameters(dense, 0, shape) - layer_parameters(dense, 0, replace(shape, ffn_width=shape.ffn_width - 8))
     assert abs(planned.decoder_parameters_after - target.remaining) <= step
 

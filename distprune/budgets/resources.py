@@ -1,0 +1,83 @@
+"""What a budget may be of, and how much of it a layer of some shape takes.
+
+Every amount is a whole number, a layer's is the sum of its attention's and its FFN's, and the decoder's is the sum of
+its layers'. A module takes the norm before it along.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+
+from distprune.modeling import LayerShape, PrunedConfig, layer_tensor_shapes
+
+#: - parameters: numbers stored, norms and biases included
+#: - flops: for one token, twice the multiply-adds of all linear maps and of attention to ``CONTEXT`` tokens
+#: - kv-cache: bytes of keys and values that a token leaves
+#: - bytes: of the tensors in the checkpoint
+Resource = Literal["parameters", "flops", "kv-cache", "bytes"]
+RESOURCES: tuple[Resource, ...] = get_args(Resource)
+
+#: How many tokens the generated one looks at, or as many as a sliding window shows it.
+CONTEXT = 2048
+
+FFN_PREFIXES = ("mlp.", "post_attention_layernorm.")
+
+
+def amount(resource: Resource, config: PrunedConfig, index: int, shape: LayerShape) -> int:
+    """What layer ``index`` takes if it has ``shape``."""
+    return attention_amount(resource, config, index, shape) + ffn_amount(resource, config, index, shape)
+
+
+def attention_amount(resource: Resource, config: PrunedConfig, index: int, shape: LayerShape) -> int:
+    """What its attention takes, whatever the shape of its FFN."""
+    if resource == "kv-cache":
+        return shape.kv_heads * (shape.query_key_dim + shape.value_dim) * itemsize(config)
+    tensors = layer_tensor_shapes(config, index, shape)
+    sizes = [size for name, size in tensors.items() if not name.startswith(FFN_PREFIXES)]
+    if resource == "flops":
+        seen = context(config, index)
+        return linear_flops(sizes) + 2 * shape.query_heads * (shape.query_key_dim + shape.value_dim) * seen
+    return stored(resource, config, sizes)
+
+
+def ffn_amount(resource: Resource, config: PrunedConfig, index: int, shape: LayerShape) -> int:
+    """What its FFN takes, with the linear branch beside it, whatever the shape of its attention."""
+    if resource == "kv-cache":
+        return 0
+    tensors = layer_tensor_shapes(config, index, shape)
+    sizes = [size for name, size in tensors.items() if name.startswith(FFN_PREFIXES)]
+    return linear_flops(sizes) if resource == "flops" else stored(resource, config, sizes)
+
+
+def outer_amount(resource: Resource, config: PrunedConfig) -> int:
+    """What is taken outside the decoder layers: by embedding, final norm and head."""
+    table = (config.vocab_size, config.hidden_size)
+    if resource == "kv-cache":
+        return 0
+    if resource == "flops":
+        return linear_flops([table])  # of the head; an embedding is looked up
+    tables = [table] if config.tie_word_embeddings else [table, table]
+    return stored(resource, config, [*tables, (config.hidden_size,)])
+
+
+def stored(resource: Resource, config: PrunedConfig, sizes: list[tuple[int, ...]]) -> int:
+    return sum(map(math.prod, sizes)) * (itemsize(config) if resource == "bytes" else 1)
+
+
+def linear_flops(sizes: list[tuple[int, ...]]) -> int:
+    """Of all linear maps among tensors of these shapes, for one token."""
+    return sum(2 * math.prod(size) for size in sizes if len(size) == 2)
+
+
+def context(config: PrunedConfig, index: int) -> int:
+    """How many tokens attention of layer ``index`` looks at."""
+    sliding = config.layer_types[index] == "sliding_attention"
+    return min(CONTEXT, config.sliding_window) if sliding else CONTEXT
+
+
+def itemsize(config: PrunedConfig) -> int:
+    """Bytes of a number in the checkpoint."""
+    return (config.dtype or torch.float32).itemsize
