@@ -103,3 +103,16 @@ def test_a_target_below_one_step_a_layer_is_refused(tiny_config):
         fill_with_ffn(target(5), shapes, align=8)
     with pytest.raises(InputError, match=r"sparsity 0\.99 "):
         fill_with_ffn(Target(config, 0.99), shapes, align=8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(layers=st.integers(1, 6), align=st.sampled_from([1, 8, 16]), sparsity=st.floats(0, 0.6))
+def test_a_stock_layout_has_one_width_and_meets_the_target_within_half_a_step_a_layer(
+    tiny_config, layers, align, sparsity
+):
+    config = tiny_config(num_hidden_layers=layers, intermediate_size=FULL)
+    target = Target(config, sparsity, stock=True)
+    wanted = [float(index + 1) for index in range(layers)]
+    filled = fill_with_ffn(target, [config.dense_shape()] * layers, align, wanted)
+    assert len(set(filled)) == 1 and filled[0].ffn_width % align == 0
+    assert abs(decoder_parameters(config, filled) - target.remaining) <= layers * align * 3 * HIDDEN / 2

@@ -31,3 +31,14 @@ def test_nothing_removed_gives_the_stock_architecture_and_bit_equal_logits(run, 
     pruned, dense = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, dense_path))
     assert type(pruned) is LlamaForCausalLM
     assert torch.equal(pruned(ids).logits, dense(ids).logits)
+
+
+@torch.no_grad()
+def test_a_pruned_stock_layout_opens_as_the_original_architecture(run, save_model):
+    dense_path = save_model()
+    folder, record = run(dense_path, method="magnitude", sparsity=0.3, layout="stock")
+    assert record.layout == "stock" and not list(folder.glob("*.py"))
+    pruned, dense = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, dense_path))
+    assert type(pruned) is LlamaForCausalLM
+    assert pruned.config.intermediate_size < dense.config.intermediate_size
+    assert pruned(torch.arange(24)[None]).logits.isfinite().all()
