@@ -38,7 +38,7 @@ def test_a_resource_or_layout_that_a_method_does_not_offer_is_refused(config, na
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3, 0.45])
 @pytest.mark.parametrize("name", ["magnitude", "wanda-sp"])
 def test_a_stock_plan_is_one_that_the_original_architecture_can_have(config, name, sparsity):
-    """Eight heads at 30% would leave six, and at 10% seven, which don't divide the hidden size of 48."""
+    """Of eight heads 10% would leave seven, which don't divide the hidden size of 48."""
     assert name in STOCK
     target, method = Target(config, sparsity, stock=True), METHODS[name]()
     method.check_target(target, 8)
