@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from distprune.modeling import LayerShape, PrunedConfig, layer_tensor_shapes
+from distprune.modeling import ROTARY_PAIRS, LayerShape, PrunedConfig, layer_tensor_shapes
 
 
 def layer_parameters(config: PrunedConfig, index: int, shape: LayerShape) -> int:
     """Parameters of layer ``index`` if it had ``shape``, norms and biases included."""
-    return sum(map(math.prod, layer_tensor_shapes(config, index, shape).values()))
+    tensors = layer_tensor_shapes(config, index, shape)
+    return sum(math.prod(size) for name, size in tensors.items() if name != ROTARY_PAIRS)
 
 
 def decoder_parameters(config: PrunedConfig, shapes: Sequence[LayerShape]) -> int:

@@ -141,7 +141,7 @@ def _write_index(folder: Path, shards: list[str]) -> None:
     infos = {(name, shard): info for shard in shards for name, info in read_header(folder / shard).items()}
     index = {
         "metadata": {
-            "total_parameters": sum(math.prod(info.shape) for info in infos.values()),
+            "total_parameters": sum(math.prod(info.shape) for info in infos.values() if info.dtype.is_floating_point),
             "total_size": sum(info.nbytes for info in infos.values()),
         },
         "weight_map": dict(sorted(infos)),

@@ -26,9 +26,19 @@ def write_outer_tensors(job: Job, writer: ShardWriter) -> tuple[list[str], list[
     return parts[:1], parts[1:]
 
 
-def is_stock(dense: LayerShape, shapes: Sequence[LayerShape]) -> bool:
-    """Whether a plain configuration of the original architecture can describe the shapes: FFNs all as narrow."""
-    return all(shape == replace(dense, ffn_width=shapes[0].ffn_width) for shape in shapes)
+def is_stock(job: Job, shapes: Sequence[LayerShape]) -> bool:
+    """Whether a plain configuration of the original architecture can describe the shapes.
+
+    It can where all layers have the same heads and FFN width, and all else of the dense layer.
+    """
+    one = shapes[0]
+    widths = {"query_heads": one.query_heads, "kv_heads": one.kv_heads, "ffn_width": one.ffn_width}
+    return (
+        one == replace(job.dense.dense_shape(), **widths)
+        and one.has_ffn
+        and all(shape == one for shape in shapes)
+        and job.family.takes_heads(job.checkpoint.config, one.query_heads)
+    )
 
 
 def write_config(job: Job, shapes: Sequence[LayerShape], folder: Path) -> str:
@@ -37,7 +47,7 @@ def write_config(job: Job, shapes: Sequence[LayerShape], folder: Path) -> str:
     Returns:
         The layout: "stock" (the original architecture) or "per-layer" (our class).
     """
-    if is_stock(job.dense.dense_shape(), shapes):
+    if is_stock(job, shapes):
         job.family.stock_config(job.checkpoint.config, shapes[0]).save_pretrained(folder)
         return "stock"
     config = pruned_config(job, shapes)

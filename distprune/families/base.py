@@ -94,6 +94,10 @@ class Family:
         prefix = self.layer_prefix.format(index=index)
         return {prefix + name: tensor for name, tensor in state_of(layer).items()}
 
+    def takes_heads(self, config: PreTrainedConfig, query_heads: int) -> bool:
+        """Whether the original architecture can have that many query heads, each as wide as before."""
+        return True
+
     def stock_config(self, config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConfig:
         """The original architecture's configuration when every layer has ``shape``, all widths being equal."""
         stock = copy.deepcopy(config)

@@ -13,5 +13,9 @@ class Llama(Family):
             "mlp_bias": config.mlp_bias,
         }
 
+    def takes_heads(self, config, query_heads):
+        # transformers' configuration insists on that, also where a head's width is given.
+        return config.hidden_size % query_heads == 0
+
 
 FAMILY = Llama("llama")
