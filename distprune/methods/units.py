@@ -50,7 +50,7 @@ def keep_heads(layer: DecoderLayer, heads: Tensor) -> DecoderLayer:
 
 
 def keep_rotary_pairs(layer: DecoderLayer, pairs: Tensor) -> DecoderLayer:
-    """The layer whose queries and keys are left with the given rotary pairs, the same in a key head and its query heads.
+    """The layer whose queries and keys are left with the given rotary pairs, a group's query heads with its key's.
 
     Args:
         layer: its queries and keys may be dense or low-rank, and may have lost pairs before.
@@ -63,7 +63,7 @@ def keep_rotary_pairs(layer: DecoderLayer, pairs: Tensor) -> DecoderLayer:
     if layer.query_norm is not None:
         raise ValueError("queries and keys are normed over all coordinates of a head, so no rotary pair can go")
     half = layer.shape.query_key_dim // 2
-    ascending = bool((pairs.diff(dim=1) > 0).all()) and 0 <= pairs.min() and pairs.max() < half
+    ascending = (pairs.diff(dim=1) > 0).all() and pairs.min() >= 0 and pairs.max() < half
     if len(pairs) != layer.kv_heads or not ascending:
         raise ValueError(f"pairs must be ascending indices below {half}, a row for each of {layer.kv_heads} KV groups")
     if pairs.shape[1] == half:
