@@ -32,13 +32,11 @@ def is_stock(job: Job, shapes: Sequence[LayerShape]) -> bool:
     It can where all layers have the same heads and FFN width, and all else of the dense layer.
     """
     one = shapes[0]
+    if not (one.has_attention and one.has_ffn and all(shape == one for shape in shapes)):
+        return False
     widths = {"query_heads": one.query_heads, "kv_heads": one.kv_heads, "ffn_width": one.ffn_width}
-    return (
-        one == replace(job.dense.dense_shape(), **widths)
-        and one.has_ffn
-        and all(shape == one for shape in shapes)
-        and job.family.takes_heads(job.checkpoint.config, one.query_heads)
-    )
+    is_narrower = one == replace(job.dense.dense_shape(), **widths)
+    return is_narrower and job.family.takes_heads(job.checkpoint.config, one.query_heads)
 
 
 def write_config(job: Job, shapes: Sequence[LayerShape], folder: Path) -> str:
