@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
-from distprune.modeling.configuration_distprune import LayerShape
+from distprune.modeling import ROTARY_PAIRS, LayerShape
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,27 @@ class LowRank:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A pre-norm decoder layer with grouped-query attention and a gated FFN.
+    """A pre-norm decoder layer with grouped-query attention and a gated FFN, or without one of them or both.
 
     d is the hidden size, h and g the numbers of query heads and KV groups, p and v the widths per head of queries and
-    keys and of values, f the FFN width.
+    keys and of values, f the FFN width. What belongs to an absent part is None, and h and g are 0 without attention.
     """
 
     query_heads: int
     kv_heads: int
-    attention_norm: Tensor  # (d,)
-    query: Linear | LowRank  # d -> h·p
-    key: Linear | LowRank  # d -> g·p
-    value: Linear  # d -> g·v
-    output: Linear  # h·v -> d
-    ffn_norm: Tensor  # (d,)
-    gate: Linear  # d -> f
-    up: Linear  # d -> f
-    down: Linear  # f -> d
+    attention_norm: Tensor | None  # (d,)
+    query: Linear | LowRank | None  # d -> h·p
+    key: Linear | LowRank | None  # d -> g·p
+    value: Linear | None  # d -> g·v
+    output: Linear | None  # h·v -> d
+    ffn_norm: Tensor | None  # (d,)
+    gate: Linear | None  # d -> f
+    up: Linear | None  # d -> f
+    down: Linear | None  # f -> d
     query_norm: Tensor | None = None  # (p,), RMS norm of each query head where the family has one
     key_norm: Tensor | None = None  # (p,)
+    # (g, p/2) integers, ascending: the original head's rotary pairs that each KV group has kept; None where all are.
+    rotary_pairs: Tensor | None = None
     calibration: LowRank | None = None  # d -> d, added to the FFN's output
 
     @property
@@ -63,19 +66,32 @@ class DecoderLayer:
         return LayerShape(
             query_heads=self.query_heads,
             kv_heads=self.kv_heads,
-            query_key_dim=_width(self.query) // self.query_heads,
-            value_dim=self.value.weight.shape[0] // self.kv_heads,
-            ffn_width=self.down.weight.shape[1],
+            query_key_dim=_width(self.query) // self.query_heads if self.query else 0,
+            value_dim=_width(self.value) // self.kv_heads if self.value else 0,
+            ffn_width=_width(self.gate) if self.gate else 0,
             query_rank=_rank(self.query),
             key_rank=_rank(self.key),
             calibration_rank=_rank(self.calibration),
-            output_bias=self.output.bias is not None,
-            down_bias=self.down.bias is not None,
+            output_bias=self.output is not None and self.output.bias is not None,
+            down_bias=self.down is not None and self.down.bias is not None,
         )
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of the weights; None where there are none."""
+        norms = (norm for norm in (self.attention_norm, self.ffn_norm) if norm is not None)
+        return next((norm.dtype for norm in norms), None)
+
     def to(self, *args, **kwargs) -> DecoderLayer:
-        """The same layer with every tensor moved or cast as ``torch.Tensor.to`` does."""
-        return _map_tensors(self, lambda tensor: tensor.to(*args, **kwargs))
+        """The same layer with every tensor moved or cast as ``torch.Tensor.to`` does; indices are only moved."""
+        return _map_tensors(self, lambda tensor: _to(tensor, *args, **kwargs))
+
+
+def _to(tensor: Tensor, *args, **kwargs) -> Tensor:
+    if tensor.is_floating_point():
+        return tensor.to(*args, **kwargs)
+    device = tensor.new_empty(0).to(*args, **kwargs).device
+    return tensor.to(device, copy=kwargs.get("copy", False))
 
 
 def _map_tensors(value, change: Callable[[Tensor], Tensor]):
@@ -116,6 +132,7 @@ _NORMS = {
 def state_of(layer: DecoderLayer) -> dict[str, Tensor]:
     """The layer's tensors under the names of our decoder-layer module's state dict."""
     state = {f"{name}.weight": getattr(layer, role) for role, name in _NORMS.items()}
+    state[ROTARY_PAIRS] = layer.rotary_pairs
     for role, name in _PROJECTIONS.items():
         match getattr(layer, role):
             case Linear(weight, bias):
@@ -145,6 +162,7 @@ def layer_from_state(state: Mapping[str, Tensor], shape: LayerShape) -> DecoderL
         kv_heads=shape.kv_heads,
         **{role: state.get(f"{name}.weight") for role, name in _NORMS.items()},
         **{role: projection(name) for role, name in _PROJECTIONS.items()},
+        rotary_pairs=state.get(ROTARY_PAIRS),
     )
 
 

@@ -91,6 +91,8 @@ def distill(
     student = Student(layer, index, following, runner, options)
     training, held_out = split(len(exercise), options)
     before = student.mean_loss(exercise[held_out])
+    if layer.dtype is None:  # no weights, nothing to learn
+        return layer, Lesson([], before, before, kept=False)
     losses = student.train(exercise[training])
     after = student.mean_loss(exercise[held_out])
     lesson = Lesson(averaged(losses, CURVE_POINTS), before, after, kept=after < before)
@@ -170,7 +172,7 @@ class Student:
         for linear in [module for module in self._module.modules() if parametrize.is_parametrized(module)]:
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
         state = {name: tensor.detach() for name, tensor in self._module.state_dict().items()}
-        return layer_from_state(state, self._pruned.shape).to(self._pruned.attention_norm.dtype)
+        return layer_from_state(state, self._pruned.shape).to(self._pruned.dtype)
 
 
 class LowRankUpdate(nn.Module):

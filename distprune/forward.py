@@ -95,7 +95,8 @@ class EndOfPass(Exception):
 def tapped(module: PrunedDecoderLayer, last: str | None = None) -> Iterator[dict[str, Tensor]]:
     """While open, every forward pass of ``module`` leaves its activations in the yielded dict, (tokens, width) each.
 
-    A pass ends with :class:`EndOfPass` when it has come to the tap ``last``, if one is given.
+    A layer without attention or FFN has none of its taps. A pass ends with :class:`EndOfPass` when it has come to the
+    tap ``last``, if one is given.
     """
     attention, ffn = module.self_attn, module.mlp
     activations: dict[str, Tensor] = {}
@@ -111,14 +112,19 @@ def tapped(module: PrunedDecoderLayer, last: str | None = None) -> Iterator[dict
     def keep_output(target: nn.Module, tap: str):
         return target.register_forward_hook(lambda _, __, output: keep(tap, output))
 
-    handles = [
-        keep_input(attention.v_proj, "attention_input"),
-        keep_input(attention.o_proj, "attention_values"),
-        keep_output(attention.o_proj, "attention_output"),
-        keep_input(ffn, "ffn_input"),
-        keep_input(ffn.down_proj, "ffn_neurons"),
-        keep_output(ffn, "ffn_output"),
-    ]
+    handles = []
+    if attention is not None:
+        handles += [
+            keep_input(attention.v_proj, "attention_input"),
+            keep_input(attention.o_proj, "attention_values"),
+            keep_output(attention.o_proj, "attention_output"),
+        ]
+    if ffn is not None:
+        handles += [
+            keep_input(ffn, "ffn_input"),
+            keep_input(ffn.down_proj, "ffn_neurons"),
+            keep_output(ffn, "ffn_output"),
+        ]
     try:
         yield activations
     finally:

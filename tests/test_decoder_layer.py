@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, layer_from_state, slice_linear, state_of
-from distprune.modeling import PrunedConfig, PrunedDecoderLayer
+from distprune.modeling import ROTARY_PAIRS, PrunedConfig, PrunedDecoderLayer
 
 SHAPES = {
     "dense": LayerShape(4, 2, 8, 8, ffn_width=20),
@@ -19,6 +19,11 @@ SHAPES = {
     "calibrated": LayerShape(4, 2, 8, 8, ffn_width=12, query_rank=9, key_rank=4, calibration_rank=3),
     "output bias": LayerShape(4, 2, 8, 8, ffn_width=20, output_bias=True),
     "down bias": LayerShape(4, 2, 8, 8, ffn_width=20, down_bias=True),
+    "fewer rotary pairs": LayerShape(4, 2, 4, 8, ffn_width=20),
+    "fewer rotary pairs, low-rank": LayerShape(4, 2, 2, 6, ffn_width=20, query_rank=9, key_rank=4),
+    "no attention": LayerShape(0, 0, 0, 0, ffn_width=20, calibration_rank=3),
+    "no FFN": LayerShape(4, 2, 8, 8, ffn_width=0, output_bias=True),
+    "nothing": LayerShape(0, 0, 0, 0, ffn_width=0),
 }
 FLAGS = {
     "plain": {},
@@ -34,15 +39,18 @@ def asked_shape(request) -> LayerShape:
 
 @pytest.fixture(params=FLAGS)
 def config(request, asked_shape) -> PrunedConfig:
+    flags = FLAGS[request.param]
+    if flags.get("query_key_norm") and 0 < asked_shape.query_key_dim < 8:
+        pytest.skip("no such layer")
     return PrunedConfig(
         hidden_size=24,
         intermediate_size=20,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        layer_shapes=[asdict(asked_shape)],
-        **FLAGS[request.param],
+        layer_shapes=[asdict(asked_shape), asdict(SHAPES["dense"])],
+        **flags,
     )
 
 
@@ -79,21 +87,34 @@ def test_the_shape_follows_from_the_tensors(layer, shape):
 
 def test_to_casts_every_tensor_and_nothing_else(layer, shape):
     cast = layer.to(torch.bfloat16)
-    assert {tensor.dtype for tensor in state_of(cast).values()} == {torch.bfloat16}
     assert state_of(cast).keys() == state_of(layer).keys()
     assert cast.shape == shape
     for name, tensor in state_of(layer).items():
-        assert torch.equal(state_of(cast)[name], tensor.bfloat16())
+        expected = tensor if name == ROTARY_PAIRS else tensor.bfloat16()
+        assert state_of(cast)[name].dtype == expected.dtype
+        assert torch.equal(state_of(cast)[name], expected)
 
 
 def test_to_moves_every_tensor(layer):
     moved = layer.to("meta", torch.float16)
-    assert {(tensor.device.type, tensor.dtype) for tensor in state_of(moved).values()} == {("meta", torch.float16)}
+    for name, tensor in state_of(moved).items():
+        assert tensor.device.type == "meta"
+        assert tensor.dtype == (torch.int64 if name == ROTARY_PAIRS else torch.float16)
+
+
+def test_a_copy_shares_no_tensor_with_the_layer(layer):
+    copies = state_of(layer.to(torch.float32, copy=True))
+    assert all(copies[name].data_ptr() != tensor.data_ptr() for name, tensor in state_of(layer).items())
+
+
+def test_a_layers_dtype_is_that_of_its_weights(layer, asked_shape):
+    nothing = asked_shape == SHAPES["nothing"]
+    assert layer.to(torch.bfloat16).dtype == (None if nothing else torch.bfloat16)
 
 
 def test_casting_leaves_the_layer_as_it_was(layer):
     layer.to(torch.bfloat16)
-    assert {tensor.dtype for tensor in state_of(layer).values()} == {torch.float32}
+    assert {tensor.dtype for name, tensor in state_of(layer).items() if name != ROTARY_PAIRS} <= {torch.float32}
 
 
 @pytest.fixture

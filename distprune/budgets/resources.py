@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-from distprune.modeling import LayerShape, PrunedConfig, layer_tensor_shapes
+from distprune.modeling import ROTARY_PAIRS, LayerShape, PrunedConfig, layer_tensor_shapes
 
 #: - parameters: numbers stored, norms and biases included
 #: - flops: for one token, twice the multiply-adds of all linear maps and of attention to ``CONTEXT`` tokens
@@ -36,7 +36,8 @@ def attention_amount(resource: Resource, config: PrunedConfig, index: int, shape
     if resource == "kv-cache":
         return shape.kv_heads * (shape.query_key_dim + shape.value_dim) * itemsize(config)
     tensors = layer_tensor_shapes(config, index, shape)
-    sizes = [size for name, size in tensors.items() if not name.startswith(FFN_PREFIXES)]
+    # Which rotary pairs are left is told by indices, which are no parameters.
+    sizes = [size for name, size in tensors.items() if not name.startswith(FFN_PREFIXES) and name != ROTARY_PAIRS]
     if resource == "flops":
         seen = context(config, index)
         return linear_flops(sizes) + 2 * shape.query_heads * (shape.query_key_dim + shape.value_dim) * seen

@@ -16,10 +16,12 @@ def is_stock(config: PrunedConfig, shapes: Sequence[LayerShape]) -> bool:
         shapes: its pruned layers.
     """
     first, dense = shapes[0], config.dense_shape()
+    if not (first.has_attention and first.has_ffn):
+        return False
     plain = replace(dense, query_heads=first.query_heads, kv_heads=first.kv_heads, ffn_width=first.ffn_width)
     return has_plain_heads(config, first) and all(shape == plain for shape in shapes)
 
 
 def has_plain_heads(config: PrunedConfig, shape: LayerShape) -> bool:
     """Whether all heads are there, or as many as transformers' Llama admits, which divide the hidden size."""
-    return shape.query_heads == config.num_attention_heads or config.hidden_size % max(1, shape.query_heads) == 0
+    return shape.query_heads == config.num_attention_heads or config.hidden_size % shape.query_heads == 0

@@ -45,12 +45,13 @@ def plan_assembly(
 ) -> Assembly:
     """Group consecutive parts into shards of at most `max_shard_bytes`; a larger part is a shard alone.
 
-    `file` is where the plan will lie; `sizes` are the parts' sizes in bytes.
+    `file` is where the plan will lie; `sizes` are the parts' sizes in bytes, 0 where a part has no tensors: it then
+    makes no shard of its own.
     """
     groups: list[list[str]] = []
     room = 0
     for part in order:
-        if not groups or sizes[part] > room:
+        if not groups or sizes[part] > max(room, 0):
             groups.append([])
             room = max_shard_bytes
         groups[-1].append(part)

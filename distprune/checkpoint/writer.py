@@ -77,6 +77,11 @@ class ShardWriter:
     def _part_file(self, part: str) -> Path:
         return self._parts / (part + SUFFIX)
 
+    def _size(self, part: str) -> int:
+        """Bytes of a part's file; 0 for a part without tensors."""
+        file = self._part_file(part)
+        return file.stat().st_size if read_header(file) else 0
+
     def _waiting(self) -> set[str]:
         return {file.name.removesuffix(SUFFIX) for file in self._parts.glob("*" + SUFFIX)}
 
@@ -93,7 +98,7 @@ class ShardWriter:
         if any(destination.glob("*" + SUFFIX)):
             raise ValueError(f"{destination} holds safetensors files of something else")
         self._refuse_repeated_tensors(order)
-        sizes = {part: self._part_file(part).stat().st_size for part in order}
+        sizes = {part: self._size(part) for part in order}
         plan = plan_assembly(self._plan_file, destination, order, sizes, max_shard_bytes)
         plan.save(self._plan_file)
         return plan
@@ -141,7 +146,7 @@ def _write_index(folder: Path, shards: list[str]) -> None:
     infos = {(name, shard): info for shard in shards for name, info in read_header(folder / shard).items()}
     index = {
         "metadata": {
-            "total_parameters": sum(math.prod(info.shape) for info in infos.values()),
+            "total_parameters": sum(math.prod(info.shape) for info in infos.values() if info.dtype.is_floating_point),
             "total_size": sum(info.nbytes for info in infos.values()),
         },
         "weight_map": dict(sorted(infos)),

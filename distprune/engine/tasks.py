@@ -170,7 +170,7 @@ class LayerTasks:
             pruned = self.method.prune(layer.to(self.device), planned, statistics, profile, observe)
         if pruned.shape != planned:
             raise AssertionError(f"{self.method.name} gave layer {index} {pruned.shape}, planned {planned}")
-        pruned = pruned.to(layer.attention_norm.dtype)
+        pruned = pruned.to(layer.dtype)
         check_solution(pruned, index)
         clock.lap("solve")
         output = self.runner.run(pruned, index, hidden_states) if propagate else None

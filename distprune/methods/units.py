@@ -1,4 +1,5 @@
-"""Whole units of a layer, and the layer without some of them: query heads and their KV groups, neurons of the FFN."""
+"""Whole units of a layer, and the layer without some of them: query heads and their KV groups, rotary pairs, neurons
+of the FFN, and attention and FFN as a whole."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, slice_linear
+from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank, slice_linear
 from distprune.solvers import channels_of
 
 
@@ -44,7 +45,58 @@ def keep_heads(layer: DecoderLayer, heads: Tensor) -> DecoderLayer:
         key=slice_linear(layer.key, rows=channels_of(groups, head_dim)),
         value=slice_linear(layer.value, rows=channels_of(groups, value_dim)),
         output=slice_linear(layer.output, columns=channels_of(heads, value_dim)),
+        rotary_pairs=None if layer.rotary_pairs is None else layer.rotary_pairs[groups],
     )
+
+
+def keep_rotary_pairs(layer: DecoderLayer, pairs: Tensor) -> DecoderLayer:
+    """The layer whose queries and keys are left with the given rotary pairs, a group's query heads with its key's.
+
+    Args:
+        layer: its queries and keys may be dense or low-rank, and may have lost pairs before.
+        pairs: (groups, kept), which of the pairs that each KV group now has stay; ascending. Pair i of a head of
+            width p is its coordinates i and i + p/2.
+
+    Raises:
+        ValueError: the layer norms its queries and keys, or the pairs are not as many or not in the order asked for.
+    """
+    if layer.query_norm is not None:
+        raise ValueError("queries and keys are normed over all coordinates of a head, so no rotary pair can go")
+    half = layer.shape.query_key_dim // 2
+    ascending = (pairs.diff(dim=1) > 0).all() and pairs.min() >= 0 and pairs.max() < half
+    if len(pairs) != layer.kv_heads or not ascending:
+        raise ValueError(f"pairs must be ascending indices below {half}, a row for each of {layer.kv_heads} KV groups")
+    if pairs.shape[1] == half:
+        return layer
+    rows = torch.cat([pairs, pairs + half], dim=1)
+    key_rows = rows + 2 * half * torch.arange(layer.kv_heads, device=rows.device)[:, None]
+    query_rows = rows.repeat_interleave(layer.query_heads // layer.kv_heads, dim=0)
+    query_rows = query_rows + 2 * half * torch.arange(layer.query_heads, device=rows.device)[:, None]
+    return replace(
+        layer,
+        query=keep_outputs(layer.query, query_rows.flatten()),
+        key=keep_outputs(layer.key, key_rows.flatten()),
+        rotary_pairs=pairs if layer.rotary_pairs is None else layer.rotary_pairs.gather(1, pairs),
+    )
+
+
+def keep_outputs(projection: Linear | LowRank, rows: Tensor) -> Linear | LowRank:
+    """A dense or low-rank projection with the given outputs, indices (kept,)."""
+    if isinstance(projection, Linear):
+        return slice_linear(projection, rows=rows)
+    left = slice_linear(Linear(projection.left, projection.bias), rows=rows)
+    return LowRank(projection.right, left.weight, left.bias)
+
+
+def without_attention(layer: DecoderLayer) -> DecoderLayer:
+    """The layer without its attention and the norm before it."""
+    roles = ("attention_norm", "query", "key", "value", "output", "query_norm", "key_norm", "rotary_pairs")
+    return replace(layer, query_heads=0, kv_heads=0, **dict.fromkeys(roles))
+
+
+def without_ffn(layer: DecoderLayer) -> DecoderLayer:
+    """The layer without its FFN, the norm before it and the linear branch beside it."""
+    return replace(layer, **dict.fromkeys(("ffn_norm", "gate", "up", "down", "calibration")))
 
 
 def keep_neurons(layer: DecoderLayer, neurons: Tensor) -> DecoderLayer:

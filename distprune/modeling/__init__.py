@@ -48,6 +48,9 @@ def copy_modeling_files(directory: str | Path) -> list[Path]:
     return [Path(shutil.copyfile(source, Path(directory) / source.name)) for source in sources]
 
 
+# The name within a layer of the one tensor that is no parameter: which rotary pairs its KV groups have kept.
+ROTARY_PAIRS = "self_attn.rotary_pairs"
+
 # What the tensors of a layer depend on, besides its shape.
 SHAPING = ("hidden_size", "head_dim", "attention_bias", "attention_output_bias", "mlp_bias", "query_key_norm")
 
@@ -67,6 +70,7 @@ def _tensor_shapes(shape: LayerShape, *shaping: int | bool) -> dict[str, tuple[i
 
 __all__ = [
     "AUTO_MAP",
+    "ROTARY_PAIRS",
     "LayerShape",
     "LowRankLinear",
     "PrunedAttention",

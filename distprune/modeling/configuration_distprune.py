@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: @strict checks each field against its evaluated annotation.
 
+import copy
 from dataclasses import asdict, dataclass, replace
 
 from huggingface_hub.dataclasses import strict
@@ -13,11 +14,14 @@ from transformers.modeling_rope_utils import RopeParameters
 class LayerShape:
     """Widths, ranks and output biases of one decoder layer.
 
+    A layer without attention has no heads: the four widths of its attention are 0, and it has neither ranks nor an
+    output bias. One without a feed-forward network has an `ffn_width` of 0, no linear branch and no down bias.
+
     Attributes:
         query_heads: query heads, a multiple of `kv_heads`.
         kv_heads: key/value heads.
-        query_key_dim: width of one query or key head.
-        value_dim: width of one value head; it may be smaller than `query_key_dim`.
+        query_key_dim: width of one query or key head, two for each rotary pair that it keeps.
+        value_dim: width of one value head; it may be smaller or larger than `query_key_dim`.
         ffn_width: intermediate width of the feed-forward network.
         query_rank: rank of the factored query projection, None where it is a dense matrix.
         key_rank: rank of the factored key projection, None where it is a dense matrix.
@@ -26,8 +30,8 @@ class LayerShape:
         down_bias: whether the feed-forward down projection has a bias.
 
     Raises:
-        ValueError: a width or rank is not positive, a bias is not a bool, or `query_heads` is not a multiple of
-            `kv_heads`.
+        ValueError: a width is negative or a rank not positive, a bias is not a bool, `query_heads` is not a multiple
+            of `kv_heads`, or a part is absent by one of its fields and there by another.
     """
 
     query_heads: int
@@ -46,12 +50,33 @@ class LayerShape:
             if name.endswith("_bias"):
                 sound, kind = isinstance(value, bool), "true or false"
             else:
-                absent = value is None and name.endswith("_rank")
-                sound, kind = absent or (isinstance(value, int) and value > 0), "a positive integer"
+                rank = name.endswith("_rank")
+                sound = (value is None and rank) or (isinstance(value, int) and value >= rank)
+                kind = "a positive integer" if rank else "a positive integer, or 0 in a layer without this part"
             if not sound:
                 raise ValueError(f"{name} must be {kind}, got {value!r}.")
-        if self.query_heads % self.kv_heads != 0:
+        attention = ("query_heads", "kv_heads", "query_key_dim", "value_dim")
+        self._check_absence("attention", attention, ("query_rank", "key_rank", "output_bias"))
+        self._check_absence("a feed-forward network", ("ffn_width",), ("calibration_rank", "down_bias"))
+        if self.has_attention and self.query_heads % self.kv_heads != 0:
             raise ValueError(f"query_heads ({self.query_heads}) must be a multiple of kv_heads ({self.kv_heads}).")
+
+    def _check_absence(self, part: str, widths: tuple[str, ...], extras: tuple[str, ...]):
+        zero = [name for name in widths if getattr(self, name) == 0]
+        left = [name for name in widths + extras if getattr(self, name)]
+        if zero and left:
+            raise ValueError(
+                f"{zero[0]} is 0, as in a layer without {part}, but {left[0]} is {getattr(self, left[0])}: "
+                f"give such a layer {', '.join(widths)} of 0, and no {' or '.join(extras)}."
+            )
+
+    @property
+    def has_attention(self) -> bool:
+        return self.query_heads > 0
+
+    @property
+    def has_ffn(self) -> bool:
+        return self.ffn_width > 0
 
 
 @strict
@@ -64,10 +89,10 @@ class PrunedConfig(PreTrainedConfig):
     Arguments beyond those of transformers' `LlamaConfig`:
         base_model_type: `model_type` of the original model, such as "llama".
         attention_bias: whether the query, key and value projections have a bias.
-        attention_output_bias: whether the attention output projection has a bias, in every layer. Without it,
-            that of a single layer has one where its `LayerShape` says so.
-        mlp_bias: whether the three feed-forward projections have a bias, in every layer. Without it, the down
-            projection of a single layer has one where its `LayerShape` says so.
+        attention_output_bias: whether the attention output projection has a bias, in every layer that has one.
+            Without it, that of a single layer has one where its `LayerShape` says so.
+        mlp_bias: whether the three feed-forward projections have a bias, in every layer that has them. Without it,
+            the down projection of a single layer has one where its `LayerShape` says so.
         query_key_norm: whether each query and key head is RMS-normalized before rotary embedding (Qwen3).
         sliding_window: attention span, in tokens, of the layers of type "sliding_attention".
         layer_types: "full_attention" or "sliding_attention" for each layer. By default all layers slide where
@@ -146,9 +171,27 @@ class PrunedConfig(PreTrainedConfig):
         """The shape with the biases that all layers of the model have, beside those it has itself."""
         return replace(
             shape,
-            output_bias=shape.output_bias or self.attention_output_bias,
-            down_bias=shape.down_bias or self.mlp_bias,
+            output_bias=shape.output_bias or (shape.has_attention and self.attention_output_bias),
+            down_bias=shape.down_bias or (shape.has_ffn and self.mlp_bias),
         )
+
+    def attention_layers(self) -> list[int]:
+        """The layers with attention. A layer's place among them is its place in the KV cache."""
+        return [index for index, shape in enumerate(self.layer_shapes or ()) if shape.get("query_heads") != 0]
+
+    def get_text_config(self, decoder=None, encoder=None) -> "PrunedConfig":
+        """The configuration itself; as that of a decoder, which caches are made from, with the attention layers alone.
+
+        A cache holds no entry for a layer without attention: one that stayed empty would pass for a cache of no tokens.
+        """
+        kept = self.attention_layers()
+        if not decoder or len(kept) in (0, self.num_hidden_layers):
+            return super().get_text_config(decoder=decoder, encoder=encoder)
+        cached = copy.copy(self)
+        cached.num_hidden_layers = len(kept)
+        cached.layer_types = [self.layer_types[index] for index in kept]
+        cached.layer_shapes = [self.layer_shapes[index] for index in kept]
+        return cached
 
     def _check_layer_types(self):
         unknown = set(self.layer_types) - {"full_attention", "sliding_attention"}
@@ -165,13 +208,21 @@ class PrunedConfig(PreTrainedConfig):
             )
         for index in range(self.num_hidden_layers):
             shape, name = self.layer_shape(index), f"layer_shapes[{index}]"
-            # Rotary embedding turns every pair of query/key coordinates at its own speed: none can go.
-            if shape.query_key_dim != self.head_dim:
+            # Rotary embedding turns pairs of query/key coordinates: they go in twos.
+            if shape.query_key_dim > self.head_dim or (shape.query_key_dim % 2 and shape.query_key_dim < self.head_dim):
                 raise ValueError(
-                    f"{name}: query_key_dim ({shape.query_key_dim}) must equal head_dim ({self.head_dim})."
+                    f"{name}: query_key_dim ({shape.query_key_dim}) must be even and not exceed head_dim "
+                    f"({self.head_dim})."
+                )
+            if self.query_key_norm and shape.query_key_dim not in (0, self.head_dim):
+                raise ValueError(
+                    f"{name}: query_key_dim ({shape.query_key_dim}) must equal head_dim ({self.head_dim}), because "
+                    "query_key_norm takes the norm over all coordinates of a head: no rotary pair can go."
                 )
             if shape.value_dim > self.head_dim:
                 raise ValueError(f"{name}: value_dim ({shape.value_dim}) must not exceed head_dim ({self.head_dim}).")
+        if not self.attention_layers():
+            raise ValueError("layer_shapes has no layer with attention: at least one must keep it.")
 
 
 __all__ = ["LayerShape", "PrunedConfig"]

@@ -1,4 +1,4 @@
-"""A decoder whose layers each have their own widths and ranks.
+"""A decoder whose layers each have their own widths and ranks, and may lack attention or feed-forward network.
 
 One class for the Llama, Mistral, Qwen2 and Qwen3 family: RMSNorm before each sublayer, rotary embedding,
 grouped-query attention, gated feed-forward network. Tensor names are Llama's. This file travels inside the
@@ -48,19 +48,32 @@ def linear(in_features: int, out_features: int, rank: int | None, bias: bool) ->
     return LowRankLinear(in_features, out_features, rank, bias=bias)
 
 
+def widened(states: torch.Tensor, width: int) -> torch.Tensor:
+    """States (.., w) with zeros after their last coordinate, (.., width)."""
+    missing = width - states.shape[-1]
+    return nn.functional.pad(states, (0, missing)) if missing else states
+
+
 class PrunedAttention(nn.Module):
-    """Grouped-query attention with its own number of heads, value width and query/key ranks.
+    """Grouped-query attention with its own number of heads, rotary pairs, value width and query/key ranks.
 
     Scores are divided by the square root of the original head width, whatever was removed.
+
+    Where queries and keys are narrower than the original head, the buffer `rotary_pairs` (groups, pairs) says which
+    pairs of its coordinates each KV group has kept: pair p of a head is its coordinates p and p + head_dim / 2, and a
+    narrowed head holds the first coordinates of all its pairs before the second ones.
     """
+
+    rotary_pairs: torch.Tensor | None
 
     def __init__(self, config: PrunedConfig, layer_idx: int, shape: LayerShape):
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx
+        # What transformers' caches count by: they hold nothing for layers without attention.
+        self.layer_idx = sum(index < layer_idx for index in config.attention_layers())
         self.query_key_dim = shape.query_key_dim
         self.value_dim = shape.value_dim
-        self.num_key_value_groups = shape.query_heads // shape.kv_heads
+        self.num_key_value_groups = shape.query_heads // shape.kv_heads  # transformers' name for a group's query heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
@@ -75,6 +88,10 @@ class PrunedAttention(nn.Module):
         if config.query_key_norm:
             self.q_norm = RMSNorm(shape.query_key_dim, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(shape.query_key_dim, eps=config.rms_norm_eps)
+        pairs = None
+        if shape.query_key_dim < config.head_dim:
+            pairs = torch.arange(shape.query_key_dim // 2).repeat(shape.kv_heads, 1)
+        self.register_buffer("rotary_pairs", pairs)
 
     def forward(
         self,
@@ -85,7 +102,7 @@ class PrunedAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self._project(hidden_states)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = self._rotate(query, key, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
@@ -100,13 +117,27 @@ class PrunedAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
+    def _rotate(
+        self, query: torch.Tensor, key: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys turned by their tokens' positions, each group's pairs at their own speeds."""
+        if self.rotary_pairs is None:
+            return apply_rotary_pos_emb(query, key, *position_embeddings)
+        columns = torch.cat([self.rotary_pairs, self.rotary_pairs], dim=1)
+        # (batch, tokens, head_dim) -> (batch, groups, tokens, width)
+        cos, sin = (table[..., columns].movedim(2, 1) for table in position_embeddings)
+        query, key = query.unflatten(1, (-1, self.num_key_value_groups)), key.unsqueeze(2)
+        query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
+        return query.flatten(1, 2), key.squeeze(2)
+
     def _attend(self, query, key, value, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The configured kernel's output (batch, tokens, heads, value_dim), and its weights if any."""
         implementation = self.config._attn_implementation
         # Fused kernels, SDPA's among them, want values as wide as keys (or take a path several times slower): zero
-        # columns change nothing and are cut off again.
-        if implementation != "eager" and self.value_dim < self.query_key_dim:
-            value = nn.functional.pad(value, (0, self.query_key_dim - self.value_dim))
+        # columns change nothing, and those of the values are cut off again.
+        if implementation != "eager":
+            width = max(self.query_key_dim, self.value_dim)
+            query, key, value = (widened(states, width) for states in (query, key, value))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
@@ -147,7 +178,8 @@ class PrunedDecoderLayer(GradientCheckpointingLayer):
     On its own, build it under `torch.device("meta")`, fill it with `load_state_dict(state, assign=True)`, and
     call it with `position_embeddings` from a `RotaryEmbedding(config)` and the mask that `causal_masks` gives
     for its `layer_type`. `config` must name an attention kernel: `PrunedConfig(attn_implementation="sdpa")`.
-    `shape` stands in for the shape that `config` gives the layer.
+    `shape` stands in for the shape that `config` gives the layer. A part that the shape lacks is None, as is its
+    norm; without both, the layer gives its hidden states back.
     """
 
     def __init__(self, config: PrunedConfig, layer_idx: int, shape: LayerShape | None = None):
@@ -155,10 +187,13 @@ class PrunedDecoderLayer(GradientCheckpointingLayer):
         shape = config.with_biases(shape) if shape else config.layer_shape(layer_idx)
         self.hidden_size = config.hidden_size
         self.layer_type = config.layer_types[layer_idx]
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = PrunedAttention(config, layer_idx, shape)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = PrunedFeedForward(config, shape)
+        self.input_layernorm = self.self_attn = self.post_attention_layernorm = self.mlp = None
+        if shape.has_attention:
+            self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.self_attn = PrunedAttention(config, layer_idx, shape)
+        if shape.has_ffn:
+            self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.mlp = PrunedFeedForward(config, shape)
 
     def forward(
         self,
@@ -171,17 +206,20 @@ class PrunedDecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> torch.Tensor:
         """Hidden states (batch, tokens, hidden) in, hidden states of the same shape and dtype out."""
-        attention_output, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-        hidden_states = hidden_states + attention_output
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        if self.self_attn is not None:
+            attention_output, _ = self.self_attn(
+                hidden_states=self.input_layernorm(hidden_states),
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            hidden_states = hidden_states + attention_output
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
 
 
 MASK_OF_LAYER_TYPE = {

@@ -53,8 +53,8 @@ def layer_row(layer: LayerRecord) -> tuple[str, ...]:
 
     return (
         str(layer.index),
-        str(pruned.query_rank or "full"),
-        str(pruned.key_rank or "full"),
+        str(pruned.query_rank or ("full" if pruned.has_attention else "-")),
+        str(pruned.key_rank or ("full" if pruned.has_attention else "-")),
         left("kv_heads"),
         left("value_dim"),
         left("ffn_width"),

@@ -16,6 +16,12 @@ SHAPES = [
     LayerShape(3, 1, 8, 8, ffn_width=7, query_rank=5),
     LayerShape(4, 2, 8, 8, ffn_width=96),
 ]
+REDUCED = [
+    LayerShape(4, 2, 4, 5, ffn_width=40, query_rank=9),
+    LayerShape(4, 2, 2, 8, ffn_width=0),
+    LayerShape(0, 0, 0, 0, ffn_width=7, calibration_rank=3),
+    LayerShape(0, 0, 0, 0, ffn_width=0),
+]
 FLAGS = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
@@ -37,6 +43,17 @@ def test_counts_are_those_of_a_model_with_these_shapes(tiny_config, flags):
         assert layer_parameters(dense, index, SHAPES[index]) == elements(layer)
     assert decoder_parameters(dense, SHAPES) == elements(model.model.layers)
     assert outer_parameters(dense) == elements(model) - elements(model.model.layers)
+
+
+@pytest.mark.parametrize("flags", ["plain", "tied", "attention biases", "all biases"])
+def test_what_a_layer_lacks_and_which_pairs_it_kept_are_no_parameters(tiny_config, flags):
+    dense = tiny_config(**FLAGS[flags], num_hidden_layers=4)
+    shapes = [asdict(shape) for shape in REDUCED]
+    model = PrunedForCausalLM(tiny_config(**FLAGS[flags], num_hidden_layers=4, layer_shapes=shapes))
+    counts = [layer_parameters(dense, index, shape) for index, shape in enumerate(REDUCED)]
+    assert counts == [elements(layer) for layer in model.model.layers]
+    assert counts[3] == 0
+    assert decoder_parameters(dense, REDUCED) + outer_parameters(dense) == elements(model)
 
 
 @pytest.mark.parametrize("flags", FLAGS)

@@ -51,11 +51,15 @@ class Here:
 
 @pytest.fixture
 def prune_here(monkeypatch, save_model, calibrate) -> Callable[[Path], RunRecord]:
-    """Prunes a Llama of three layers into a folder, with every stage there is, all in this process."""
+    """Prunes a Llama of three layers, or another model, into a folder, with every stage there is, in this process."""
     monkeypatch.setattr(driver, "RayRuntime", InlineRuntime)
     monkeypatch.setattr(driver, "connected", nullcontext)
     for module in (driver, weights):
         monkeypatch.setattr(module, "alive_nodes", lambda: [{"CPU": 1.0}])
-    model = save_model(num_hidden_layers=3)
-    options = {"calibration": calibrate(model), "device": "cpu", "workers": 1, "micro_batch": 3, **OPTIONS}
-    return lambda output: prune(str(model), output, **options)
+    llama = save_model(num_hidden_layers=3)
+
+    def prune_one(output: Path, model: Path = llama, **changes) -> RunRecord:
+        options = {"calibration": calibrate(model), "device": "cpu", "workers": 1, "micro_batch": 3, **OPTIONS}
+        return prune(str(model), output, **options | changes)
+
+    return prune_one

@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from distprune.decoder_layer import DecoderLayer
+from distprune.decoder_layer import DecoderLayer, LowRank, state_of
 from distprune.methods.units import (
     channels_of,
     head_interaction,
     heads_of_groups,
     keep_heads,
     keep_neurons,
+    keep_rotary_pairs,
     neuron_interaction,
     sum_by_unit,
     with_heads,
+    without_attention,
+    without_ffn,
 )
 
 
@@ -81,6 +84,98 @@ def test_a_layer_with_fewer_neurons_is_the_layer_with_the_others_silenced(subjec
     assert pruned.shape == replace(this.layer.shape, ffn_width=len(kept))
     gone = [neuron for neuron in range(40) if neuron not in kept]
     assert_same_function(this, pruned, with_silenced(this.layer, "down", gone))
+
+
+# Of a head of width 8, and of one that has kept its pairs 0, 2 and 3.
+PAIRS, THEN = torch.tensor([[0, 2, 3], [0, 1, 3]]), torch.tensor([[1, 2], [0, 2]])
+
+
+def with_silenced_queries(layer: DecoderLayer, kept: list[list[int]]) -> DecoderLayer:
+    """The layer with zeros in all rows of its queries but those of each group's kept pairs."""
+    per_group = layer.query_heads // layer.kv_heads
+    rows = [
+        8 * head + coordinate
+        for head in range(layer.query_heads)
+        for coordinate in range(8)
+        if coordinate % 4 not in kept[head // per_group]
+    ]
+    query, index = layer.query, torch.tensor(rows)
+    bias = None if query.bias is None else query.bias.index_fill(0, index, 0)
+    if isinstance(query, LowRank):
+        return replace(layer, query=replace(query, left=query.left.index_fill(0, index, 0), bias=bias))
+    return replace(layer, query=replace(query, weight=query.weight.index_fill(0, index, 0), bias=bias))
+
+
+def factored(layer: DecoderLayer) -> DecoderLayer:
+    """The layer with random low-rank queries and keys."""
+    generator = torch.Generator().manual_seed(3)
+    factors = {}
+    for role in ("query", "key"):
+        projection = getattr(layer, role)
+        right, left = (
+            torch.randn(5, 24, generator=generator),
+            torch.randn(len(projection.weight), 5, generator=generator),
+        )
+        factors[role] = LowRank(0.4 * right, 0.4 * left, projection.bias)
+    return replace(layer, **factors)
+
+
+@pytest.mark.parametrize("low_rank", [False, True], ids=["dense", "low-rank"])
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
+@pytest.mark.parametrize("query_heads", [2, 4])
+def test_a_layer_with_fewer_rotary_pairs_is_the_layer_with_the_others_silenced(subject, query_heads, biases, low_rank):
+    this = subject(query_heads=query_heads, biases=biases)
+    layer = factored(this.layer) if low_rank else this.layer
+    pruned = keep_rotary_pairs(layer, PAIRS)
+    assert pruned.shape == replace(layer.shape, query_key_dim=6)
+    assert torch.equal(pruned.rotary_pairs, PAIRS)
+    assert_same_function(this, pruned, with_silenced_queries(layer, PAIRS.tolist()))
+
+    fewer = keep_rotary_pairs(pruned, THEN)
+    assert fewer.shape == replace(layer.shape, query_key_dim=4)
+    assert fewer.rotary_pairs.tolist() == [[2, 3], [0, 3]]
+    assert_same_function(this, fewer, with_silenced_queries(layer, [[2, 3], [0, 3]]))
+
+
+def test_a_group_takes_its_rotary_pairs_with_it(subject):
+    this = subject()
+    pruned = keep_heads(keep_rotary_pairs(this.layer, PAIRS), torch.tensor([[2, 3]]))
+    assert pruned.rotary_pairs.tolist() == [[0, 1, 3]]
+    silenced = with_silenced(this.layer, "output", list(range(16)))
+    assert_same_function(this, pruned, with_silenced_queries(silenced, PAIRS.tolist()))
+
+
+def test_all_rotary_pairs_are_the_layer_itself(subject):
+    layer = subject().layer
+    assert keep_rotary_pairs(layer, torch.arange(4).repeat(2, 1)) is layer
+
+
+@pytest.mark.parametrize("pairs", [[[0, 1]], [[1, 0], [0, 1]], [[0, 4], [0, 1]], [[-1, 0], [0, 1]], [[1, 1], [0, 1]]])
+def test_pairs_that_are_not_there_or_out_of_order_are_refused(subject, pairs):
+    with pytest.raises(ValueError, match="ascending indices below 4, a row for each of 2 KV groups"):
+        keep_rotary_pairs(subject().layer, torch.tensor(pairs))
+
+
+def test_normed_queries_keep_all_their_pairs(subject):
+    with pytest.raises(ValueError, match="no rotary pair can go"):
+        keep_rotary_pairs(subject(query_key_norm=True).layer, PAIRS)
+
+
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
+def test_a_layer_without_attention_or_ffn_is_the_layer_with_their_output_silenced(subject, biases):
+    this = subject(biases=biases, query_key_norm=True)
+
+    def silenced(layer: DecoderLayer, role: str) -> DecoderLayer:
+        projection = getattr(layer, role)
+        bias = None if projection.bias is None else torch.zeros_like(projection.bias)
+        return replace(layer, **{role: replace(projection, weight=torch.zeros_like(projection.weight), bias=bias)})
+
+    assert_same_function(this, without_attention(this.layer), silenced(this.layer, "output"))
+    assert_same_function(this, without_ffn(this.layer), silenced(this.layer, "down"))
+    nothing = without_ffn(without_attention(this.layer))
+    assert state_of(nothing) == {}
+    assert torch.equal(this.run(nothing), this.hidden_states)
+    assert without_attention(this.layer).shape.kv_heads == without_ffn(this.layer).shape.ffn_width == 0
 
 
 def test_heads_channels_and_sums_go_by_units_in_a_row():

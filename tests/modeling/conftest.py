@@ -29,6 +29,16 @@ PRUNED_SHAPES = [
     LayerShape(4, 4, 16, 6, ffn_width=7, key_rank=10, calibration_rank=3, output_bias=True, down_bias=True),
 ]
 
+NO_ATTENTION = {"query_heads": 0, "kv_heads": 0, "query_key_dim": 0, "value_dim": 0}
+
+# Layer 0 has no attention, layer 1 no FFN and values wider than its queries and keys, layer 2 nothing at all.
+REDUCED_SHAPES = [
+    LayerShape(**NO_ATTENTION, ffn_width=33),
+    LayerShape(4, 2, 10, 16, ffn_width=0),
+    LayerShape(**NO_ATTENTION, ffn_width=0),
+    LayerShape(4, 2, 6, 4, ffn_width=80, query_rank=20, key_rank=9),
+]
+
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Fill every parameter with values large enough that attention is far from uniform."""
@@ -71,6 +81,22 @@ def pruned_model(pruned_config) -> Callable[..., PrunedForCausalLM]:
 
     def build(**changes) -> PrunedForCausalLM:
         return randomize(PrunedForCausalLM(pruned_config(**changes)))
+
+    return build
+
+
+@pytest.fixture
+def reduced_model(pruned_model) -> Callable[..., PrunedForCausalLM]:
+    """The same with layers that lack rotary pairs, attention or FFN."""
+
+    def build(**changes) -> PrunedForCausalLM:
+        shapes = [asdict(shape) for shape in REDUCED_SHAPES]
+        model = pruned_model(num_hidden_layers=4, layer_shapes=shapes, **changes)
+        generator = torch.Generator().manual_seed(2)
+        for pairs in (layer.self_attn.rotary_pairs for layer in model.model.layers if layer.self_attn is not None):
+            for group in pairs:
+                group.copy_(torch.randperm(8, generator=generator)[: len(group)].sort().values)
+        return model
 
     return build
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +47,16 @@ model.save_pretrained(resaved)
 @pytest.fixture
 def checkpoint(pruned_model, tmp_path):
     """A pruned model and the folder where it is saved, with the whole AUTO_MAP in its config.json."""
-    model = pruned_model()
+    return save(pruned_model(), tmp_path)
+
+
+@pytest.fixture(params=["pruned_model", "reduced_model"])
+def any_checkpoint(request, tmp_path):
+    """The same of a model with narrower layers, and of one with layers that lack rotary pairs, attention or FFN."""
+    return save(request.getfixturevalue(request.param)(), tmp_path)
+
+
+def save(model: PrunedForCausalLM, tmp_path: Path) -> tuple[PrunedForCausalLM, Path]:
     model.save_pretrained(tmp_path / "saved")
     config_file = tmp_path / "saved" / "config.json"
     config = json.loads(config_file.read_text()) | {"auto_map": AUTO_MAP}
@@ -109,8 +119,8 @@ def test_biases_of_single_layers_are_saved(checkpoint):
     }
 
 
-def test_auto_classes_load_it_without_trusting_remote_code(checkpoint):
-    model, folder = checkpoint
+def test_auto_classes_load_it_without_trusting_remote_code(any_checkpoint):
+    model, folder = any_checkpoint
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert type(loaded) is PrunedForCausalLM
     assert_same_parameters(loaded, model)
@@ -119,8 +129,8 @@ def test_auto_classes_load_it_without_trusting_remote_code(checkpoint):
     assert_same_parameters(base, model.model)
 
 
-def test_the_folder_alone_is_enough_with_trust_remote_code(checkpoint, tmp_path):
-    model, folder = checkpoint
+def test_the_folder_alone_is_enough_with_trust_remote_code(any_checkpoint, tmp_path):
+    model, folder = any_checkpoint
     found_file, resaved = tmp_path / "found.safetensors", tmp_path / "resaved"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}

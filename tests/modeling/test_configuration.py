@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from distprune.modeling import LayerShape, PrunedConfig, layer_tensor_shapes
 
 DENSE = LayerShape(query_heads=4, kv_heads=2, query_key_dim=16, value_dim=16, ffn_width=96)
+NO_ATTENTION = {"query_heads": 0, "kv_heads": 0, "query_key_dim": 0, "value_dim": 0}
 
 
 def test_layer_shapes_default_to_the_dense_model(tiny):
@@ -83,11 +84,21 @@ def test_unknown_field_in_a_layer_shape_is_refused(tiny):
     ("changes", "message"),
     [
         ({"query_heads": 3}, r"query_heads \(3\) must be a multiple of kv_heads \(2\)"),
-        ({"ffn_width": 0}, "ffn_width must be a positive integer, got 0"),
+        ({"ffn_width": -1}, "ffn_width must be a positive integer, or 0 in a layer without this part, got -1"),
+        (
+            {"ffn_width": 0, "down_bias": True},
+            "ffn_width is 0, as in a layer without a feed-forward .* down_bias is True",
+        ),
+        ({"ffn_width": 0, "calibration_rank": 3}, "ffn_width is 0.*calibration_rank is 3"),
+        ({"query_heads": 0}, "query_heads is 0, as in a layer without attention, but kv_heads is 2"),
+        ({"query_key_dim": 0}, "query_key_dim is 0.*query_heads is 4"),
+        (NO_ATTENTION | {"query_rank": 3}, "query_heads is 0.*query_rank is 3"),
+        (NO_ATTENTION | {"output_bias": True}, "query_heads is 0.*output_bias is True"),
         ({"query_rank": 0}, "query_rank must be a positive integer, got 0"),
         ({"output_bias": 1}, "output_bias must be true or false, got 1"),
         ({"down_bias": None}, "down_bias must be true or false, got None"),
-        ({"query_key_dim": 8}, r"query_key_dim \(8\) must equal head_dim \(16\)"),
+        ({"query_key_dim": 18}, r"query_key_dim \(18\) must be even and not exceed head_dim \(16\)"),
+        ({"query_key_dim": 7}, r"query_key_dim \(7\) must be even and not exceed head_dim \(16\)"),
         ({"value_dim": 17}, r"value_dim \(17\) must not exceed head_dim \(16\)"),
     ],
 )
@@ -95,6 +106,45 @@ def test_impossible_layer_shape_is_refused_by_layer_and_field(tiny, changes, mes
     shapes = [asdict(DENSE), asdict(DENSE) | changes, asdict(DENSE)]
     with pytest.raises(ValueError, match=r"layer_shapes\[1\]: " + message):
         PrunedConfig(**tiny, layer_shapes=shapes)
+
+
+def test_rotary_pairs_stay_where_queries_and_keys_are_normed(tiny):
+    config = PrunedConfig(**tiny, layer_shapes=[asdict(DENSE) | {"query_key_dim": 8}] * 3)
+    assert config.layer_shape(1).query_key_dim == 8
+    absent = asdict(DENSE) | NO_ATTENTION
+    assert (
+        not PrunedConfig(**tiny, query_key_norm=True, layer_shapes=[absent, asdict(DENSE), absent])
+        .layer_shape(0)
+        .has_attention
+    )
+    with pytest.raises(ValueError, match=r"layer_shapes\[0\]: query_key_dim \(8\) .* query_key_norm"):
+        PrunedConfig(**tiny, query_key_norm=True, layer_shapes=config.layer_shapes)
+
+
+def test_a_model_keeps_attention_somewhere(tiny):
+    with pytest.raises(ValueError, match="no layer with attention"):
+        PrunedConfig(**tiny, layer_shapes=[asdict(DENSE) | NO_ATTENTION] * 3)
+
+
+def test_biases_of_the_model_are_not_of_parts_that_a_layer_lacks(tiny):
+    shapes = [asdict(DENSE) | NO_ATTENTION, asdict(DENSE) | {"ffn_width": 0}, asdict(DENSE)]
+    config = PrunedConfig(**tiny, attention_output_bias=True, mlp_bias=True, layer_shapes=shapes)
+    assert [config.layer_shape(index).output_bias for index in range(3)] == [False, True, True]
+    assert [config.layer_shape(index).down_bias for index in range(3)] == [True, False, True]
+
+
+def test_caches_are_made_for_the_layers_with_attention(tiny):
+    absent = asdict(DENSE) | NO_ATTENTION
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    shapes = [absent, asdict(DENSE), asdict(DENSE)]
+    config = PrunedConfig(**tiny, sliding_window=6, layer_types=types, layer_shapes=shapes)
+    cached = config.get_text_config(decoder=True)
+    assert cached.get_text_config(decoder=True).layer_types == types[1:]
+    assert cached.num_hidden_layers == 2
+    assert config.get_text_config() is config
+    assert config.to_dict()["layer_types"] == types
+    dense = PrunedConfig(**tiny)
+    assert dense.get_text_config(decoder=True) is dense
 
 
 def test_layer_shape_checks_itself():
