@@ -45,13 +45,17 @@ class ScoredUnits(Method):
         profile: Profile,
         observe: Observe,
     ) -> DecoderLayer:
-        groups = most_important(self.score_groups(layer, statistics), planned.kv_heads)
-        neurons = most_important(self.score_neurons(layer, statistics), planned.ffn_width)
-        heads = heads_of_groups(groups, layer.query_heads // layer.kv_heads)
-        return keep_neurons(keep_heads(layer, heads), neurons)
+        scores = self.score_groups(layer, statistics), self.score_neurons(layer, statistics)
+        return keep_best(layer, planned, *scores)
 
 
 def with_fewer_groups(shape: LayerShape, sparsity: float) -> LayerShape:
     """The shape without the fraction ``sparsity`` of its KV groups, to the nearest whole one; at least one stays."""
     kept = max(1, round((1 - sparsity) * shape.kv_heads))
     return with_heads(shape, kept, shape.query_heads // shape.kv_heads)
+
+
+def keep_best(layer: DecoderLayer, planned: LayerShape, groups: Tensor, neurons: Tensor) -> DecoderLayer:
+    """The layer in its planned shape, with the KV groups, (g,), and neurons, (f,), of the highest scores."""
+    heads = heads_of_groups(most_important(groups, planned.kv_heads), layer.query_heads // layer.kv_heads)
+    return keep_neurons(keep_heads(layer, heads), most_important(neurons, planned.ffn_width))
