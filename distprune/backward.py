@@ -55,6 +55,7 @@ def backward(
     """
     module = runner.build(layer, index, runner.gradient_dtype).requires_grad_(False)
     result = torch.empty_like(gradient)
+    taps = taps if observe else ()
     with tapped(module, taps) as activations, gradients_tapped(module, taps) as gradients:
         for start in range(0, len(hidden_states), runner.micro_batch):
             batch = slice(start, start + runner.micro_batch)
