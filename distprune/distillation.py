@@ -114,8 +114,7 @@ class Student:
         # Copied, so that the layer itself stays as it is.
         self._module = runner.build(layer.to(torch.float32, copy=True), index, torch.float32)
         self._module.requires_grad_(options.train == "full")
-        # Gradients would underflow in float16, so that dtype's layers compute in float32.
-        self._dtype = torch.bfloat16 if runner.dtype == torch.bfloat16 else torch.float32
+        self._dtype = runner.gradient_dtype
         self._following = {
             number: runner.build(dense, number, self._dtype).requires_grad_(False)
             for number, dense in enumerate(following, index + 1)

@@ -14,7 +14,16 @@ from distprune.decoder_layer import DecoderLayer, state_of
 from distprune.modeling import PrunedConfig, PrunedDecoderLayer, RotaryEmbedding, causal_masks
 
 #: Activations that can be observed while a layer runs, in the order in which it makes them: (tokens, width) each.
-TAPS = ("attention_input", "attention_values", "attention_output", "ffn_input", "ffn_neurons", "ffn_output")
+TAPS = (
+    "attention_input",
+    "queries",
+    "keys",
+    "attention_values",
+    "attention_output",
+    "ffn_input",
+    "ffn_neurons",
+    "ffn_output",
+)
 
 Observer = Callable[[dict[str, Tensor]], None]
 
@@ -36,15 +45,28 @@ class LayerRunner:
         self.device, self.dtype, self.micro_batch = device, dtype, micro_batch
         self.rotary = RotaryEmbedding(config).to(device)
 
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """What gradients are computed in: they would underflow in float16."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
     @torch.inference_mode()
-    def run(self, layer: DecoderLayer, index: int, hidden_states: Tensor, *, observe: Observer | None = None) -> Tensor:
+    def run(
+        self,
+        layer: DecoderLayer,
+        index: int,
+        hidden_states: Tensor,
+        *,
+        observe: Observer | None = None,
+        taps: Collection[str] = TAPS,
+    ) -> Tensor:
         """The layer's output hidden states, of the input's shape, dtype and on its device.
 
-        ``observe`` is called once a micro-batch with the activations at each of :data:`TAPS`.
+        ``observe`` is called once a micro-batch with the activations at each of ``taps``.
         """
         module = self.build(layer, index, self.dtype)
         output = torch.empty_like(hidden_states)
-        with tapped(module) if observe else ExitStack() as activations:
+        with tapped(module, taps) if observe else ExitStack() as activations:
             for start in range(0, len(hidden_states), self.micro_batch):
                 batch = slice(start, start + self.micro_batch)
                 output[batch] = self.forward(module, index, hidden_states[batch].to(self.device, self.dtype))
@@ -61,7 +83,7 @@ class LayerRunner:
         if not taps:
             return
         module = self.build(layer, index, self.dtype)
-        with tapped(module, last=max(taps, key=TAPS.index)) as activations:
+        with tapped(module, taps, ends_at=max(taps, key=TAPS.index)) as activations:
             for batch in hidden_states.split(self.micro_batch):
                 with suppress(EndOfPass):
                     self.forward(module, index, batch.to(self.device, self.dtype))
@@ -92,39 +114,44 @@ class EndOfPass(Exception):
 
 
 @contextmanager
-def tapped(module: PrunedDecoderLayer, last: str | None = None) -> Iterator[dict[str, Tensor]]:
-    """While open, every forward pass of ``module`` leaves its activations in the yielded dict, (tokens, width) each.
+def tapped(
+    module: PrunedDecoderLayer, taps: Collection[str] = TAPS, ends_at: str | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """While open, every forward pass of ``module`` leaves activations in the yielded dict, (tokens, width) each.
 
     A layer without attention or FFN has none of its taps. A pass ends with :class:`EndOfPass` when it has come to the
-    tap ``last``, if one is given.
+    tap ``ends_at``, if one is given.
     """
     attention, ffn = module.self_attn, module.mlp
     activations: dict[str, Tensor] = {}
 
     def keep(tap: str, activation: Tensor) -> None:
-        activations[tap] = activation.flatten(0, -2)
-        if tap == last:
+        activations[tap] = activation.detach().flatten(0, -2)
+        if tap == ends_at:
             raise EndOfPass
 
-    def keep_input(target: nn.Module, tap: str):
+    def keep_input(tap: str, target: nn.Module):
         return target.register_forward_pre_hook(lambda _, inputs: keep(tap, inputs[0]))
 
-    def keep_output(target: nn.Module, tap: str):
+    def keep_output(tap: str, target: nn.Module):
         return target.register_forward_hook(lambda _, __, output: keep(tap, output))
 
-    handles = []
+    places = {}
     if attention is not None:
-        handles += [
-            keep_input(attention.v_proj, "attention_input"),
-            keep_input(attention.o_proj, "attention_values"),
-            keep_output(attention.o_proj, "attention_output"),
-        ]
+        places |= {
+            "attention_input": (keep_input, attention.q_proj),
+            "queries": (keep_output, attention.q_proj),
+            "keys": (keep_output, attention.k_proj),
+            "attention_values": (keep_input, attention.o_proj),
+            "attention_output": (keep_output, attention.o_proj),
+        }
     if ffn is not None:
-        handles += [
-            keep_input(ffn, "ffn_input"),
-            keep_input(ffn.down_proj, "ffn_neurons"),
-            keep_output(ffn, "ffn_output"),
-        ]
+        places |= {
+            "ffn_input": (keep_input, ffn),
+            "ffn_neurons": (keep_input, ffn.down_proj),
+            "ffn_output": (keep_output, ffn),
+        }
+    handles = [keep_there(tap, place) for tap, (keep_there, place) in places.items() if tap in taps]
     try:
         yield activations
     finally:

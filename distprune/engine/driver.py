@@ -1,4 +1,7 @@
-"""A run from beginning to end: check, dense pass, plan, prune, distil, assemble, verify, publish."""
+"""A run from beginning to end: check, dense pass, gradient pass, plan, prune, distil, assemble, verify, publish.
+
+Only some methods have a gradient pass.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from distprune.config import PruneConfig
 from distprune.engine.assembly import assemble
 from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers, sigterm_interrupts
 from distprune.engine.dense_pass import DensePass
+from distprune.engine.gradient_pass import GradientPass
 from distprune.engine.journal import fingerprint
 from distprune.engine.layer_files import LayerFiles
 from distprune.engine.log import RunLog, json_file
@@ -109,9 +113,8 @@ def work_folder(job: Job, workers: WorkerPlan, progress: Progress) -> Iterator[W
     work = Work(partial_directory(config.output))
     if config.restart:
         work.remove()
-    outline = Outline(
-        config.model, config.method, config.sparsity, job.dense.num_hidden_layers, config.distill is not None
-    )
+    layers, distilled = job.dense.num_hidden_layers, config.distill is not None
+    outline = Outline(config.model, config.method, config.sparsity, layers, distilled, job.needs_gradients)
     if work.begin(job.identity(workers.device), outline):
         progress.note(f"Going on with what an earlier run has done in {work.folder}")
     try:
@@ -137,8 +140,12 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
         if config.calibration is None:
             work.once("own samples", lambda: write_own_samples(pool, calibration, progress))
         tokens = open_calibration(calibration).tokens
+        passed = pool, tokens, layers, block_length, config.micro_batch, journal, progress
         with work.timed("dense pass"):
-            profiles = DensePass(pool, tokens, layers, block_length, config.micro_batch, journal, progress).run()
+            profiles = DensePass(*passed, job.needs_gradients).run()
+        if job.needs_gradients:
+            with work.timed("gradient pass"):
+                profiles = GradientPass(*passed).run()
         plan = job.method.plan(job.target, profiles, config.align)
         files = LayerFiles(job, plan, work.writer, journal, progress)
         with work.timed("prune"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,10 @@ class Journal:
     def count(self, kind: str) -> int:
         """How many layers have an entry of a kind."""
         return len(list(self.folder.glob(f"{kind}-*.json")))
+
+    def count_first(self, entries: Sequence[str]) -> int:
+        """How many of these are there, up to the first that is not."""
+        return next((number for number, entry in enumerate(entries) if not self.has(entry)), len(entries))
 
     def file_of(self, entry: str) -> Path:
         """Where an entry's report is."""

@@ -29,6 +29,8 @@ from distprune.modeling import PrunedConfig
 from distprune.version import __version__
 
 BYTES_OF_FLOAT32 = 4
+#: Layers whose gradients lie in the journal at once, as long as profiles take no longer than passes.
+GRADIENTS_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Job:
     dense: PrunedConfig
     method: Method
     target: Target
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether there is a gradient pass."""
+        return needs_gradients(self.method, self.dense)
 
     def whole_folder(self) -> Path:
         """The model's folder with its weights, which a hub model's are fetched into."""
@@ -84,8 +91,10 @@ def check_job(config: PruneConfig) -> Job:
         check_calibration(open_calibration(path), tokenizer, model_path, dense)
     if config.distill:
         check_can_be_split(config, texts)
+    if needs_gradients(method, dense):
+        check_has_targets(config)
     there = folder_size(partial_directory(config.output))
-    check_free_space(config.output, space_needed(config, checkpoint, dense) - there)
+    check_free_space(config.output, space_needed(config, checkpoint, dense, method) - there)
     return Job(config, model_path, hub, checkpoint, family, dense, method, target)
 
 
@@ -115,16 +124,32 @@ def check_can_be_split(config: PruneConfig, texts: tuple[Path | None, Path | Non
         )
 
 
-def space_needed(config: PruneConfig, checkpoint: Checkpoint, dense: PrunedConfig) -> int:
+def needs_gradients(method: Method, dense: PrunedConfig) -> bool:
+    return bool(method.gradient_moments(dense.dense_shape()))
+
+
+def check_has_targets(config: PruneConfig) -> None:
+    """See that the loss that gradients are of has a next token to predict."""
+    if config.calibration is not None and open_calibration(config.calibration).tokens.shape[1] < 2:
+        raise InputError(
+            f"{config.calibration}: method {config.method} needs the gradients of the next token's loss, and windows "
+            "of one token have none. Make it again with a longer --sequence-length."
+        )
+
+
+def space_needed(config: PruneConfig, checkpoint: Checkpoint, dense: PrunedConfig, method: Method) -> int:
     """Bytes that a run may come to hold in its work folder."""
     # Parts and the shards merged from them lie side by side for a moment.
     weights = 2 * sum(info.nbytes for info in checkpoint.tensors.values())
     tokens = config.samples * config.sequence_length
     if config.calibration is not None:
         tokens = open_calibration(config.calibration).tokens.size
-    # Of every block hidden states wait there, and those of one layer more while they are replaced.
-    blocks = -(-dense.num_hidden_layers // config.block_length(dense.num_hidden_layers))
-    return weights + (blocks + 1) * tokens * dense.hidden_size * BYTES_OF_FLOAT32
+    # Of every block hidden states wait there, and those of one layer more while they are replaced; for gradients, those
+    # of every layer and of the model's end, with the gradients of some.
+    layers = dense.num_hidden_layers
+    blocks = -(-layers // config.block_length(layers))
+    states = layers + 1 + GRADIENTS_KEPT if needs_gradients(method, dense) else blocks + 1
+    return weights + states * tokens * dense.hidden_size * BYTES_OF_FLOAT32
 
 
 def folder_size(folder: Path) -> int:

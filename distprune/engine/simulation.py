@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distprune.decoder_layer import LayerShape
 from distprune.engine.dense_pass import DensePass
+from distprune.engine.journal import Journal
 from distprune.engine.pool import WorkerPool
 from distprune.engine.progress import Progress
 from distprune.engine.sites import Site
@@ -222,6 +223,8 @@ class MemoryJournal:
 
     def has(self, entry: str) -> bool:
         return entry in self._entries
+
+    count_first = Journal.count_first
 
 
 @dataclass(frozen=True)

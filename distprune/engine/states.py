@@ -1,4 +1,4 @@
-"""Hidden states in the journal, where they wait until a layer needs them."""
+"""Hidden states, and gradients of them, in the journal, where they wait until a layer needs them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from distprune.engine.journal import Journal, entry_of
 from distprune.engine.transport import Parcel, pack, unpack
 
 # Kinds of entries: the hidden states at a layer's input that the dense model gives, and those that its pruned
-# predecessors give.
-DENSE, PRUNED = "dense", "pruned"
+# predecessors give; and the loss's gradients at a layer's output.
+DENSE, PRUNED, GRADIENT = "dense", "pruned", "gradient"
 
 
 def save_states(journal: Journal, kind: str, index: int, pieces: Sequence[Parcel]) -> None:
-    """Keep the hidden states at the input of layer ``index``, which came in pieces."""
+    """Keep the states of that kind of layer ``index``, which came in pieces."""
     journal.write(entry_of(kind, index), tensors={f"{number:05}": unpack(piece) for number, piece in enumerate(pieces)})
 
 
-def load_states(journal: Journal, kind: str, index: int) -> Parcel:
-    """Those hidden states, whole."""
+def load_states(journal: Journal, kind: str, index: int, samples: slice = slice(None)) -> Parcel:
+    """Those hidden states, whole or of some samples."""
     pieces = journal.tensors(entry_of(kind, index))
-    return pack(torch.cat([pieces[name] for name in sorted(pieces)]) if len(pieces) > 1 else pieces["00000"])
+    start, taken = 0, []
+    first, end, _ = samples.indices(sum(map(len, pieces.values())))
+    for name in sorted(pieces):
+        piece = pieces[name]
+        if start < end and start + len(piece) > first:
+            taken.append(piece[max(0, first - start) : end - start])
+        start += len(piece)
+    return pack(torch.cat(taken) if len(taken) > 1 else taken[0])

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from distprune.checkpoint import is_locked, partial_directory
-from distprune.engine.dense_pass import PROFILE
+from distprune.engine.dense_pass import CARRIED, PROFILE
 from distprune.engine.journal import Journal
 from distprune.engine.layer_files import DISTILLED, PRUNED
 from distprune.engine.record import load_record
 from distprune.engine.work import OUTLINE, Outline, Work
 from distprune.errors import InputError
+
+# The stage that not every run has, as the record's seconds call it.
+GRADIENT_PASS = "gradient pass"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def status_of_finished(output: Path) -> RunStatus:
     record = load_record(output)
     layers = len(record.layers)
     distilled = any(layer.distillation for layer in record.layers)
-    outline = Outline(record.model, record.method, record.sparsity_asked, layers, distilled)
+    has_gradients = GRADIENT_PASS in record.seconds
+    outline = Outline(record.model, record.method, record.sparsity_asked, layers, distilled, has_gradients)
     return RunStatus("finished", outline, {stage: layers for stage in stages_of(outline)}, record.seconds)
 
 
@@ -73,5 +77,6 @@ def layers_done(journal: Journal, outline: Outline) -> dict[str, int]:
 
 def stages_of(outline: Outline) -> dict[str, str]:
     """The stages that go layer by layer, and the kind of journal entry that each leaves for a layer."""
-    stages = {"dense pass": PROFILE, "prune": PRUNED}
+    passes = {"dense pass": CARRIED, GRADIENT_PASS: PROFILE} if outline.has_gradients else {"dense pass": PROFILE}
+    stages = passes | {"prune": PRUNED}
     return stages | {"distill": DISTILLED} if outline.distilled else stages

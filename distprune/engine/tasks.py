@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distprune.backward import backward
 from distprune.calibration import CalibrationMetadata, draw_calibration
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer, LayerShape, state_of
@@ -23,6 +25,7 @@ from distprune.distillation import Exercise, Lesson, distill
 from distprune.engine.weights import Model
 from distprune.errors import ConvergenceWarning, InputError
 from distprune.forward import LayerRunner
+from distprune.loss import LossHead
 from distprune.methods import Profile, make_method
 from distprune.statistics import LayerStatistics, Moment, taps_of
 
@@ -50,12 +53,31 @@ class ForgottenError(Exception):
 
 @dataclass
 class OpenLayer:
-    """A dense layer in the dense pass: what was seen of how many pieces of the samples."""
+    """A dense layer in the dense pass, or the gradient pass: what was seen of how many pieces of the samples.
+
+    ``moments`` are those that are collected; None where the layer only carries hidden states, and has no profile.
+    """
 
     index: int
     layer: DecoderLayer
-    statistics: LayerStatistics
+    moments: Sequence[Moment] | None
     pieces: int = 0
+
+    def __post_init__(self):
+        self.statistics = LayerStatistics(self.moments or ())
+
+    @property
+    def observation(self) -> dict[str, Any]:
+        """What a runner is told to observe."""
+        return {"observe": self.statistics.update, "taps": taps_of(self.moments)} if self.moments else {}
+
+
+@dataclass
+class OpenHead:
+    """The model's end in the gradient pass, and the losses of the samples so far."""
+
+    head: LossHead
+    losses: list[Tensor] = field(default_factory=list)
 
 
 class LayerTasks:
@@ -66,7 +88,7 @@ class LayerTasks:
         self.family, self.dense, self.checkpoint = model.family, model.dense, model.checkpoint
         self.method = make_method(config.method, config.options)
         self.runner = LayerRunner(self.dense, device, self._compute_dtype(), config.micro_batch)
-        self._open: OpenLayer | None = None
+        self._open: OpenLayer | OpenHead | None = None
 
     def _compute_dtype(self) -> torch.dtype:
         if self.config.dtype == "auto":
@@ -109,7 +131,9 @@ class LayerTasks:
     def open_layer(self, index: int) -> None:
         """Begin the dense pass of a layer, which :meth:`sweep` goes on with and :meth:`profile` ends."""
         layer = self._read_layer(index).to(self.device)
-        self._open = OpenLayer(index, layer, LayerStatistics(self.method.dense_moments(layer.shape)))
+        # Where there is a gradient pass, it collects all that the profile needs.
+        moments = None if self.method.gradient_moments(layer.shape) else self.method.dense_moments(layer.shape)
+        self._open = OpenLayer(index, layer, moments)
 
     def sweep(self, index: int, piece: int, hidden_states: Tensor) -> Tensor:
         """The open layer's output hidden states for one piece of the samples; the pieces come in their order.
@@ -118,10 +142,10 @@ class LayerTasks:
             ForgottenError: the layer is not open here.
             InputError: the model's activations exceed the range of the dtype.
         """
-        layer = self._opened(index, piece)
-        output = self.runner.run(layer.layer, index, hidden_states, observe=layer.statistics.update)
+        opened = self._opened(index, piece)
+        output = self.runner.run(opened.layer, index, hidden_states, **opened.observation)
         check_hidden_states(output, index)
-        layer.pieces += 1
+        opened.pieces += 1
         return output
 
     def profile(self, index: int, pieces: int) -> Profile:
@@ -131,13 +155,69 @@ class LayerTasks:
             ForgottenError: the layer is not open here.
         """
         opened, self._open = self._opened(index, pieces), None
+        if opened.moments is None:
+            return {}
         profile = self.method.profile(opened.layer, opened.statistics)
         return {name: value.cpu() for name, value in profile.items()}
 
     def _opened(self, index: int, pieces: int) -> OpenLayer:
-        if self._open is None or (self._open.index, self._open.pieces) != (index, pieces):
+        opened = self._open
+        if not isinstance(opened, OpenLayer) or (opened.index, opened.pieces) != (index, pieces):
             raise ForgottenError(f"layer {index} is not open here with {pieces} pieces seen")
+        return opened
+
+    def open_head(self) -> None:
+        """Begin the gradient pass at the model's end; :meth:`loss_gradient` goes on with it, :meth:`losses` ends it."""
+        self._open = None
+        names = self.family.final_norm, self.family.head_of(self.dense)
+        tensors = self.checkpoint.read(names)
+        norm, weight = (tensors[name].to(self.device) for name in names)
+        self._open = OpenHead(LossHead(norm, weight, self.runner))
+
+    def loss_gradient(self, hidden_states: Tensor, tokens: np.ndarray) -> Tensor:
+        """The loss's gradient at the last layer's output for one piece of the samples; the pieces come in their order.
+
+        Raises:
+            ForgottenError: the head is not open here.
+        """
+        opened = self._opened_head()
+        gradient, losses = opened.head.gradient(hidden_states, torch.from_numpy(tokens.astype("int64")))
+        check_gradient(gradient, "the model's end")
+        opened.losses.append(losses)
+        return gradient
+
+    def losses(self) -> Tensor:
+        """Every sample's loss, (samples,), when all have been seen.
+
+        Raises:
+            ForgottenError: the head is not open here.
+        """
+        opened, self._open = self._opened_head(), None
+        return torch.cat(opened.losses)
+
+    def _opened_head(self) -> OpenHead:
+        if not isinstance(self._open, OpenHead):
+            raise ForgottenError("the model's end is not open here")
         return self._open
+
+    def open_backward(self, index: int) -> None:
+        """Begin the gradient pass of a layer, which :meth:`backward` goes on with and :meth:`profile` ends."""
+        layer = self._read_layer(index).to(self.device)
+        moments = (*self.method.dense_moments(layer.shape), *self.method.gradient_moments(layer.shape))
+        self._open = OpenLayer(index, layer, moments)
+
+    def backward(self, index: int, piece: int, hidden_states: Tensor, gradient: Tensor) -> Tensor:
+        """The loss's gradient at the open layer's input for one piece of the samples; the pieces come in their order.
+
+        Raises:
+            ForgottenError: the layer is not open here.
+            InputError: the gradients exceed the range of the dtype.
+        """
+        opened = self._opened(index, piece)
+        result = backward(self.runner, opened.layer, index, hidden_states, gradient, **opened.observation)
+        check_gradient(result, f"layer {index}")
+        opened.pieces += 1
+        return result
 
     def advance(self, index: int, hidden_states: Tensor) -> Tensor:
         """The dense layer's output hidden states.
@@ -191,12 +271,6 @@ class LayerTasks:
         tensors = self.checkpoint.read(self.family.layer_shapes(self.dense, index))
         return self.family.layer_from_checkpoint(tensors, self.dense, index)
 
-    def _observe(
-        self, layer: DecoderLayer, index: int, hidden_states: Tensor, moments: Iterable[Moment]
-    ) -> tuple[Tensor, LayerStatistics]:
-        statistics = LayerStatistics(moments)
-        return self.runner.run(layer, index, hidden_states, observe=statistics.update), statistics
-
 
 def check_hidden_states(hidden_states: Tensor, index: int) -> None:
     if not torch.isfinite(hidden_states).all():
@@ -204,6 +278,12 @@ def check_hidden_states(hidden_states: Tensor, index: int) -> None:
         raise InputError(
             f"layer {index}: its hidden states overflow in {dtype}. Give another --dtype, such as float32."
         )
+
+
+def check_gradient(gradient: Tensor, place: str) -> None:
+    if not torch.isfinite(gradient).all():
+        dtype = str(gradient.dtype).removeprefix("torch.")
+        raise InputError(f"{place}: the loss's gradients overflow in {dtype}. Choose a method that needs none.")
 
 
 def check_solution(layer: DecoderLayer, index: int) -> None:

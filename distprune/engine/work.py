@@ -28,6 +28,7 @@ class Outline:
     sparsity: float
     layers: int
     distilled: bool
+    has_gradients: bool = False
 
 
 class Work:

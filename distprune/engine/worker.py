@@ -93,6 +93,21 @@ class Worker:
     def profile(self, index: int, pieces: int) -> Parcels:
         return pack_all(self.tasks.profile(index, pieces))
 
+    def open_head(self) -> None:
+        self.tasks.open_head()
+
+    def loss_gradient(self, hidden_states: Parcel, tokens: Parcel) -> Parcel:
+        return pack(self.tasks.loss_gradient(unpack(hidden_states), tokens.array))
+
+    def losses(self) -> Parcel:
+        return pack(self.tasks.losses())
+
+    def open_backward(self, index: int) -> None:
+        self.tasks.open_backward(index)
+
+    def backward(self, index: int, piece: int, hidden_states: Parcel, gradient: Parcel) -> Parcel:
+        return pack(self.tasks.backward(index, piece, unpack(hidden_states), unpack(gradient)))
+
     @ray.method(num_returns=3)
     def prune(
         self, index: int, hidden_states: Parcel, planned: LayerShape, profile: Parcels, propagate: bool

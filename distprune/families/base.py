@@ -73,6 +73,10 @@ class Family:
         shapes = {self.embedding: table, self.final_norm: (config.hidden_size,)}
         return shapes if config.tie_word_embeddings else shapes | {self.head: table}
 
+    def head_of(self, config: PrunedConfig) -> str:
+        """The checkpoint's name of what gives the logits: the embedding where it serves as head too."""
+        return self.embedding if config.tie_word_embeddings else self.head
+
     def tensor_shapes(self, config: PrunedConfig) -> dict[str, tuple[int, ...]]:
         """Checkpoint names and shapes of all tensors of a model, dense or pruned."""
         shapes = self.outer_shapes(config)

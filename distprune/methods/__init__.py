@@ -9,13 +9,16 @@ from pydantic import ValidationError
 from distprune.errors import InputError
 from distprune.methods.base import Method, Profile
 from distprune.methods.flap import Flap
+from distprune.methods.llm_pruner import LLMPruner
 from distprune.methods.magnitude import Magnitude
 from distprune.methods.olica import Olica
 from distprune.methods.oops import Oops
 from distprune.methods.slimgpt import SlimGPT
 from distprune.methods.wanda_sp import WandaSp
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Flap, Magnitude, Olica, Oops, SlimGPT, WandaSp)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Flap, LLMPruner, Magnitude, Olica, Oops, SlimGPT, WandaSp)
+}
 
 
 def make_method(name: str, options: Mapping[str, object]) -> Method:

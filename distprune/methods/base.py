@@ -13,7 +13,7 @@ from distprune.decoder_layer import DecoderLayer, LayerShape
 from distprune.errors import InputError
 from distprune.statistics import LayerStatistics, Moment
 
-#: What the dense pass leaves of one layer for planning and pruning: small named tensors.
+#: What the dense pass, or the gradient pass, leaves of one layer for planning and pruning: small named tensors.
 Profile = Mapping[str, Tensor]
 
 #: Runs a variation of the layer that is being pruned on the same hidden states, and collects moments inside it.
@@ -24,9 +24,9 @@ class Method(BaseModel):
     """A pruning method; its fields are its hyperparameters, under the names and with the defaults of its paper.
 
     A run calls, in this order and each as a pure function: on every layer of the dense model :meth:`profile`, with
-    the moments that :meth:`dense_moments` names; once :meth:`plan`, which sees all profiles; and on every layer
-    :meth:`prune`, with the moments that :meth:`pruning_moments` names, collected on what reaches the layer through
-    the pruned layers before it.
+    the moments that :meth:`dense_moments` and :meth:`gradient_moments` name; once :meth:`plan`, which sees all
+    profiles; and on every layer :meth:`prune`, with the moments that :meth:`pruning_moments` names, collected on what
+    reaches the layer through the pruned layers before it.
 
     A layer's tensors come as the checkpoint has them, on the worker's device, and what is computed with them is to be
     computed in float32, one projection at a time: a large layer doesn't fit in memory twice.
@@ -40,6 +40,14 @@ class Method(BaseModel):
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
         """Moments to collect in the dense pass; with none, the dense pass only carries hidden states."""
+        return ()
+
+    def gradient_moments(self, shape: LayerShape) -> Sequence[Moment]:
+        """Moments that the profile needs of the loss's gradients, and of activations beside them.
+
+        Their taps are those of :mod:`distprune.backward` too. With none there is no gradient pass; with any, what
+        :meth:`dense_moments` names is collected in it too, and the dense pass only carries hidden states.
+        """
         return ()
 
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:

@@ -54,10 +54,8 @@ class ScoredUnits(Method):
         profile: Profile,
         observe: Observe,
     ) -> DecoderLayer:
-        groups = most_important(self.score_groups(layer, statistics), planned.kv_heads)
-        neurons = most_important(self.score_neurons(layer, statistics), planned.ffn_width)
-        heads = heads_of_groups(groups, layer.query_heads // layer.kv_heads)
-        return keep_neurons(keep_heads(layer, heads), neurons)
+        scores = self.score_groups(layer, statistics), self.score_neurons(layer, statistics)
+        return keep_best(layer, planned, *scores)
 
 
 def with_fewer_groups(shape: LayerShape, sparsity: float) -> LayerShape:
@@ -72,3 +70,9 @@ def with_plain_groups(config: PrunedConfig, shape: LayerShape, sparsity: float) 
     possible = [with_heads(shape, groups, heads) for groups in range(shape.kv_heads, 0, -1)]
     plain = [smaller for smaller in possible if has_plain_heads(config, smaller)]
     return min(plain, key=lambda smaller: abs(smaller.kv_heads - (1 - sparsity) * shape.kv_heads))
+
+
+def keep_best(layer: DecoderLayer, planned: LayerShape, groups: Tensor, neurons: Tensor) -> DecoderLayer:
+    """The layer in its planned shape, with the KV groups, (g,), and neurons, (f,), of the highest scores."""
+    heads = heads_of_groups(most_important(groups, planned.kv_heads), layer.query_heads // layer.kv_heads)
+    return keep_neurons(keep_heads(layer, heads), most_important(neurons, planned.ffn_width))

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distprune.decoder_layer import LayerShape
+from distprune.forward import TAPS
+from distprune.loss import TOKENS_AT_ONCE
 from distprune.planning.scenario import Scenario
 from distprune.planning.work import FLOAT32, matrix_parameters, moment_size, tap_widths
-from distprune.statistics import Cross, HeadGram, Moment
+from distprune.statistics import Cross, HeadGram, Moment, taps_of
 
 MIB, GIB = 2**20, 2**30
 
@@ -27,6 +29,8 @@ CUDA_CONTEXT = 1 * GIB
 FRAGMENTATION = 1.1
 #: Ray gives the object store this share of a node, and kills workers where more than that share is used.
 STORE_SHARE, USABLE_SHARE = 0.3, 0.95
+#: Layers whose gradients lie on disk at once.
+GRADIENTS_KEPT = 2
 #: Sequences that the model writes at once, when it makes its own calibration set.
 OWN_SAMPLES_BATCH = 128
 
@@ -80,10 +84,15 @@ def plan_memory(scenario: Scenario) -> MemoryPlan:
 def _task_peaks(scenario: Scenario) -> dict[str, float]:
     """Bytes on the device where layers run, by task: the greatest layer's."""
     layers = _different_layers(scenario)
-    peaks = {
-        "dense pass": max(_peak(scenario, index, pruning=False) for index in layers),
-        "prune": max(_peak(scenario, index, pruning=True) for index in layers),
-    }
+    profiling = max(_peak(scenario, index, pruning=False) for index in layers)
+    if scenario.needs_gradients:
+        peaks = {
+            "dense pass": max(_carrying(scenario, index) for index in layers),
+            "gradient pass": max(profiling, _loss_peak(scenario)),
+        }
+    else:
+        peaks = {"dense pass": profiling}
+    peaks["prune"] = max(_peak(scenario, index, pruning=True) for index in layers)
     if scenario.config.distill:
         peaks["distill"] = max(_distill_peak(scenario, index) for index in layers)
     return peaks
@@ -99,7 +108,10 @@ def _peak(scenario: Scenario, index: int, *, pruning: bool) -> float:
     """The statistics, and whichever is most of running, solving and running again."""
     shape, moments = scenario.shape(index), scenario.moments(index, pruning=pruning)
     solve = scenario.solve(index, pruning=pruning)
-    running = _running_weights(scenario, index) + _running(scenario, shape, moments)
+    if scenario.needs_gradients and not pruning:
+        running = _running_back(scenario, index, moments)
+    else:
+        running = _running_weights(scenario, index) + _running(scenario, shape, moments)
     on_gpu = scenario.stored_bytes[index] if scenario.placement.device == "cuda" else 0
     solving = on_gpu + max(solve.workspace, scenario.pruned_bytes[index] if pruning else 0)
     again = [on_gpu + _running_again(scenario, *observation) for observation in solve.observations]
@@ -112,8 +124,35 @@ def _running_again(scenario: Scenario, shape: LayerShape, moments: Sequence[Mome
     return weights + _running(scenario, shape, moments) + _statistics(scenario, shape, moments)
 
 
+def _carrying(scenario: Scenario, index: int) -> int:
+    return _running_weights(scenario, index) + _activations(scenario, scenario.shape(index))
+
+
 def _running(scenario: Scenario, shape: LayerShape, moments: Sequence[Moment]) -> float:
     return _activations(scenario, shape) + _measuring(scenario, shape, moments)
+
+
+def _running_back(scenario: Scenario, index: int, moments: Sequence[Moment]) -> int:
+    """Forward and backward, at its widest in the FFN or in the norm before it, or measuring what was observed."""
+    shape, hidden, itemsize = scenario.shape(index), scenario.hidden, scenario.gradient_dtype.itemsize
+    widths, taps = tap_widths(shape, hidden), taps_of(moments)
+    heads = (shape.query_heads + shape.kv_heads) * (shape.query_key_dim + shape.value_dim)
+    # Gate, up and what comes of them, with their gradients; norms compute in float32.
+    ffn, norm = itemsize * 6 * shape.ffn_width + FLOAT32 * 3 * hidden, FLOAT32 * 8 * hidden
+    activations, observed = (itemsize * sum(widths[tap] for tap in some) for some in (taps & {*TAPS}, taps))
+    tokens = _micro_batch_tokens(scenario)
+    passing = tokens * (activations + itemsize * heads + max(ffn, norm))
+    measuring = tokens * observed + _measuring(scenario, shape, moments)
+    return _running_weights(scenario, index, itemsize) + max(passing, measuring)
+
+
+def _loss_peak(scenario: Scenario) -> int:
+    """At the model's end: the head, some tokens' logits twice, and a micro-batch in its norm, which is in float32."""
+    dtype, vocabulary, on_gpu = scenario.gradient_dtype, scenario.dense.vocab_size, scenario.placement.device == "cuda"
+    shares = not on_gpu and dtype == scenario.stored_dtype
+    head = (scenario.head_bytes if on_gpu else 0) + (0 if shares else dtype.itemsize * vocabulary * scenario.hidden)
+    tokens = _micro_batch_tokens(scenario)
+    return head + FLOAT32 * (2 * min(TOKENS_AT_ONCE, tokens) * vocabulary + 3 * tokens * scenario.hidden)
 
 
 def _parameters(scenario: Scenario, index: int) -> int:
@@ -124,9 +163,9 @@ def _pruned_parameters(scenario: Scenario, index: int) -> int:
     return scenario.pruned_bytes[index] // scenario.stored_dtype.itemsize
 
 
-def _running_weights(scenario: Scenario, index: int) -> int:
+def _running_weights(scenario: Scenario, index: int, itemsize: int | None = None) -> int:
     """Of the module's own copy: none on the CPU where the checkpoint's dtype serves."""
-    itemsize = scenario.dtype.itemsize
+    itemsize = itemsize or scenario.dtype.itemsize
     shares = scenario.placement.device == "cpu" and itemsize == scenario.stored_dtype.itemsize
     return 0 if shares else itemsize * _parameters(scenario, index)
 
@@ -228,6 +267,9 @@ def _store_peak(scenario: Scenario) -> int:
     relays = min(workers, scenario.blocks)
     pruning = relays * ((3 if scenario.block_length > 1 else 1) * states + layer)
     peak = max(3 * states, (open_layers + 2) * states, pruning)
+    if scenario.needs_gradients:
+        # The same of gradients, and the hidden states that go with the pieces at work.
+        peak = max(peak, (open_layers + 2) * scenario.gradients + states)
     if scenario.lessons:
         # Distillation runs so many layers ahead, each with its input and its target.
         ahead = 2 * workers + 2
@@ -236,6 +278,10 @@ def _store_peak(scenario: Scenario) -> int:
 
 
 def _disk(scenario: Scenario) -> int:
-    """Every block's input and the pruned layers; or all parts, and the shards that they become."""
-    states = scenario.blocks * scenario.hidden_states(scenario.calibration)
-    return scenario.bytes_after + max(states, scenario.bytes_after + 2 * scenario.outer_bytes)
+    """Every block's input and the pruned layers; or all parts, and the shards that they become; or hidden states of
+    every layer and of the model's end, with the gradients of some layers."""
+    states = scenario.hidden_states(scenario.calibration)
+    pruning = scenario.bytes_after + scenario.blocks * states
+    assembling = 2 * scenario.bytes_after + 2 * scenario.outer_bytes
+    gradients = (scenario.layers + 1) * states + GRADIENTS_KEPT * scenario.gradients if scenario.needs_gradients else 0
+    return max(pruning, assembling, gradients)

@@ -23,10 +23,10 @@ from distprune.planning.headers import dense_model
 from distprune.planning.rates import Rates, rates_of
 from distprune.planning.shapes import expected_shapes
 from distprune.planning.solves import Problem, Solve, solve_of
-from distprune.planning.work import Work, forward_flops, moment_work, tap_widths, total
+from distprune.planning.work import Work, backward_flops, forward_flops, moment_work, tap_widths, total
 from distprune.statistics import Moment, taps_of
 
-# As the engine's dense pass has it.
+# As the engine's relay has it.
 PIECES_PER_WORKER = 4
 
 
@@ -95,8 +95,18 @@ class Scenario:
         return getattr(torch, self.config.dtype)
 
     @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Of gradients, and of the forward passes that they need."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether there is a gradient pass."""
+        return bool(self.method.gradient_moments(self.shape(0)))
+
+    @property
     def pieces(self) -> int:
-        """In how many pieces the samples go through the dense pass."""
+        """In how many pieces the samples go through the dense pass, and the gradient pass."""
         batches = -(-self.calibration.samples // self.config.micro_batch)
         workers = self.placement.workers
         return min(batches, PIECES_PER_WORKER * workers) if workers > 1 else 1
@@ -106,6 +116,16 @@ class Scenario:
     def hidden_states(self, texts: TokenSet) -> int:
         """Bytes of the hidden states between two layers."""
         return texts.tokens * self.hidden * self.dtype.itemsize
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients between two layers."""
+        return self.calibration.tokens * self.hidden * self.gradient_dtype.itemsize
+
+    @property
+    def head_bytes(self) -> int:
+        """Of what gives the logits, in the checkpoint."""
+        return self.checkpoint.tensors[self.family.head_of(self.dense)].nbytes
 
     @property
     def bytes_before(self) -> int:
@@ -123,11 +143,11 @@ class Scenario:
         return self.dense.layer_shape(index)
 
     def moments(self, index: int, *, pruning: bool) -> list[Moment]:
-        """What is collected for a layer in the pruning pass, or in the dense pass."""
+        """What is collected for a layer in the pruning pass; or for its profile, in the dense or the gradient pass."""
         dense = self.shape(index)
         if pruning:
             return list(self.method.pruning_moments(dense, self.shapes[index]))
-        return list(self.method.dense_moments(dense))
+        return list(dict.fromkeys((*self.method.dense_moments(dense), *self.method.gradient_moments(dense))))
 
     def solve(self, index: int, *, pruning: bool) -> Solve:
         moments = self.moments(index, pruning=pruning)
@@ -145,15 +165,30 @@ class Scenario:
     def forward(self, shape: LayerShape, texts: TokenSet) -> Work:
         return Work(forward=forward_flops(shape, self.hidden, texts.samples, texts.length))
 
+    def backward(self, shape: LayerShape) -> Work:
+        """Of the whole calibration set, with the gradients that go to the device and come back."""
+        samples, length = self.calibration.samples, self.calibration.length
+        return Work(forward=backward_flops(shape, self.hidden, samples, length)) + self.moved(2 * self.gradients)
+
+    def reading(self, index: int) -> Work:
+        """A layer from the checkpoint to the device."""
+        return Work(read=self.stored_bytes[index]) + self.moved(self.stored_bytes[index])
+
+    def carrying(self, index: int) -> Work:
+        """Reading a layer and running it over the calibration set."""
+        return self.reading(index) + self.observed(self.shape(index), ())
+
     def observation(self, index: int, *, pruning: bool) -> Work:
-        """Reading a layer, running it over the calibration set and collecting its moments."""
-        read = Work(read=self.stored_bytes[index]) + self.moved(self.stored_bytes[index])
+        """Reading a layer, running it over the calibration set (and back, for gradients) and collecting its moments."""
+        read = self.reading(index)
         shape, moments = self.shape(index), self.moments(index, pruning=pruning)
         if pruning and not moments:
             return read
         observed = self.observed(shape, moments)
         if pruning and "ffn_output" not in taps_of(moments):  # the output isn't computed
             observed += Work(forward=-2.0 * self.calibration.tokens * shape.ffn_width * self.hidden)
+        if not pruning and self.needs_gradients:
+            observed += self.backward(shape)
         return read + observed
 
     def observed(self, shape: LayerShape, moments: Sequence[Moment]) -> Work:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -30,7 +31,10 @@ def plan_stages(scenario: Scenario) -> list[StagePlan]:
     stages = [_start(scenario), _check(scenario)]
     if scenario.config.calibration is None:
         stages.append(_own_samples(scenario))
-    stages += [_dense_pass(scenario), _prune(scenario)]
+    stages.append(_dense_pass(scenario))
+    if scenario.needs_gradients:
+        stages.append(_gradient_pass(scenario))
+    stages.append(_prune(scenario))
     if scenario.config.distill:
         stages.append(_distill(scenario))
     return [*stages, _assemble(scenario)]
@@ -91,19 +95,43 @@ def _own_samples(scenario: Scenario) -> StagePlan:
 
 
 def _dense_pass(scenario: Scenario) -> StagePlan:
+    """Hidden states go from layer to layer. Where a gradient pass follows, the profiles are its."""
+    states = float(scenario.hidden_states(scenario.calibration))
+    handed_on = Work(stored=2 * states)
+    each = scenario.carrying if scenario.needs_gradients else partial(_observe, scenario)
+    layers = [each(index) + handed_on for index in range(scenario.layers)]
+    kept = scenario.layers + scenario.needs_gradients
+    return _relay(scenario, "dense pass", handed_on, layers, Work(written=kept * states))
+
+
+def _gradient_pass(scenario: Scenario) -> StagePlan:
+    """Gradients go back from layer to layer, and to every layer the hidden states at its input."""
+    gradients = float(scenario.gradients)
+    handed_on = Work(stored=2 * gradients + scenario.hidden_states(scenario.calibration))
+    layers = [_observe(scenario, index) + handed_on for index in reversed(range(scenario.layers))]
+    head = _loss_gradient(scenario) + handed_on
+    return _relay(scenario, "gradient pass", head, layers, Work(written=scenario.layers * gradients))
+
+
+def _loss_gradient(scenario: Scenario) -> Work:
+    """Logits and what goes back from them; some six passes over them in float32 on the way."""
+    logits = float(scenario.calibration.tokens * scenario.dense.vocab_size)
+    read = Work(read=scenario.head_bytes) + scenario.moved(scenario.head_bytes)
+    states = scenario.moved(scenario.hidden_states(scenario.calibration) + scenario.gradients)
+    return read + states + Work(forward=4 * logits * scenario.hidden, passed=6 * FLOAT32 * logits)
+
+
+def _relay(scenario: Scenario, name: str, first: Work, layers: Sequence[Work], journal: Work) -> StagePlan:
     """A pipeline: each worker has a layer, and a layer starts when the one before it has passed on its first piece.
 
-    The driver keeps hidden states in its journal.
+    The driver keeps what goes from layer to layer in its journal. What comes first is not shared out.
     """
-    handed_on = Work(stored=2.0 * scenario.hidden_states(scenario.calibration))
-    embedding, *layers = handed_on, *(_observe(scenario, index) + handed_on for index in range(scenario.layers))
-    journal = Work(written=float(scenario.layers * scenario.hidden_states(scenario.calibration)))
     pieces = scenario.pieces
     at_once = min(scenario.placement.workers, scenario.layers, pieces)
     each = [_seconds(scenario, layer) + (pieces + 1) * scenario.rates.call_seconds for layer in layers]
     last_starts = (at_once - 1) / pieces * max(each)
-    seconds = _seconds(scenario, embedding) + sum(each) / at_once + last_starts
-    return _stage("dense pass", total([embedding, *layers]) + journal, _while_written(scenario, seconds, journal))
+    seconds = _seconds(scenario, first) + sum(each) / at_once + last_starts
+    return _stage(name, total([first, *layers]) + journal, _while_written(scenario, seconds, journal))
 
 
 def _observe(scenario: Scenario, index: int) -> Work:
@@ -139,8 +167,7 @@ def _distill(scenario: Scenario) -> StagePlan:
     states = Work(stored=size) + scenario.moved(size)
     ahead, learning = [states], []
     for index in range(scenario.layers):
-        read = Work(read=scenario.stored_bytes[index]) + scenario.moved(scenario.stored_bytes[index])
-        ahead.append(read + scenario.forward(scenario.shape(index), lessons) + states)
+        ahead.append(scenario.reading(index) + scenario.forward(scenario.shape(index), lessons) + states)
         learning.append(_learn(scenario, index))
     relay, learnt = ([_seconds(scenario, call) for call in calls] for calls in (ahead, learning))
     seconds = max(sum(relay) + learnt[-1], (sum(relay) + sum(learnt)) / scenario.placement.workers)

@@ -63,6 +63,15 @@ def forward_flops(shape: LayerShape, hidden: int, samples: int, length: int) -> 
     return float(samples * length) * (2 * matrix_parameters(shape, hidden) + attention)
 
 
+def backward_flops(shape: LayerShape, hidden: int, samples: int, length: int) -> float:
+    """Of the backward pass that follows, for the gradients of activations alone: weights get none.
+
+    Every product with a weight has one that goes back, and attention's two have four.
+    """
+    attention = 4 * length * shape.query_heads * (shape.query_key_dim + shape.value_dim)
+    return float(samples * length) * (2 * matrix_parameters(shape, hidden) + attention)
+
+
 def matrix_parameters(shape: LayerShape, hidden: int) -> int:
     """Weights that every token is multiplied with."""
 
@@ -80,10 +89,18 @@ def matrix_parameters(shape: LayerShape, hidden: int) -> int:
 
 
 def tap_widths(shape: LayerShape, hidden: int) -> dict[str, int]:
-    """The width of every activation that can be observed."""
+    """The width of every activation that can be observed, and of every gradient."""
     narrow = ("attention_input", "attention_output", "ffn_input", "ffn_output")
-    wide = {"attention_values": shape.query_heads * shape.value_dim, "ffn_neurons": shape.ffn_width}
-    return dict.fromkeys(narrow, hidden) | wide
+    queries, keys = shape.query_heads * shape.query_key_dim, shape.kv_heads * shape.query_key_dim
+    return {
+        **dict.fromkeys(narrow, hidden),
+        **dict.fromkeys(("attention_output_gradient", "ffn_output_gradient"), hidden),
+        **dict.fromkeys(("queries", "query_gradient"), queries),
+        **dict.fromkeys(("keys", "key_gradient"), keys),
+        "attention_values": shape.query_heads * shape.value_dim,
+        "value_gradient": shape.kv_heads * shape.value_dim,
+        **dict.fromkeys(("ffn_neurons", "gate_gradient", "up_gradient"), shape.ffn_width),
+    }
 
 
 def moment_size(moment: Moment, widths: dict[str, int]) -> int:

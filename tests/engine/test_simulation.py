@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from distprune.engine.dense_pass import split
+from distprune.engine.relay import split
 from distprune.engine.simulation import Costs, Machines, Pass, SimulatedRuntime, simulate
 
 COSTS = Costs(

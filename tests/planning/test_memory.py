@@ -10,10 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from distprune.backward import backward
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer, layer_from_state
 from distprune.distillation import Exercise, distill
-from distprune.forward import LayerRunner
+from distprune.forward import TAPS, LayerRunner
+from distprune.loss import LossHead
 from distprune.methods import METHODS
 from distprune.modeling import PrunedDecoderLayer
 from distprune.planning import Cluster
@@ -21,7 +23,7 @@ from distprune.planning import memory as planned_memory
 from distprune.planning.headers import open_headers
 from distprune.planning.memory import plan_memory
 from distprune.planning.scenario import Scenario, TokenSet, make_scenario
-from distprune.statistics import LayerStatistics
+from distprune.statistics import LayerStatistics, Power, taps_of
 
 GEOMETRIES = {"grouped heads": {}, "many heads, narrow FFN": {"intermediate_size": 256, "num_key_value_heads": 8}}
 
@@ -100,7 +102,12 @@ def test_the_peak_of_both_passes_is_foretold_for_every_method(scenario, method, 
 
     def observe(layer, moments) -> LayerStatistics:
         statistics = LayerStatistics(moments)
-        run.run(layer, 0, inputs, observe=statistics.update)
+        observation = {"observe": statistics.update, "taps": taps_of(moments)} if moments else {}
+        if taps_of(moments) <= set(TAPS):
+            run.run(layer, 0, inputs, **observation)
+        else:
+            with torch.inference_mode(False):
+                backward(run, layer, 0, inputs, inputs, **observation)
         return statistics
 
     profile = {}
@@ -116,6 +123,33 @@ def test_the_peak_of_both_passes_is_foretold_for_every_method(scenario, method, 
         foretold = planned_memory._peak(scenario, index, pruning=pruning)
         # LAPACK's own workspace, which the plan counts, is not seen here.
         assert 0.85 * counted.peak <= foretold <= 1.25 * counted.peak + 2**20
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_the_peak_of_a_backward_pass_is_foretold(scenario, geometry, dtype):
+    """With moments so small that activations are what counts."""
+    scenario = scenario(geometry, method="llm-pruner", samples=32, sequence_length=64, micro_batch=16, dtype=dtype)
+    moments = [Power(tap) for tap in ("attention_values", "value_gradient", "up_gradient")]
+    run = LayerRunner(scenario.dense, torch.device("cpu"), getattr(torch, dtype), scenario.config.micro_batch)
+    layer, inputs = random_layer(scenario), hidden_states(scenario, scenario.calibration).to(run.dtype)
+    statistics = LayerStatistics(moments)
+    with live_tensors() as counted:
+        backward(run, layer, 0, inputs, inputs, observe=statistics.update, taps=taps_of(moments))
+    output = inputs.nbytes  # which the plan counts with the host's memory
+    assert planned_memory._running_back(scenario, 0, moments) == pytest.approx(counted.peak - output, rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_peak_at_the_models_end_is_foretold(scenario, dtype):
+    scenario = scenario("grouped heads", method="llm-pruner", samples=32, sequence_length=64, dtype=dtype)
+    run = LayerRunner(scenario.dense, torch.device("cpu"), getattr(torch, dtype), scenario.config.micro_batch)
+    inputs = hidden_states(scenario, scenario.calibration).to(run.dtype)
+    norm, weight = torch.ones(scenario.hidden).bfloat16(), torch.randn(scenario.dense.vocab_size, scenario.hidden)
+    head, tokens = LossHead(norm, weight.bfloat16(), run), torch.zeros(32, 64, dtype=torch.int64)
+    with live_tensors() as counted:
+        head.gradient(inputs, tokens)
+    assert planned_memory._loss_peak(scenario) == pytest.approx(counted.peak - inputs.nbytes, rel=0.25)
 
 
 @pytest.mark.parametrize("look_ahead", [0, 1, 2])

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distprune.decoder_layer import LayerShape, layer_from_state
-from distprune.engine import dense_pass
+from distprune.engine import relay
 from distprune.forward import LayerRunner
 from distprune.modeling import PrunedConfig, PrunedDecoderLayer
 from distprune.planning import scenario
@@ -99,5 +99,5 @@ def test_work_adds_up_and_takes_as_long_as_its_rates_say():
     assert Work(forward=4e13).seconds(RATES["h100"], float32=True) == pytest.approx(1)
 
 
-def test_the_dense_pass_is_parted_as_the_engine_does():
-    assert scenario.PIECES_PER_WORKER == dense_pass.PIECES_PER_WORKER
+def test_a_relay_is_parted_as_the_engine_does():
+    assert scenario.PIECES_PER_WORKER == relay.PIECES_PER_WORKER
