@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from distprune.errors import InputError
 from distprune.methods.base import Method, Profile
+from distprune.methods.curvature import Curvature
 from distprune.methods.flap import Flap
 from distprune.methods.llm_pruner import LLMPruner
 from distprune.methods.magnitude import Magnitude
@@ -17,7 +18,7 @@ from distprune.methods.slimgpt import SlimGPT
 from distprune.methods.wanda_sp import WandaSp
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Flap, LLMPruner, Magnitude, Olica, Oops, SlimGPT, WandaSp)
+    method.name: method for method in (Curvature, Flap, LLMPruner, Magnitude, Olica, Oops, SlimGPT, WandaSp)
 }
 
 

@@ -20,10 +20,10 @@ from pydantic import Field
 from torch import Tensor
 
 from distprune.budgets import Target, aligned, fill_with_ffn
-from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank, slice_linear
+from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank
 from distprune.errors import InputError
 from distprune.methods.base import Method, Observe, Profile
-from distprune.methods.units import column_energy, keep_neurons
+from distprune.methods.units import column_energy, keep_neurons, keep_values, output_slices, rotate_values
 from distprune.solvers import (
     factor_input_scaled,
     factor_output_scaled,
@@ -174,7 +174,9 @@ class Olica(Method):
         value_gram = statistics.head_gram("attention_values", layer.query_heads)
         if self.decomposition != "none":
             rotation = self._value_rotation(layer, value_gram, profile)
-            layer, value_gram = rotate_values(layer, value_gram, rotation)
+            layer = rotate_values(layer, rotation)
+            per_head = rotation.repeat_interleave(layer.query_heads // layer.kv_heads, dim=0)
+            value_gram = per_head.mT @ value_gram @ per_head
         layer = prune_values(layer, planned.value_dim, statistics.rms("attention_input"), value_gram)
         return factor_queries_and_keys(layer, planned, statistics.rms("attention_input"))
 
@@ -215,29 +217,6 @@ def kept_rank(out_features: int, in_features: int, sparsity: float, align: int) 
     return aligned(rank, align, most=min(out_features, in_features))
 
 
-def rotate_values(layer: DecoderLayer, value_gram: Tensor, rotation: Tensor) -> tuple[DecoderLayer, Tensor]:
-    """Rotate each KV group's value neurons in W_v and W_o; the layer's function is unchanged.
-
-    Args:
-        layer: the layer.
-        value_gram: E[z_iᵀz_i] of every query head, (h, v, v).
-        rotation: (g, v, v), orthogonal.
-
-    Returns:
-        The rotated layer, and ``value_gram`` in the rotated basis.
-    """
-    value, bias = layer.value.weight.float().unflatten(0, (layer.kv_heads, -1)), layer.value.bias
-    if bias is not None:
-        bias = (bias.float().unflatten(0, (layer.kv_heads, 1, -1)) @ rotation).flatten()
-    rotated = replace(
-        layer,
-        value=Linear((rotation.mT @ value).flatten(0, 1), bias),
-        output=Linear(join_output_slices(output_slices(layer) @ rotation[:, None]), layer.output.bias),
-    )
-    per_head = rotation.repeat_interleave(layer.query_heads // layer.kv_heads, dim=0)
-    return rotated, per_head.mT @ value_gram @ per_head
-
-
 def prune_values(layer: DecoderLayer, keep: int, input_rms: Tensor, value_gram: Tensor) -> DecoderLayer:
     """Keep the ``keep`` most important value neurons of every KV group.
 
@@ -248,26 +227,7 @@ def prune_values(layer: DecoderLayer, keep: int, input_rms: Tensor, value_gram: 
     values_rms = value_gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().unflatten(0, (groups, -1))
     value = layer.value.weight.unflatten(0, (groups, -1))
     importance = (value * input_rms).norm(dim=2) + (per_group * values_rms[:, :, None]).norm(dim=(1, 2))
-    kept = most_important(importance, keep)
-
-    value_rows = (kept + torch.arange(groups, device=kept.device)[:, None] * value.shape[1]).flatten()
-    columns = kept[:, None, None].expand(*per_group.shape[:3], keep)
-    return replace(
-        layer,
-        value=slice_linear(layer.value, rows=value_rows),
-        output=Linear(join_output_slices(per_group.gather(3, columns)), layer.output.bias),
-    )
-
-
-def output_slices(layer: DecoderLayer) -> Tensor:
-    """The output projection in float32, cut by KV group and query head, (g, m, d, v) with m = h / g."""
-    heads_per_group = layer.query_heads // layer.kv_heads
-    return layer.output.weight.float().unflatten(1, (layer.kv_heads, heads_per_group, -1)).permute(1, 2, 0, 3)
-
-
-def join_output_slices(slices: Tensor) -> Tensor:
-    """The inverse of :func:`output_slices`: (g, m, d, v) to (d, g·m·v)."""
-    return slices.permute(2, 0, 1, 3).flatten(1).contiguous()
+    return keep_values(layer, most_important(importance, keep))
 
 
 def factor_queries_and_keys(layer: DecoderLayer, planned: LayerShape, input_rms: Tensor) -> DecoderLayer:

@@ -88,6 +88,41 @@ def keep_outputs(projection: Linear | LowRank, rows: Tensor) -> Linear | LowRank
     return LowRank(projection.right, left.weight, left.bias)
 
 
+def rotate_values(layer: DecoderLayer, rotation: Tensor) -> DecoderLayer:
+    """Rotate each KV group's value neurons in W_v and W_o by orthogonal (g, v, v); the function is unchanged."""
+    value, bias = layer.value.weight.float().unflatten(0, (layer.kv_heads, -1)), layer.value.bias
+    if bias is not None:
+        bias = (bias.float().unflatten(0, (layer.kv_heads, 1, -1)) @ rotation).flatten()
+    return replace(
+        layer,
+        value=Linear((rotation.mT @ value).flatten(0, 1), bias),
+        output=Linear(join_output_slices(output_slices(layer) @ rotation[:, None]), layer.output.bias),
+    )
+
+
+def keep_values(layer: DecoderLayer, neurons: Tensor) -> DecoderLayer:
+    """The layer with the given value neurons, indices (g, kept), a row for each KV group."""
+    per_group = output_slices(layer)
+    rows = (neurons + torch.arange(layer.kv_heads, device=neurons.device)[:, None] * layer.shape.value_dim).flatten()
+    columns = neurons[:, None, None].expand(*per_group.shape[:3], neurons.shape[1])
+    return replace(
+        layer,
+        value=slice_linear(layer.value, rows=rows),
+        output=Linear(join_output_slices(per_group.gather(3, columns)), layer.output.bias),
+    )
+
+
+def output_slices(layer: DecoderLayer) -> Tensor:
+    """The output projection in float32, cut by KV group and query head, (g, m, d, v) with m = h / g."""
+    heads_per_group = layer.query_heads // layer.kv_heads
+    return layer.output.weight.float().unflatten(1, (layer.kv_heads, heads_per_group, -1)).permute(1, 2, 0, 3)
+
+
+def join_output_slices(slices: Tensor) -> Tensor:
+    """The inverse of :func:`output_slices`: (g, m, d, v) to (d, g·m·v)."""
+    return slices.permute(2, 0, 1, 3).flatten(1).contiguous()
+
+
 def without_attention(layer: DecoderLayer) -> DecoderLayer:
     """The layer without its attention and the norm before it."""
     roles = ("attention_norm", "query", "key", "value", "output", "query_norm", "key_norm", "rotary_pairs")

@@ -1,12 +1,12 @@
 """Linear algebra on tensors. No Ray, no files, no transformers."""
 
 from distprune.solvers.box_ridge import box_ridge
-from distprune.solvers.elimination import eliminate
+from distprune.solvers.elimination import eliminate, elimination_path
 from distprune.solvers.low_rank import factor_input_scaled, factor_output_scaled
 from distprune.solvers.quadratic import QuadraticSolution, solve_box_qp
 from distprune.solvers.relaxed_selection import relaxed_selection
 from distprune.solvers.ridge import prediction_correlation, ridge
-from distprune.solvers.rotation import orthogonal_output_rotation, uncorrelated_rotation
+from distprune.solvers.rotation import orthogonal_output_rotation, output_aware_rotation, uncorrelated_rotation
 from distprune.solvers.selection import channels_of, most_and_least_important, most_important
 
 __all__ = [
@@ -14,11 +14,13 @@ __all__ = [
     "box_ridge",
     "channels_of",
     "eliminate",
+    "elimination_path",
     "factor_input_scaled",
     "factor_output_scaled",
     "most_and_least_important",
     "most_important",
     "orthogonal_output_rotation",
+    "output_aware_rotation",
     "prediction_correlation",
     "relaxed_selection",
     "ridge",

@@ -56,9 +56,38 @@ def eliminate(
     while excess := len(units) - keep:
         batch = min(excess, max(smallest_batch, min(largest_batch, excess // 2)))
         kept = most_important(removal_costs(weight, inverse, width), len(units) - batch)
-        weight, inverse = without_others(weight, inverse, channels_of(kept, width))
+        weight, inverse, _ = without_others(weight, inverse, channels_of(kept, width))
         units = units[kept]
     return units, weight.to(dtype)
+
+
+def elimination_path(
+    weight: Tensor, gram: Tensor, damping: float, *, width: int = 1, batch: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The order in which :func:`eliminate` would remove all units, ``batch`` at a time, and what that costs.
+
+    Args:
+        weight, gram, damping, width: as there.
+        batch: units that go at once; the last batch may be smaller.
+
+    Returns:
+        The units, (units,), those that go first before the others; and the least attainable error tr(ΔHΔᵀ) when the
+        first 0, 1, 2... batches are gone, (batches + 1,) in float64.
+
+    Raises:
+        torch.linalg.LinAlgError: G is further from positive semidefinite than the damping makes up for, or not finite.
+    """
+    units = torch.arange(weight.shape[1] // width, device=weight.device)
+    weight, inverse = weight.double(), damped_inverse(gram, damping)
+    order, errors = [], [weight.new_zeros(())]
+    while len(units):
+        cheapest = torch.argsort(removal_costs(weight, inverse, width), stable=True)
+        kept = cheapest[batch:].sort().values
+        order.append(units[cheapest[:batch]])
+        weight, inverse, error = without_others(weight, inverse, channels_of(kept, width))
+        errors.append(errors[-1] + error)
+        units = units[kept]
+    return torch.cat(order), torch.stack(errors)
 
 
 def damped_inverse(gram: Tensor, damping: float) -> Tensor:
@@ -79,8 +108,9 @@ def removal_costs(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
     return whitened.square().sum(dim=(1, 2))
 
 
-def without_others(weight: Tensor, inverse: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight's ``kept`` columns, updated for the loss of the others, and the inverse of what is left of H."""
+def without_others(weight: Tensor, inverse: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight's ``kept`` columns, updated for the loss of the others, the inverse of what is left of H, and by how
+    much the error rises, ()."""
     gone = torch.ones(len(inverse), dtype=torch.bool, device=kept.device).index_fill(0, kept, False).nonzero().flatten()
     factor = torch.linalg.cholesky(inverse[gone[:, None], gone])
     coupling = torch.linalg.solve_triangular(factor, inverse[gone[:, None], kept], upper=False)
@@ -88,4 +118,5 @@ def without_others(weight: Tensor, inverse: Tensor, kept: Tensor) -> tuple[Tenso
     return (
         weight[:, kept].addmm_(lost.mT, coupling, alpha=-1),
         inverse[kept[:, None], kept].addmm_(coupling.mT, coupling, alpha=-1),
+        lost.square().sum(),
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from distprune.statistics.moments import Activations, Cross, Gram, HeadGram, Mean, Moment, Peak, Power
+from distprune.statistics.moments import Activations, Cross, Gram, HeadGram, Mean, Moment, Peak, Power, ScalingPower
 
 
 class LayerStatistics:
@@ -64,6 +64,9 @@ class LayerStatistics:
 
     def head_gram(self, tap: str, heads: int) -> Tensor:
         return self._average(HeadGram(tap, heads))
+
+    def scaling_power(self, tap: str, other: str, groups: int, pairs: int) -> Tensor:
+        return self._average(ScalingPower(tap, other, groups, pairs))
 
 
 def zeros(moment: Moment, activations: Activations) -> Tensor:

@@ -117,7 +117,29 @@ class Peak:
         return total
 
 
-Moment = Mean | Power | Peak | Gram | Cross | HeadGram
+@dataclass(frozen=True)
+class ScalingPower(Summed):
+    """E[s²] of how the loss changes, to first order, when a rotary pair is scaled, (groups, pairs).
+
+    Of an activation x with gradient g, scaling some of its channels changes a token's loss by s = Σ x∘g over them. A
+    KV group's pair p is the channels p and p + width/2 of all its heads.
+    """
+
+    tap: str
+    other: str
+    groups: int
+    pairs: int
+
+    def size(self, activations: Activations) -> tuple[int, ...]:
+        return self.groups, self.pairs
+
+    def add(self, total: Tensor, activations: Activations) -> None:
+        products = activations[self.tap].float() * activations[self.other].float()
+        changes = products.unflatten(1, (self.groups, -1, 2, self.pairs)).sum(dim=(2, 3))
+        total.add_(changes.square_().sum(dim=0))
+
+
+Moment = Mean | Power | Peak | Gram | Cross | HeadGram | ScalingPower
 
 
 def taps_of(moments: Iterable[Moment]) -> set[str]:

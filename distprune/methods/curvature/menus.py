@@ -1,0 +1,180 @@
+"""What every module may become, and the choice for all of them that costs least within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distprune.budgets import (
+    Allocation,
+    Curve,
+    Target,
+    aligned,
+    allocate,
+    attention_amount,
+    ffn_amount,
+    has_plain_heads,
+)
+from distprune.decoder_layer import LayerShape
+from distprune.errors import InputError
+from distprune.methods.base import Profile
+
+#: Widths and heads of a layer without the module.
+NO_ATTENTION = {"query_heads": 0, "kv_heads": 0, "query_key_dim": 0, "value_dim": 0, "output_bias": False}
+NO_FFN = {"ffn_width": 0, "down_bias": False}
+Change = Mapping[str, int | bool]
+
+#: Widths of an FFN on its menu; single steps of the alignment are spent at the end.
+MOST_WIDTHS = 64
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What one module of a layer may become, and what that costs."""
+
+    layer: int
+    changes: list[Change]
+    costs: list[float]
+    amounts: list[int]
+
+    @property
+    def curve(self) -> Curve:
+        return Curve(self.costs, self.amounts)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far modules may be cut: widths are multiples of ``align``, and a module keeps at least the share ``least`` of
+    every width, or goes whole."""
+
+    align: int
+    least: float
+
+    def widths(self, dense: int) -> list[int]:
+        """The widths that one of ``dense`` may be cut to, ascending, itself the last."""
+        first = aligned(self.least * dense, self.align, most=dense)
+        return [*range(first, dense, self.align), dense]
+
+
+def allocate_globally(target: Target, profiles: Sequence[Profile], reach: Reach) -> tuple[list[LayerShape], Allocation]:
+    """The shape of every layer, and what the allocation says of itself.
+
+    Raises:
+        InputError: the target can't be reached.
+    """
+    shapes = target.dense_shapes
+    menus = []
+    for index, (shape, profile) in enumerate(zip(shapes, profiles, strict=True)):
+        menus += [attention_menu(target, index, shape, profile, reach), ffn_menu(target, index, shape, profile, reach)]
+    allocation = allocate([menu.curve for menu in menus], target.remaining)
+    for menu, choice in zip(menus, allocation.choices, strict=True):
+        shapes[menu.layer] = replace(shapes[menu.layer], **menu.changes[choice])
+    return spend_rest(target, shapes, reach.align), allocation
+
+
+def attention_menu(target: Target, index: int, dense: LayerShape, profile: Profile, reach: Reach) -> Menu:
+    """Fewer KV groups, value neurons and rotary pairs, in all combinations; or, but in the first layer, none at all."""
+    changes, costs = [], []
+    for change, cost in attention_options(target, dense, profile, reach):
+        changes.append(change)
+        costs.append(cost)
+    if index > 0:  # one layer at least must keep its attention
+        changes.append(NO_ATTENTION)
+        costs.append(float(profile["group_costs"][-1]))
+    amounts = [attention_amount(target.resource, target.config, index, replace(dense, **change)) for change in changes]
+    return Menu(index, changes, costs, amounts)
+
+
+def attention_options(
+    target: Target, dense: LayerShape, profile: Profile, reach: Reach
+) -> Iterator[tuple[Change, float]]:
+    heads = dense.query_heads // dense.kv_heads
+    order = profile["group_order"]
+    value_costs, pair_costs = profile["value_costs"][order].numpy(), profile["pair_costs"][order].numpy()
+    pairs = [dense.query_key_dim]
+    if not target.config.query_key_norm:
+        # Pairs go in twos of coordinates.
+        pairs = replace(reach, align=reach.align + reach.align % 2).widths(dense.query_key_dim)
+    for gone in range(round((1 - reach.least) * dense.kv_heads) + 1):
+        without = float(profile["group_costs"][gone])
+        for value_dim in reach.widths(dense.value_dim):
+            for width in pairs:
+                lost = value_costs[gone:, value_dim].sum() + pair_costs[gone:, (dense.query_key_dim - width) // 2].sum()
+                groups = dense.kv_heads - gone
+                change = {"kv_heads": groups, "query_heads": groups * heads}
+                yield change | {"value_dim": value_dim, "query_key_dim": width}, without + float(lost)
+
+
+def ffn_menu(target: Target, index: int, dense: LayerShape, profile: Profile, reach: Reach) -> Menu:
+    """A few of the widths, and none at all."""
+    cost_of, every = ffn_costs_by_width(profile), ceil(dense.ffn_width / reach.align / MOST_WIDTHS)
+    widths = reach.widths(dense.ffn_width)[::-every]
+    changes = [NO_FFN, *({"ffn_width": width} for width in widths)]
+    amounts = [ffn_amount(target.resource, target.config, index, replace(dense, **change)) for change in changes]
+    return Menu(index, changes, [cost_of(0), *map(cost_of, widths)], amounts)
+
+
+def spend_rest(target: Target, shapes: Sequence[LayerShape], align: int) -> list[LayerShape]:
+    """Widen FFNs by single steps of ``align`` with what the coarser steps of the menus have left of the budget.
+
+    It is less than a step of any menu, so where it goes hardly matters: to the FFNs that have lost most.
+    """
+    shapes, full = list(shapes), target.config.intermediate_size
+    left = target.remaining - target.amount(shapes)
+    for index in sorted(range(len(shapes)), key=lambda index: shapes[index].ffn_width):
+        while 0 < shapes[index].ffn_width < full:
+            wider = replace(shapes[index], ffn_width=min(full, shapes[index].ffn_width + align))
+            step = sum(
+                sign * ffn_amount(target.resource, target.config, index, shape)
+                for sign, shape in ((1, wider), (-1, shapes[index]))
+            )
+            if step > left or step == 0:
+                break
+            shapes[index], left = wider, left - step
+    return shapes
+
+
+def allocate_equally(target: Target, profiles: Sequence[Profile], reach: Reach) -> list[LayerShape]:
+    """As many KV groups and as wide an FFN in every layer: of all such pairs that meet the target, the cheapest.
+
+    Raises:
+        InputError: none does.
+    """
+    dense = target.dense_shapes[0]
+    costs_of = [ffn_costs_by_width(profile) for profile in profiles]
+    best: tuple[float, LayerShape] | None = None
+    for groups in range(1, dense.kv_heads + 1):
+        shape = replace(dense, kv_heads=groups, query_heads=groups * (dense.query_heads // dense.kv_heads))
+        width = has_plain_heads(target.config, shape) and widest(target, shape, reach)
+        if width:
+            gone = dense.kv_heads - groups
+            lost = sum(float(profile["group_costs"][gone]) for profile in profiles)
+            lost += sum(cost_of(width) for cost_of in costs_of)
+            best = min(filter(None, (best, (lost, replace(shape, ffn_width=width)))), key=lambda pair: pair[0])
+    if best is None:
+        raise InputError(
+            f"sparsity {target.sparsity:g} can't be reached with the same widths in every layer. Ask for a lower "
+            "--sparsity, or leave --layout out."
+        )
+    return [best[1]] * len(profiles)
+
+
+def widest(target: Target, shape: LayerShape, reach: Reach) -> int | None:
+    """The FFN width nearest to what the target leaves beside the attention of ``shape``, if there is one."""
+    layers, full = target.config.num_hidden_layers, target.config.intermediate_size
+    one, two = (target.amount([replace(shape, ffn_width=width)] * layers) for width in (reach.align, 2 * reach.align))
+    if one == two:
+        return full if target.amount([replace(shape, ffn_width=full)] * layers) <= target.remaining else None
+    steps = 1 + round((target.remaining - one) / (two - one))
+    return min(full, steps * reach.align) if steps >= 1 else None
+
+
+def ffn_costs_by_width(profile: Profile) -> Callable[[int], float]:
+    """The cost of an FFN's width, linear between the widths at which it is known."""
+    widths: NDArray = profile["ffn_widths"].flip(0).numpy()
+    costs: NDArray = profile["ffn_costs"].flip(0).numpy()
+    return lambda width: float(np.interp(width, widths, costs))

@@ -1,0 +1,125 @@
+"""Curvature-aware pruning with one global budget.
+
+1. The gradient pass sees, at every output projection, its inputs and the loss's gradient, and from their second moments
+   predicts what the loss would lose by what the module loses (:mod:`.curves`).
+2. One allocation over all layers and modules removes what costs least (:mod:`.menus`).
+3. Every layer loses its share on what reaches it through the pruned layers before it, and what is left of its output
+   projections is refitted by ridge regression to what the whole of them gave (Eq. below). With C invertible, the refit
+   that costs least in the metric C is the one that costs least in any.
+
+The refit: of all W' that see only the kept inputs z B, the one that minimizes E‖z Wᵀ - z B W'ᵀ‖² + λ‖W'‖².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from distprune.budgets import RESOURCES, Target
+from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
+from distprune.methods.base import Method, Observe, Profile
+from distprune.methods.curvature.curves import attention_curves, ffn_curve
+from distprune.methods.curvature.menus import Reach, allocate_equally, allocate_globally
+from distprune.methods.units import (
+    heads_of_groups,
+    keep_heads,
+    keep_neurons,
+    keep_rotary_pairs,
+    keep_values,
+    rotate_values,
+    without_attention,
+    without_ffn,
+)
+from distprune.solvers import ridge
+from distprune.statistics import Gram, LayerStatistics, Moment, ScalingPower
+
+
+class Curvature(Method):
+    name: ClassVar[str] = "curvature"
+    targets: ClassVar[tuple[str, ...]] = RESOURCES
+    layouts: ClassVar[tuple[str, ...]] = ("per-layer", "stock")
+
+    damping: float = Field(0.01, gt=0, description="ridge penalty over the mean of the Gram matrix's diagonal")
+    largest_cut: float = Field(0.8, gt=0, le=1, description="share of a width that may go where its module stays")
+
+    # ---------------------------------------------------------------- the gradient pass
+
+    def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
+        return [Gram("attention_values"), Gram("ffn_neurons")]
+
+    def gradient_moments(self, shape: LayerShape) -> Sequence[Moment]:
+        return [
+            Gram("attention_output_gradient"),
+            Gram("ffn_output_gradient"),
+            ScalingPower("queries", "query_gradient", shape.kv_heads, shape.query_key_dim // 2),
+        ]
+
+    def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
+        return {
+            **attention_curves(layer, statistics, self.damping),
+            **ffn_curve(layer, statistics, self.damping),
+        }
+
+    # ---------------------------------------------------------------- the budget
+
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+        if target.sparsity == 0:
+            return target.dense_shapes
+        reach = Reach(align, 1 - self.largest_cut)
+        if target.stock:
+            return allocate_equally(target, profiles, reach)
+        return allocate_globally(target, profiles, reach)[0]
+
+    # ---------------------------------------------------------------- the pruning pass
+
+    def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
+        return ()
+
+    def prune(
+        self,
+        layer: DecoderLayer,
+        planned: LayerShape,
+        statistics: LayerStatistics,
+        profile: Profile,
+        observe: Observe,
+    ) -> DecoderLayer:
+        if not planned.has_attention:
+            layer = without_attention(layer)
+        elif replace(planned, ffn_width=layer.shape.ffn_width) != layer.shape:
+            layer = self._prune_attention(layer, planned, profile, observe)
+        if not planned.has_ffn:
+            layer = without_ffn(layer)
+        elif planned.ffn_width < layer.shape.ffn_width:
+            layer = self._prune_ffn(layer, planned.ffn_width, profile, observe)
+        return layer
+
+    def _prune_attention(
+        self, layer: DecoderLayer, planned: LayerShape, profile: Profile, observe: Observe
+    ) -> DecoderLayer:
+        """Rotary pairs go first: the output projection is refitted to what attention attends to without them."""
+        dense, device = layer.shape, profile["group_order"].device
+        pairs = profile["pair_order"][:, (dense.query_key_dim - planned.query_key_dim) // 2 :].sort(dim=1).values
+        layer = rotate_values(keep_rotary_pairs(layer, pairs), profile["value_rotation"])
+        gram = observe(layer, [Gram("attention_values")]).gram("attention_values")
+
+        groups = profile["group_order"][dense.kv_heads - planned.kv_heads :].sort().values
+        heads = heads_of_groups(groups, dense.query_heads // dense.kv_heads)
+        values = torch.arange(planned.value_dim, device=device)
+        kept = (heads.flatten()[:, None] * dense.value_dim + values).flatten()
+        pruned = keep_values(keep_heads(layer, heads), values.expand(planned.kv_heads, -1))
+        return replace(pruned, output=self._refit(layer.output, kept, gram))
+
+    def _prune_ffn(self, layer: DecoderLayer, width: int, profile: Profile, observe: Observe) -> DecoderLayer:
+        gram = observe(layer, [Gram("ffn_neurons")]).gram("ffn_neurons")
+        kept = profile["neuron_order"][layer.shape.ffn_width - width :].sort().values
+        return replace(keep_neurons(layer, kept), down=self._refit(layer.down, kept, gram))
+
+    def _refit(self, projection: Linear, kept: Tensor, gram: Tensor) -> Linear:
+        """The projection of the ``kept`` input channels that best gives what all of them gave."""
+        solution = ridge(gram[kept][:, kept], gram[kept] @ projection.weight.float().mT, self.damping)
+        return Linear(solution.mT.contiguous(), projection.bias)
