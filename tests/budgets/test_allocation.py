@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -126,12 +127,10 @@ def test_what_is_no_curve_is_refused(costs, amounts):
 
 # ------------------------------------------------------------------ of a large model's size
 
-LARGE = """
-import numpy as np
-from distprune.budgets import Curve
 
-def large_curves(kind, layers=126, options=64, seed=0):
-    generator, curves = np.random.default_rng(seed), []
+def large_curves(kind: str, layers: int = 126, options: int = 64) -> list[Curve]:
+    """Four modules a layer, whose amounts go in steps of their own."""
+    generator, curves = np.random.default_rng(0), []
     for step in (3 * 16384 * 832, 2 * 16384 * 128, 16384 * 272, 2 * 16384 * 2048) * layers:
         falls = generator.exponential(size=options - 1) * generator.lognormal(0, 1.5)
         if kind == "convex":
@@ -141,13 +140,11 @@ def large_curves(kind, layers=126, options=64, seed=0):
         costs = np.append(falls[::-1].cumsum()[::-1], 0)
         curves.append(Curve(costs, step * np.arange(1, options + 1)))
     return curves
-"""
-exec(LARGE)
 
 
 @pytest.mark.parametrize("kind", ["convex", "any", "ties"])
 def test_a_large_model_is_solved_to_the_proven_gap_in_seconds(kind, capfd):
-    curves = large_curves(kind)  # noqa: F821
+    curves = large_curves(kind)
     budget = 0.7 * sum(int(curve.table.amounts[-1]) for curve in curves)
     began = time.process_time()
     found = allocate(curves, budget)
@@ -161,14 +158,20 @@ def test_a_large_model_is_solved_to_the_proven_gap_in_seconds(kind, capfd):
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no processes")
 def test_the_choice_does_not_depend_on_the_number_of_cores():
-    code = LARGE + (
-        "import os, sys\nfrom distprune.budgets import allocate\n"
-        "os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])\n"
-        "curves = large_curves('convex', layers=40)\n"
-        "print(allocate(curves, 0.7 * sum(int(curve.table.amounts[-1]) for curve in curves)).choices)\n"
+    code = "\n".join(
+        [
+            "from __future__ import annotations",
+            "import os, sys, numpy as np",
+            "from distprune.budgets import Curve, allocate",
+            inspect.getsource(large_curves),
+            "os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])",
+            "curves = large_curves('convex', layers=40)",
+            "print(allocate(curves, 0.7 * sum(int(curve.table.amounts[-1]) for curve in curves)).choices)",
+        ]
     )
     one, all_cores = (
         subprocess.run([sys.executable, "-c", code, cores], capture_output=True, text=True, check=True).stdout
         for cores in ("1", "64")
     )
-    assert one == all_cores != ""
+    assert one == all_cores
+    assert len(one.split(",")) == 4 * 40
