@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from distprune.decoder_layer import DecoderLayer, LowRank, state_of
 from distprune.families import family_of
 from distprune.forward import TAPS, LayerRunner, tapped
+from distprune.methods.units import without_attention, without_ffn
 from distprune.modeling import PrunedConfig
 
 SAMPLES, LENGTH = 6, 12
@@ -153,6 +154,23 @@ def test_every_tap_is_observed_once_a_micro_batch(config, layer, hidden_states):
     runner_of(config, micro_batch=4).run(layer, 0, hidden_states, observe=observe)
     widths = dict(zip(TAPS, [32, 32, 16, 32, 32, 32, 48, 32], strict=True))
     assert seen == [{tap: (samples * LENGTH, width) for tap, width in widths.items()} for samples in (4, 2)]
+
+
+@pytest.mark.parametrize("last", TAPS)
+def test_a_layer_has_no_taps_of_what_it_lacks(config, layer, hidden_states, last):
+    for part, reduced in {"ffn": without_attention(layer), "attention": without_ffn(layer)}.items():
+        seen = []
+        runner_of(config).observe(reduced, 0, hidden_states, lambda taps, seen=seen: seen.append(list(taps)), [last])
+        # A pass that does not come to its last tap goes on to its end.
+        end = TAPS.index(last) + 1 if last.startswith(part) else None
+        assert seen == [[tap for tap in TAPS[:end] if tap.startswith(part)]] * 2
+
+
+def test_a_layer_without_anything_gives_its_input_and_has_no_taps(config, layer, hidden_states):
+    seen, nothing = [], without_ffn(without_attention(layer))
+    output = runner_of(config).run(nothing, 0, hidden_states, observe=lambda taps: seen.append(dict(taps)))
+    assert torch.equal(output, hidden_states)
+    assert seen == [{}, {}]
 
 
 def test_observing_does_not_change_the_output(config, layer, hidden_states):
