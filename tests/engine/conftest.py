@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 
@@ -50,7 +49,7 @@ class Here:
 
 
 @pytest.fixture
-def prune_here(monkeypatch, save_model, calibrate) -> Callable[[Path], RunRecord]:
+def prune_here(monkeypatch, save_model, calibrate) -> Callable[..., RunRecord]:
     """Prunes a Llama of three layers into a folder, with every stage there is, all in this process."""
     monkeypatch.setattr(driver, "RayRuntime", InlineRuntime)
     monkeypatch.setattr(driver, "connected", nullcontext)
@@ -58,4 +57,4 @@ def prune_here(monkeypatch, save_model, calibrate) -> Callable[[Path], RunRecord
         monkeypatch.setattr(module, "alive_nodes", lambda: [{"CPU": 1.0}])
     model = save_model(num_hidden_layers=3)
     options = {"calibration": calibrate(model), "device": "cpu", "workers": 1, "micro_batch": 3, **OPTIONS}
-    return lambda output: prune(str(model), output, **options)
+    return lambda output, **changes: prune(str(model), output, **options | changes)
