@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from gradients import assert_same, by_transformers, layer_by_layer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distprune
@@ -59,3 +60,10 @@ def test_the_pruned_model_still_speaks(pruned):
     words = generate_sentence(model, tokenizer, "The best way to learn a language is", max_new_tokens=30).split()
     assert len(words) >= 10
     assert len(set(words)) >= 6  # it does not stammer
+
+
+def test_gradients_layer_by_layer_are_those_of_the_whole_model(smollm2):
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    text = "The best way to learn a language is to speak it with those who know it well, every day and without fear."
+    tokens = load_tokenizer(smollm2)(text, return_tensors="pt").input_ids[:, :20].view(2, 10)
+    assert_same(layer_by_layer(model, tokens, micro_batch=1), by_transformers(model, tokens), 1e-3)

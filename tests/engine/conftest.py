@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 
@@ -50,7 +49,7 @@ class Here:
 
 
 @pytest.fixture
-def prune_here(monkeypatch, save_model, calibrate) -> Callable[[Path], RunRecord]:
+def prune_here(monkeypatch, save_model, calibrate) -> Callable[..., RunRecord]:
     """Prunes a Llama of three layers, or another model, into a folder, with every stage there is, in this process."""
     monkeypatch.setattr(driver, "RayRuntime", InlineRuntime)
     monkeypatch.setattr(driver, "connected", nullcontext)

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,9 @@ class Disk:
         return torn
 
 
-def test_a_driver_killed_at_any_change_of_a_file_goes_on_to_the_same_bytes(prune_here, digests, tmp_path):
-    disk = Disk(tmp_path)
+@pytest.mark.parametrize("method", ["olica", "llm-pruner"])
+def test_a_driver_killed_at_any_change_of_a_file_goes_on_to_the_same_bytes(prune_here, digests, tmp_path, method):
+    prune_here, disk = partial(prune_here, method=method), Disk(tmp_path)
     changes = disk.watch(lambda: prune_here(tmp_path / "undisturbed"))
     undisturbed = digests(tmp_path / "undisturbed")
     assert changes > 200

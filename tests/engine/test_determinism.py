@@ -95,6 +95,15 @@ def test_losing_workers_in_the_middle_of_calls_gives_the_same_bytes(by_one_worke
     assert digests(folder) == by_one_worker["full"]
 
 
+def test_losing_workers_in_the_gradient_pass_gives_the_same_bytes(run, lose, digests):
+    options = {"method": "llm-pruner", "sparsity": 0.3}
+    expected = digests(run(**options)[0])
+    lost = lose(first_of({("losses",), ("backward", 1), ("profile", 3)}))
+    folder, _ = run(workers=2, **options)
+    assert [call.losses for call in lost] == [1, 1, 1, 1]  # a profile ends the dense pass of a layer too
+    assert digests(folder) == expected
+
+
 def test_losing_a_worker_that_distils_gives_the_same_bytes(distilled_by_one_worker, run, lose, digests):
     chosen = {("advance", 2), ("distill", 1)}
     lost = lose(first_of(chosen))

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from distprune.backward import backward
 from distprune.decoder_layer import DecoderLayer, layer_from_state
-from distprune.forward import LayerRunner
+from distprune.forward import TAPS, LayerRunner
 from distprune.modeling import PrunedConfig, PrunedDecoderLayer
-from distprune.statistics import LayerStatistics, Moment
+from distprune.statistics import LayerStatistics, Moment, taps_of
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,13 @@ class Subject:
         return self._runner.run(layer, 0, self.hidden_states)
 
     def statistics(self, moments: Sequence[Moment], layer: DecoderLayer | None = None) -> LayerStatistics:
-        """Moments of the dense layer, or of another one."""
-        statistics = LayerStatistics(moments)
-        self._runner.run(layer or self.layer, 0, self.hidden_states, observe=statistics.update)
+        """Moments of the dense layer, or of another one; gradients are those of half its output's squared norm."""
+        layer, statistics, taps = layer or self.layer, LayerStatistics(moments), taps_of(moments)
+        if taps <= set(TAPS):
+            self._runner.run(layer, 0, self.hidden_states, observe=statistics.update)
+        else:
+            output = self.run(layer).clone()
+            backward(self._runner, layer, 0, self.hidden_states, output, observe=statistics.update, taps=taps)
         return statistics
 
     def observe(self, layer: DecoderLayer, moments: Sequence[Moment]) -> LayerStatistics:

@@ -18,7 +18,9 @@ def test_a_layer_in_bfloat16_is_pruned_like_the_same_weights_in_float32(subject,
     target = Target(this.config, 0.3)
 
     def pruned(layer) -> dict[str, torch.Tensor]:
-        profile = method.profile(layer, this.observe(layer, method.dense_moments(layer.shape)))
+        profile = method.profile(
+            layer, this.observe(layer, [*method.dense_moments(layer.shape), *method.gradient_moments(layer.shape)])
+        )
         planned = method.plan(target, [profile, profile], align=1)[0]
         statistics = this.observe(layer, method.pruning_moments(layer.shape, planned))
         return state_of(method.prune(layer, planned, statistics, profile, this.observe).to(torch.bfloat16))

@@ -70,6 +70,23 @@ def test_blocks_are_pruned_side_by_side_and_the_dense_pass_is_a_relay(plan):
     assert stage(alone, "prune").seconds == stage(relay, "prune").seconds
 
 
+def test_only_methods_that_need_gradients_have_a_gradient_pass(plan):
+    plain, gradients = (plan(cluster=Cluster(cpus=2), method=method) for method in ("magnitude", "llm-pruner"))
+    assert "gradient pass" not in [stage.name for stage in plain.stages]
+    names = [stage.name for stage in gradients.stages]
+    assert names.index("gradient pass") == names.index("dense pass") + 1 == names.index("prune") - 1
+    back, forth = stage(gradients, "gradient pass"), stage(gradients, "dense pass")
+    assert forth.forward_flops == stage(plain, "dense pass").forward_flops
+    assert 2 < back.forward_flops / forth.forward_flops < 3  # forward once more and back, and the head
+    assert back.statistics_flops > 0 == forth.statistics_flops == stage(gradients, "prune").statistics_flops
+
+
+def test_hidden_states_of_all_layers_wait_for_the_gradients(plan, headers_70b):
+    options = {"samples": 512, "sequence_length": 8192}
+    plain, gradients = (plan(headers_70b, method=method, **options).memory for method in ("magnitude", "llm-pruner"))
+    assert gradients.disk > 81 * 512 * 8192 * 8192 * 2 > plain.disk
+
+
 def test_layers_distil_side_by_side(plan):
     alone, four = (plan(cluster=Cluster(cpus=count), distill=True, method="flap") for count in (1, 4))
     assert stage(four, "distill").seconds < stage(alone, "distill").seconds

@@ -9,13 +9,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from distprune.backward import ALL_TAPS, backward
 from distprune.decoder_layer import LayerShape, layer_from_state
 from distprune.engine import relay
 from distprune.forward import LayerRunner
 from distprune.modeling import PrunedConfig, PrunedDecoderLayer
 from distprune.planning import scenario
 from distprune.planning.rates import RATES
-from distprune.planning.work import Work, forward_flops, moment_size, moment_work, tap_widths
+from distprune.planning.work import Work, backward_flops, forward_flops, moment_size, moment_work, tap_widths
 from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power
 from distprune.statistics.products import TILE
 
@@ -66,6 +67,34 @@ def test_a_forward_pass_counts_every_product(shape):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run(shape)
     assert forward_flops(shape, 32, SAMPLES, LENGTH) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def run_back(observe=None) -> None:
+    shape = CONFIG.layer_shape(0)
+    state = PrunedDecoderLayer(CONFIG, 0, shape).state_dict()
+    layer = layer_from_state({name: tensor.detach() for name, tensor in state.items()}, shape)
+    runner, hidden_states = LayerRunner(CONFIG, torch.device("cpu"), torch.float32, 3), torch.randn(SAMPLES, LENGTH, 32)
+    backward(runner, layer, 0, hidden_states, hidden_states, observe=observe)
+
+
+def test_a_backward_pass_counts_every_product_and_weights_get_no_gradients():
+    shape = CONFIG.layer_shape(0)
+    state = PrunedDecoderLayer(CONFIG, 0, shape).state_dict()
+    layer = layer_from_state({name: tensor.detach() for name, tensor in state.items()}, shape)
+    runner = LayerRunner(CONFIG, torch.device("cpu"), torch.float32, micro_batch=3)
+    module = runner.build(layer, 0, torch.float32).requires_grad_(False)
+    with sdpa_kernel(SDPBackend.MATH):
+        output = runner.forward(module, 0, torch.randn(SAMPLES, LENGTH, 32, requires_grad=True))
+        with FlopCounterMode(display=False) as counter:
+            output.sum().backward()
+    assert backward_flops(shape, 32, SAMPLES, LENGTH) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_every_tap_is_as_wide_as_it_says():
+    seen = []
+    run_back(lambda taps: seen.append({tap: activation.shape[1] for tap, activation in taps.items()}))
+    assert seen[0] == tap_widths(CONFIG.layer_shape(0), 32)
+    assert set(seen[0]) == set(ALL_TAPS)
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=repr)
