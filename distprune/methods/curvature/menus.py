@@ -99,7 +99,7 @@ def attention_options(
     if not target.config.query_key_norm:
         # Pairs go in twos of coordinates.
         pairs = replace(reach, align=reach.align + reach.align % 2).widths(dense.query_key_dim)
-    for gone in range(round((1 - reach.least) * dense.kv_heads) + 1):
+    for gone in range(min(dense.kv_heads - 1, round((1 - reach.least) * dense.kv_heads)) + 1):
         without = float(profile["group_costs"][gone])
         for value_dim in reach.widths(dense.value_dim):
             for width in pairs:
