@@ -103,8 +103,9 @@ class Curvature(Method):
     ) -> DecoderLayer:
         """Rotary pairs go first: the output projection is refitted to what attention attends to without them."""
         dense, device = layer.shape, profile["group_order"].device
-        pairs = profile["pair_order"][:, (dense.query_key_dim - planned.query_key_dim) // 2 :].sort(dim=1).values
-        layer = rotate_values(keep_rotary_pairs(layer, pairs), profile["value_rotation"])
+        if gone := (dense.query_key_dim - planned.query_key_dim) // 2:
+            layer = keep_rotary_pairs(layer, profile["pair_order"][:, gone:].sort(dim=1).values)
+        layer = rotate_values(layer, profile["value_rotation"])
         gram = observe(layer, [Gram("attention_values")]).gram("attention_values")
 
         groups = profile["group_order"][dense.kv_heads - planned.kv_heads :].sort().values
