@@ -7,13 +7,16 @@
    projections is refitted by ridge regression to what the whole of them gave (Eq. below). With C invertible, the refit
    that costs least in the metric C is the one that costs least in any.
 
-The refit: of all W' that see only the kept inputs z B, the one that minimizes E‖z Wᵀ - z B W'ᵀ‖² + λ‖W'‖².
+The refit: of all W' that see only the kept inputs z_S, the one that minimizes E‖z Wᵀ - z_S W'ᵀ‖² + λ‖W' - W_S‖². To
+shrink towards the weights that were there, and not towards zero, costs nothing on the calibration text and helps on
+other text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -35,7 +38,7 @@ from distprune.methods.units import (
     without_attention,
     without_ffn,
 )
-from distprune.solvers import ridge
+from distprune.solvers import box_ridge
 from distprune.statistics import Gram, LayerStatistics, Moment, ScalingPower
 
 
@@ -44,7 +47,10 @@ class Curvature(Method):
     targets: ClassVar[tuple[str, ...]] = RESOURCES
     layouts: ClassVar[tuple[str, ...]] = ("per-layer", "stock")
 
-    damping: float = Field(0.01, gt=0, description="ridge penalty over the mean of the Gram matrix's diagonal")
+    damping: float = Field(
+        0.01, gt=0, description="added to the Gram matrix's diagonal where units are chosen, over the mean"
+    )
+    refit_damping: float = Field(0.03, gt=0, description="penalty on moving a weight in the refit, over the same mean")
     largest_cut: float = Field(0.8, gt=0, le=1, description="share of a width that may go where its module stays")
 
     # ---------------------------------------------------------------- the gradient pass
@@ -122,5 +128,6 @@ class Curvature(Method):
 
     def _refit(self, projection: Linear, kept: Tensor, gram: Tensor) -> Linear:
         """The projection of the ``kept`` input channels that best gives what all of them gave."""
-        solution = ridge(gram[kept][:, kept], gram[kept] @ projection.weight.float().mT, self.damping)
-        return Linear(solution.mT.contiguous(), projection.bias)
+        weight = projection.weight.float()
+        refitted = box_ridge(gram[kept][:, kept], weight @ gram[:, kept], weight[:, kept], inf, self.refit_damping)
+        return Linear(refitted.x, projection.bias)
