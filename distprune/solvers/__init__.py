@@ -5,7 +5,7 @@ from distprune.solvers.elimination import eliminate, elimination_path
 from distprune.solvers.low_rank import factor_input_scaled, factor_output_scaled
 from distprune.solvers.quadratic import QuadraticSolution, solve_box_qp
 from distprune.solvers.relaxed_selection import relaxed_selection
-from distprune.solvers.ridge import prediction_correlation, ridge
+from distprune.solvers.ridge import prediction_correlation, ridge, ridge_towards
 from distprune.solvers.rotation import orthogonal_output_rotation, output_aware_rotation, uncorrelated_rotation
 from distprune.solvers.selection import channels_of, most_and_least_important, most_important
 
@@ -24,6 +24,7 @@ __all__ = [
     "prediction_correlation",
     "relaxed_selection",
     "ridge",
+    "ridge_towards",
     "solve_box_qp",
     "uncorrelated_rotation",
 ]

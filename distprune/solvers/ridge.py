@@ -31,6 +31,18 @@ def ridge(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
     return in_float64_on_failure(solve, gram, cross)
 
 
+def ridge_towards(start: Tensor, gram: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """argmin_W E‖y - x Wᵀ‖² + λ‖W - W₀‖² with λ as in :func:`ridge`, (out, in).
+
+    Args:
+        start: W₀, (out, in).
+        gram: E[xᵀx], (in, in), as there.
+        cross: E[yᵀx], (out, in).
+        damping: as there.
+    """
+    return start + ridge(gram, (cross - start @ gram).mT, damping).mT
+
+
 def prediction_correlation(
     solution: Tensor,
     gram: Tensor,

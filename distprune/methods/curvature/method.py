@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf
 from typing import ClassVar
 
 import torch
@@ -38,7 +37,7 @@ from distprune.methods.units import (
     without_attention,
     without_ffn,
 )
-from distprune.solvers import box_ridge
+from distprune.solvers import ridge_towards
 from distprune.statistics import Gram, LayerStatistics, Moment, ScalingPower
 
 
@@ -129,5 +128,5 @@ class Curvature(Method):
     def _refit(self, projection: Linear, kept: Tensor, gram: Tensor) -> Linear:
         """The projection of the ``kept`` input channels that best gives what all of them gave."""
         weight = projection.weight.float()
-        refitted = box_ridge(gram[kept][:, kept], weight @ gram[:, kept], weight[:, kept], inf, self.refit_damping)
-        return Linear(refitted.x, projection.bias)
+        refitted = ridge_towards(weight[:, kept], gram[kept][:, kept], weight @ gram[:, kept], self.refit_damping)
+        return Linear(refitted, projection.bias)
