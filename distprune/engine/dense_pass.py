@@ -15,7 +15,7 @@ import numpy as np
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.pool import Call, WorkerPool
 from distprune.engine.progress import Progress
-from distprune.engine.states import DENSE, load_states, save_states
+from distprune.engine.states import CARRIED, DENSE, load_states, save_states
 from distprune.engine.transport import Parcel, unpack_all
 from distprune.methods import Profile
 
@@ -106,10 +106,12 @@ class DensePass:
         if len(given) == self._pieces:
             save_states(self.journal, DENSE, index + 1, self.pool.get(given))
 
-    def _keep(self, index: int, profile: dict[str, Parcel]) -> None:
+    def _keep(self, index: int, profile: dict[str, Parcel], carried: dict[str, Parcel]) -> None:
         del self._open[index]
         self._open_until(index + 1 + len(self.pool.workers))
-        self.journal.write(entry_of(PROFILE, index), tensors=unpack_all(profile))
+        if carried:
+            self.journal.write(entry_of(CARRIED, index), tensors=unpack_all(carried))
+        self.journal.write(entry_of(PROFILE, index), tensors=unpack_all(profile))  # last: with it the layer is done
         if index % self.block_length:
             self.journal.remove(entry_of(DENSE, index))
         self.progress.advance()

@@ -1,4 +1,4 @@
-"""Hidden states in the journal, where they wait until a layer needs them."""
+"""What waits in the journal until a layer needs it: hidden states, and what was seen of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from distprune.engine.journal import Journal, entry_of
 from distprune.engine.transport import Parcel, pack, unpack
 
 # Kinds of entries: the hidden states at a layer's input that the dense model gives, and those that its pruned
-# predecessors give.
-DENSE, PRUNED = "dense", "pruned"
+# predecessors give; and the moments that pruning needs of the former.
+DENSE, PRUNED, CARRIED = "dense", "pruned", "carried"
 
 
 def save_states(journal: Journal, kind: str, index: int, pieces: Sequence[Parcel]) -> None:

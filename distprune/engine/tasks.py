@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,8 @@ class LayerTasks:
     def open_layer(self, index: int) -> None:
         """Begin the dense pass of a layer, which :meth:`sweep` goes on with and :meth:`profile` ends."""
         layer = self._read_layer(index).to(self.device)
-        self._open = OpenLayer(index, layer, LayerStatistics(self.method.dense_moments(layer.shape)))
+        moments = [*self.method.dense_moments(layer.shape), *self._carried_moments(index, layer.shape)]
+        self._open = OpenLayer(index, layer, LayerStatistics(moments))
 
     def sweep(self, index: int, piece: int, hidden_states: Tensor) -> Tensor:
         """The open layer's output hidden states for one piece of the samples; the pieces come in their order.
@@ -124,15 +125,25 @@ class LayerTasks:
         layer.pieces += 1
         return output
 
-    def profile(self, index: int, pieces: int) -> Profile:
+    def profile(self, index: int, pieces: int) -> tuple[Profile, dict[str, Tensor]]:
         """What the method wants to remember of the open layer, which has seen all ``pieces``.
+
+        Returns:
+            The profile, which planning looks at; and, if the layer begins a block, what its pruning will need of what
+            was seen.
 
         Raises:
             ForgottenError: the layer is not open here.
         """
         opened, self._open = self._opened(index, pieces), None
         profile = self.method.profile(opened.layer, opened.statistics)
-        return {name: value.cpu() for name, value in profile.items()}
+        carried = opened.statistics.to_tensors(self._carried_moments(index, opened.layer.shape))
+        return moved(profile, "cpu"), moved(carried, "cpu")
+
+    def _carried_moments(self, index: int, shape: LayerShape) -> Sequence[Moment]:
+        """Those of a layer that is pruned on what it sees in the dense pass."""
+        begins_block = index % self.config.block_length(self.dense.num_hidden_layers) == 0
+        return self.method.carried_moments(shape) if begins_block else ()
 
     def _opened(self, index: int, pieces: int) -> OpenLayer:
         if self._open is None or (self._open.index, self._open.pieces) != (index, pieces):
@@ -150,9 +161,25 @@ class LayerTasks:
         return output
 
     def prune(
-        self, index: int, hidden_states: Tensor, planned: LayerShape, profile: Profile, *, propagate: bool
+        self,
+        index: int,
+        hidden_states: Tensor,
+        planned: LayerShape,
+        profile: Profile,
+        carried: Mapping[str, Tensor],
+        *,
+        propagate: bool,
     ) -> PrunedLayer:
-        """The layer pruned to the planned shape, and its output hidden states if the next layer needs them."""
+        """The layer pruned to the planned shape, and its output hidden states if the next layer needs them.
+
+        Args:
+            index: the layer.
+            hidden_states: at its input.
+            planned: its shape.
+            profile: what the dense pass left of it.
+            carried: what else it left, if these hidden states are the dense model's; else empty.
+            propagate: whether the next layer needs the output.
+        """
 
         def observe(variation: DecoderLayer, moments: Sequence[Moment]) -> LayerStatistics:
             statistics = LayerStatistics(moments)
@@ -163,9 +190,9 @@ class LayerTasks:
         layer = self._read_layer(index)
         clock.lap("read")
         moments = self.method.pruning_moments(layer.shape, planned)
-        statistics = observe(layer, moments)
+        statistics = LayerStatistics.from_tensors(moved(carried, self.device), moments) or observe(layer, moments)
         clock.lap("statistics")
-        profile = {name: value.to(self.device) for name, value in profile.items()}
+        profile = moved(profile, self.device)
         with convergence_warnings() as warned:
             pruned = self.method.prune(layer.to(self.device), planned, statistics, profile, observe)
         if pruned.shape != planned:
@@ -191,11 +218,9 @@ class LayerTasks:
         tensors = self.checkpoint.read(self.family.layer_shapes(self.dense, index))
         return self.family.layer_from_checkpoint(tensors, self.dense, index)
 
-    def _observe(
-        self, layer: DecoderLayer, index: int, hidden_states: Tensor, moments: Iterable[Moment]
-    ) -> tuple[Tensor, LayerStatistics]:
-        statistics = LayerStatistics(moments)
-        return self.runner.run(layer, index, hidden_states, observe=statistics.update), statistics
+
+def moved(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def check_hidden_states(hidden_states: Tensor, index: int) -> None:

@@ -92,14 +92,23 @@ class Worker:
     def sweep(self, index: int, piece: int, hidden_states: Parcel) -> Parcel:
         return pack(self.tasks.sweep(index, piece, unpack(hidden_states)))
 
-    def profile(self, index: int, pieces: int) -> Parcels:
-        return pack_all(self.tasks.profile(index, pieces))
+    @ray.method(num_returns=2)
+    def profile(self, index: int, pieces: int) -> tuple[Parcels, Parcels]:
+        profile, carried = self.tasks.profile(index, pieces)
+        return pack_all(profile), pack_all(carried)
 
     @ray.method(num_returns=3)
     def prune(
-        self, index: int, hidden_states: Parcel, planned: LayerShape, profile: Parcels, propagate: bool
+        self,
+        index: int,
+        hidden_states: Parcel,
+        planned: LayerShape,
+        profile: Parcels,
+        carried: Parcels,
+        propagate: bool,
     ) -> tuple[Parcels, Parcel | None, Report]:
-        result = self.tasks.prune(index, unpack(hidden_states), planned, unpack_all(profile), propagate=propagate)
+        known = unpack_all(profile), unpack_all(carried)
+        result = self.tasks.prune(index, unpack(hidden_states), planned, *known, propagate=propagate)
         output = None if result.output is None else pack(result.output)
         return pack_all(state_of(result.layer)), output, result.report
 

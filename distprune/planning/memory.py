@@ -90,9 +90,12 @@ def _task_peaks(scenario: Scenario) -> dict[str, float]:
 
 
 def _different_layers(scenario: Scenario) -> list[int]:
-    """One layer of each shape, dense and pruned: the others are as large."""
-    seen = {(scenario.shape(index), scenario.shapes[index]): index for index in range(scenario.layers)}
-    return list(seen.values())
+    """One layer of each kind: the others are as large."""
+
+    def kind(index: int) -> tuple:
+        return scenario.shape(index), scenario.shapes[index], scenario.begins_block(index)
+
+    return list({kind(index): index for index in range(scenario.layers)}.values())
 
 
 def _peak(scenario: Scenario, index: int, *, pruning: bool) -> float:

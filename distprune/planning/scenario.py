@@ -123,14 +123,21 @@ class Scenario:
         return self.dense.layer_shape(index)
 
     def moments(self, index: int, *, pruning: bool) -> list[Moment]:
-        """What is collected for a layer in the pruning pass, or in the dense pass."""
+        """What is held for a layer in the pruning pass, or in the dense pass."""
         dense = self.shape(index)
         if pruning:
             return list(self.method.pruning_moments(dense, self.shapes[index]))
-        return list(self.method.dense_moments(dense))
+        return list(dict.fromkeys([*self.method.dense_moments(dense), *self._carried(index)]))
+
+    def _carried(self, index: int) -> Sequence[Moment]:
+        """What of it is collected in the dense pass for the pruning pass."""
+        return self.method.carried_moments(self.shape(index)) if self.begins_block(index) else ()
+
+    def begins_block(self, index: int) -> bool:
+        return index % self.block_length == 0
 
     def solve(self, index: int, *, pruning: bool) -> Solve:
-        moments = self.moments(index, pruning=pruning)
+        moments = self.moments(index, pruning=pruning) if pruning else self.method.dense_moments(self.shape(index))
         if not pruning and not moments:
             return Solve(Work(), 0)
         planned = self.shapes[index] if pruning else None
@@ -149,7 +156,7 @@ class Scenario:
         """Reading a layer, running it over the calibration set and collecting its moments."""
         read = Work(read=self.stored_bytes[index]) + self.moved(self.stored_bytes[index])
         shape, moments = self.shape(index), self.moments(index, pruning=pruning)
-        if pruning and not moments:
+        if pruning and set(moments) <= set(self._carried(index)):
             return read
         observed = self.observed(shape, moments)
         if pruning and "ffn_output" not in taps_of(moments):  # the output isn't computed
