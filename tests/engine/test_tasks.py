@@ -108,7 +108,7 @@ def test_a_layer_that_begins_a_block_is_pruned_on_what_the_dense_pass_has_seen(
     make_tasks, tokens, dense_path, method, monkeypatch
 ):
     tasks = make_tasks(dense_path, method=method, propagation=2)
-    first, plan = tasks.embed(tokens), []
+    first = tasks.embed(tokens)
     tasks.open_layer(0)
     second = tasks.sweep(0, 0, first)
     profile, carried = tasks.profile(0, 1)
