@@ -19,6 +19,8 @@ from distprune.engine.tasks import ForgottenError, LayerTasks
 from distprune.engine.weights import Model
 from distprune.families import family_of
 from distprune.methods import Profile
+from distprune.methods.llm_pruner import LLMPruner
+from distprune.statistics import Mean
 
 LAYERS = 4
 
