@@ -50,7 +50,7 @@ class DecoderLayer:
     query: Linear | LowRank | None  # d -> h·p
     key: Linear | LowRank | None  # d -> g·p
     value: Linear | None  # d -> g·v
-    output: Linear | None  # h·v -> d
+    output: Linear | LowRank | None  # h·v -> d
     ffn_norm: Tensor | None  # (d,)
     gate: Linear | None  # d -> f
     up: Linear | None  # d -> f
@@ -71,6 +71,7 @@ class DecoderLayer:
             ffn_width=_width(self.gate) if self.gate else 0,
             query_rank=_rank(self.query),
             key_rank=_rank(self.key),
+            output_rank=_rank(self.output),
             calibration_rank=_rank(self.calibration),
             output_bias=self.output is not None and self.output.bias is not None,
             down_bias=self.down is not None and self.down.bias is not None,

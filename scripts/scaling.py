@@ -95,11 +95,12 @@ def time_tasks(tasks: LayerTasks, tokens: np.ndarray) -> Costs:
     states = tasks.embed(tokens)
     check, _ = timed(lambda: tasks.check_layer(0))
     forward, _ = timed(lambda: tasks.advance(0, states))
-    read, _ = timed(lambda: tasks.open_layer(0))
-    swept, _ = timed(lambda: tasks.sweep(0, 0, states))
-    profile, remembered = timed(lambda: tasks.profile(0, 1))
+    # Nothing is carried from the second layer of a block, nor to the first one here.
+    read, _ = timed(lambda: tasks.open_layer(1))
+    swept, _ = timed(lambda: tasks.sweep(1, 0, states))
+    profile, (remembered, _) = timed(lambda: tasks.profile(1, 1))
     plan = tasks.method.plan(Target(tasks.dense, 0.3), [remembered] * 2, align=8)
-    pruned = tasks.prune(0, states, plan[0], remembered, propagate=False)
+    pruned = tasks.prune(0, states, plan[0], remembered, {}, propagate=False)
     weights = tasks.family.layer_to_checkpoint(pruned.layer, 0)
     seconds = pruned.report.seconds
     return Costs(
@@ -110,6 +111,7 @@ def time_tasks(tasks: LayerTasks, tokens: np.ndarray) -> Costs:
         dense_statistics=max(0.0, swept - forward),
         profile=profile,
         statistics=max(0.0, seconds["statistics"] - forward),
+        carried=bool(tasks.method.carried_moments(tasks.dense.layer_shape(0))),
         solve=seconds["solve"],
         states=states.nbytes,
         pruned=sum(tensor.nbytes for tensor in weights.values()),

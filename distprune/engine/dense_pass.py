@@ -1,6 +1,7 @@
 """The dense pass: hidden states handed from layer to layer, and what the method remembers of each.
 
-Where a gradient pass follows, nothing is remembered yet, and the hidden states at every layer wait for it.
+Where a gradient pass follows, there are no profiles yet, and the hidden states at every layer wait for it. Moments that
+are carried to pruning are collected here either way.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from distprune.engine.journal import Journal, entry_of
 from distprune.engine.pool import WorkerPool
 from distprune.engine.progress import Progress
 from distprune.engine.relay import Order, Relay
-from distprune.engine.states import DENSE, load_states, save_states
+from distprune.engine.states import DENSE, MOMENTS, load_states, save_states
 from distprune.engine.transport import Parcel, unpack_all
 from distprune.methods import Profile
 
-#: Journal entries of what the method remembers of a layer, and of layers that only carried hidden states.
-PROFILE, CARRIED = "profile", "carried"
+#: Journal entries of what the method remembers of a layer, and of layers that were passed without a profile.
+PROFILE, PASSED = "profile", "passed"
 
 
 class DensePass(Relay):
@@ -47,7 +48,7 @@ class DensePass(Relay):
         super().__init__(pool, layers, micro_batch, keeps_end=for_gradients)
         self.tokens, self.layers, self.block_length = tokens, layers, block_length
         self.journal, self.progress, self.for_gradients = journal, progress, for_gradients
-        self._kind = CARRIED if for_gradients else PROFILE
+        self._kind = PASSED if for_gradients else PROFILE
 
     def run(self) -> list[Profile]:
         """Go on where the journal ends. Returns the profiles of all layers, which are empty if gradients follow."""
@@ -77,8 +78,10 @@ class DensePass(Relay):
     def reached(self, station: int, pieces: list[Parcel]) -> None:
         save_states(self.journal, DENSE, station, pieces)
 
-    def closed(self, station: int, profile: dict[str, Parcel]) -> None:
-        self.journal.write(entry_of(self._kind, station), tensors=unpack_all(profile))
+    def closed(self, station: int, profile: dict[str, Parcel], carried: dict[str, Parcel]) -> None:
+        if carried:
+            self.journal.write(entry_of(MOMENTS, station), tensors=unpack_all(carried))
+        self.journal.write(entry_of(self._kind, station), tensors=unpack_all(profile))  # last: now the layer is done
         if station % self.block_length and not self.for_gradients:
             self.journal.remove(entry_of(DENSE, station))
         self.progress.advance()

@@ -91,12 +91,13 @@ class GradientPass(Relay):
     def reached(self, station: int, pieces: list[Parcel]) -> None:
         save_states(self.journal, GRADIENT, self._layer(station), pieces)
 
-    def closed(self, station: int, result: Any) -> None:
+    def closed(self, station: int, *results: Any) -> None:
         if station == HEAD:
-            self._keep_loss(result)
+            self._keep_loss(*results)
             self._clear()
         else:
-            self.journal.write(self._entries[station], tensors=unpack_all(result))
+            profile, _ = results  # what is carried to pruning comes from the dense pass
+            self.journal.write(self._entries[station], tensors=unpack_all(profile))
             self._clear()
             self.progress.advance()
 

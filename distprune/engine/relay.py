@@ -63,7 +63,7 @@ class Relay(ABC):
         """All that a station gets from the one before is there; what the last one gives is kept as one more's."""
 
     @abstractmethod
-    def closed(self, station: int, result: Any) -> None:
+    def closed(self, station: int, *results: Any) -> None:
         """A station is closed, with what that gave."""
 
     # ---------------------------------------------------------------- how the samples get there
@@ -111,10 +111,10 @@ class Relay(ABC):
         if len(given) == len(self._pieces):
             self.reached(following, self.pool.get(given))
 
-    def _close(self, station: int, result: Any) -> None:
+    def _close(self, station: int, *results: Any) -> None:
         del self._open[station]
         self._open_until(station + 1 + len(self.pool.workers))
-        self.closed(station, result)
+        self.closed(station, *results)
 
 
 def split(samples: int, micro_batch: int, most: int) -> list[slice]:

@@ -23,7 +23,7 @@ from ray.exceptions import (
 from distprune.config import PruneConfig
 from distprune.engine.cluster import WorkerPlan, count_fitting
 from distprune.engine.tasks import ForgottenError
-from distprune.engine.transport import Compact, fetch, put
+from distprune.engine.transport import fetch, in_pieces, put
 from distprune.engine.weights import WeightAccess
 from distprune.engine.worker import Worker
 
@@ -40,7 +40,7 @@ class RayRuntime:
 
     def __init__(self, plan: WorkerPlan, config: PruneConfig, model: WeightAccess):
         self._options = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "max_restarts": -1}
-        self._arguments = config, Compact.of(model), plan.device
+        self._told = in_pieces((config, model, plan.device))
         self._asked, self._grows = {"CPU": plan.cpus, "GPU": plan.gpus}, isinstance(config.workers, str)
 
     def start_worker(self, number: int = 0, avoided: Collection[str] = ()) -> Any:
@@ -49,7 +49,7 @@ class RayRuntime:
         The nodes whose ids are to be avoided are never the place.
         """
         place = {"label_selector": {NODE_ID: f"!in({','.join(sorted(avoided))})"}} if avoided else {}
-        return Worker.options(**self._options, **place).remote(*self._arguments, number)
+        return Worker.options(**self._options, **place).remote(number, *self._told)
 
     def room(self, avoided: Collection[str]) -> float:
         """How many workers the other nodes can hold; any number where the cluster is expected to grow."""

@@ -42,6 +42,7 @@ class Costs:
         dense_statistics: the moments of the dense pass, beside the forward pass.
         profile: what the method then solves.
         statistics: the moments of the pruning pass, beside the forward pass.
+        carried: whether these are collected in the dense pass where a layer begins a block.
         solve: pruning the layer.
         states: the hidden states of all samples.
         pruned: a pruned layer.
@@ -54,6 +55,7 @@ class Costs:
     dense_statistics: float
     profile: float
     statistics: float
+    carried: bool
     solve: float
     states: int
     pruned: int
@@ -190,20 +192,32 @@ class SimulatedRuntime:
     def _sweep(self, worker: SimulatedWorker, index: int, piece: int, states: Parcel) -> tuple:
         if worker.opened != (worker.process, index):
             return [Vanished()], 0.0, 0.0
-        share = len(states.array) / self.run.samples
-        return [states], share * (self.costs.forward + self.costs.dense_statistics), share * self.costs.states
+        share, costs = len(states.array) / self.run.samples, self.costs
+        statistics = costs.dense_statistics + self._is_carried(index) * costs.statistics
+        return [states], share * (costs.forward + statistics), share * costs.states
 
     def _profile(self, worker: SimulatedWorker, index: int, pieces: int) -> tuple:
         if worker.opened != (worker.process, index):
             return [Vanished()], 0.0, 0.0
-        return [{}], self.costs.profile, 0.0
+        return [{}, {}], self.costs.profile, 0.0
 
     def _prune(
-        self, worker: SimulatedWorker, index: int, states: Parcel, planned: LayerShape, profile: Any, propagate: bool
+        self,
+        worker: SimulatedWorker,
+        index: int,
+        states: Parcel,
+        planned: LayerShape,
+        profile: Any,
+        carried: Any,
+        propagate: bool,
     ) -> tuple:
         costs = self.costs
-        seconds = costs.read + costs.forward + costs.statistics + costs.solve + propagate * costs.forward
+        observed = 0.0 if self._is_carried(index) else costs.forward + costs.statistics
+        seconds = costs.read + observed + costs.solve + propagate * costs.forward
         return [{}, states if propagate else None, Report({}, [])], seconds, costs.pruned + propagate * costs.states
+
+    def _is_carried(self, index: int) -> bool:
+        return self.costs.carried and index % self.run.block_length == 0
 
 
 class MemoryJournal:
@@ -216,7 +230,7 @@ class MemoryJournal:
         self._entries[entry] = tensors or {}
 
     def tensors(self, entry: str) -> Mapping[str, Tensor]:
-        return self._entries[entry]
+        return self._entries.get(entry, {})
 
     def remove(self, entry: str) -> None:
         self._entries.pop(entry, None)

@@ -16,7 +16,7 @@ from distprune.distillation import Lesson
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.pool import Later, WorkerPool
 from distprune.engine.progress import Progress
-from distprune.engine.states import DENSE, PRUNED, load_states, save_states
+from distprune.engine.states import DENSE, MOMENTS, PRUNED, load_states, save_states
 from distprune.engine.tasks import Report
 from distprune.engine.transport import Parcel, pack_all, unpack_all
 from distprune.methods import Profile
@@ -71,7 +71,7 @@ def prune_blocks(
     """The pruning pass: blocks in parallel, and inside a block each layer on its pruned predecessors' output.
 
     A call is one layer, so a lost worker costs no more than that. Each pruned layer goes to ``sink`` before the next
-    result is fetched: one at a time is held here. Hidden states wait in the journal until their layer's turn comes.
+    result is fetched: one at a time is held here. What waits in the journal is read when its layer's turn comes.
     Layers that are ``done`` are passed over.
     """
     progress.stage("Pruning", len(plan), len(done))
@@ -79,19 +79,22 @@ def prune_blocks(
     def ends_block(index: int) -> bool:
         return index + 1 == len(plan) or (index + 1) % block_length == 0
 
-    def submit(index: int, hidden_states: Any) -> None:
-        arguments = index, hidden_states, plan[index], pack_all(profiles[index]), not ends_block(index)
+    def submit(index: int, hidden_states: Any, carried: Any) -> None:
+        arguments = index, hidden_states, plan[index], pack_all(profiles[index]), carried, not ends_block(index)
         pool.submit(partial(receive, index), "prune", *arguments)
 
     def stored_states(kind: str, index: int) -> Any:
         return pool.put(load_states(journal, kind, index))
 
+    def stored_moments(index: int) -> Any:
+        return pack_all(journal.tensors(entry_of(MOMENTS, index)))
+
     def receive(index: int, tensors: dict[str, Parcel], output: Parcel | None, report: Report) -> None:
         if not ends_block(index):
-            submit(index + 1, pool.put(output))
+            submit(index + 1, pool.put(output), {})
             save_states(journal, PRUNED, index + 1, [output])
         sink(index, layer_from_state(unpack_all(tensors), plan[index]), report)
-        for kind in (DENSE, PRUNED):
+        for kind in (DENSE, PRUNED, MOMENTS):
             journal.remove(entry_of(kind, index))
         progress.advance()
 
@@ -99,8 +102,8 @@ def prune_blocks(
         block = range(start, min(start + block_length, len(plan)))
         index = next((index for index in block if index not in done), None)
         if index is not None:
-            kind = DENSE if index == start else PRUNED
-            submit(index, Later(partial(stored_states, kind, index)))
+            kind, carried = (DENSE, Later(partial(stored_moments, index))) if index == start else (PRUNED, {})
+            submit(index, Later(partial(stored_states, kind, index)), carried)
     pool.run()
 
 

@@ -1,4 +1,4 @@
-"""Hidden states, and gradients of them, in the journal, where they wait until a layer needs them."""
+"""What waits in the journal until a layer needs it: hidden states, gradients of them, and what was seen of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from distprune.engine.journal import Journal, entry_of
 from distprune.engine.transport import Parcel, pack, unpack
 
 # Kinds of entries: the hidden states at a layer's input that the dense model gives, and those that its pruned
-# predecessors give; and the loss's gradients at a layer's output.
-DENSE, PRUNED, GRADIENT = "dense", "pruned", "gradient"
+# predecessors give; the loss's gradients at a layer's output; and the moments of the dense model's that pruning needs.
+DENSE, PRUNED, GRADIENT, MOMENTS = "dense", "pruned", "gradient", "moments"
 
 
 def save_states(journal: Journal, kind: str, index: int, pieces: Sequence[Parcel]) -> None:

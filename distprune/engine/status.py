@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from distprune.checkpoint import is_locked, partial_directory
-from distprune.engine.dense_pass import CARRIED, PROFILE
+from distprune.engine.dense_pass import PASSED, PROFILE
 from distprune.engine.journal import Journal
 from distprune.engine.layer_files import DISTILLED, PRUNED
 from distprune.engine.record import load_record
@@ -77,6 +77,6 @@ def layers_done(journal: Journal, outline: Outline) -> dict[str, int]:
 
 def stages_of(outline: Outline) -> dict[str, str]:
     """The stages that go layer by layer, and the kind of journal entry that each leaves for a layer."""
-    passes = {"dense pass": CARRIED, GRADIENT_PASS: PROFILE} if outline.has_gradients else {"dense pass": PROFILE}
+    passes = {"dense pass": PASSED, GRADIENT_PASS: PROFILE} if outline.has_gradients else {"dense pass": PROFILE}
     stages = passes | {"prune": PRUNED}
     return stages | {"distill": DISTILLED} if outline.distilled else stages

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,16 +55,19 @@ class ForgottenError(Exception):
 class OpenLayer:
     """A dense layer in the dense pass, or the gradient pass: what was seen of how many pieces of the samples.
 
-    ``moments`` are those that are collected; None where the layer only carries hidden states, and has no profile.
+    ``profiled`` are the moments for its profile; None where it gets none in this pass. ``carried`` are those that go
+    to its pruning.
     """
 
     index: int
     layer: DecoderLayer
-    moments: Sequence[Moment] | None
+    profiled: Sequence[Moment] | None
+    carried: Sequence[Moment] = ()
     pieces: int = 0
 
     def __post_init__(self):
-        self.statistics = LayerStatistics(self.moments or ())
+        self.moments = *(self.profiled or ()), *self.carried
+        self.statistics = LayerStatistics(self.moments)
 
     @property
     def observation(self) -> dict[str, Any]:
@@ -133,7 +136,7 @@ class LayerTasks:
         layer = self._read_layer(index).to(self.device)
         # Where there is a gradient pass, it collects all that the profile needs.
         moments = None if self.method.gradient_moments(layer.shape) else self.method.dense_moments(layer.shape)
-        self._open = OpenLayer(index, layer, moments)
+        self._open = OpenLayer(index, layer, moments, self._carried_moments(index, layer.shape))
 
     def sweep(self, index: int, piece: int, hidden_states: Tensor) -> Tensor:
         """The open layer's output hidden states for one piece of the samples; the pieces come in their order.
@@ -148,17 +151,25 @@ class LayerTasks:
         opened.pieces += 1
         return output
 
-    def profile(self, index: int, pieces: int) -> Profile:
+    def profile(self, index: int, pieces: int) -> tuple[Profile, dict[str, Tensor]]:
         """What the method wants to remember of the open layer, which has seen all ``pieces``.
+
+        Returns:
+            The profile, which planning looks at, empty if the gradient pass makes it; and, from the dense pass and if
+            the layer begins a block, what its pruning will need of what was seen.
 
         Raises:
             ForgottenError: the layer is not open here.
         """
         opened, self._open = self._opened(index, pieces), None
-        if opened.moments is None:
-            return {}
-        profile = self.method.profile(opened.layer, opened.statistics)
-        return {name: value.cpu() for name, value in profile.items()}
+        profile = {} if opened.profiled is None else self.method.profile(opened.layer, opened.statistics)
+        carried = opened.statistics.to_tensors(opened.carried)
+        return moved(profile, "cpu"), moved(carried, "cpu")
+
+    def _carried_moments(self, index: int, shape: LayerShape) -> Sequence[Moment]:
+        """Those of a layer that is pruned on what it sees in the dense pass."""
+        begins_block = index % self.config.block_length(self.dense.num_hidden_layers) == 0
+        return self.method.carried_moments(shape) if begins_block else ()
 
     def _opened(self, index: int, pieces: int) -> OpenLayer:
         opened = self._open
@@ -230,9 +241,25 @@ class LayerTasks:
         return output
 
     def prune(
-        self, index: int, hidden_states: Tensor, planned: LayerShape, profile: Profile, *, propagate: bool
+        self,
+        index: int,
+        hidden_states: Tensor,
+        planned: LayerShape,
+        profile: Profile,
+        carried: Mapping[str, Tensor],
+        *,
+        propagate: bool,
     ) -> PrunedLayer:
-        """The layer pruned to the planned shape, and its output hidden states if the next layer needs them."""
+        """The layer pruned to the planned shape, and its output hidden states if the next layer needs them.
+
+        Args:
+            index: the layer.
+            hidden_states: at its input.
+            planned: its shape.
+            profile: what the dense pass left of it.
+            carried: what else it left, if these hidden states are the dense model's; else empty.
+            propagate: whether the next layer needs the output.
+        """
 
         def observe(variation: DecoderLayer, moments: Sequence[Moment]) -> LayerStatistics:
             statistics = LayerStatistics(moments)
@@ -243,9 +270,9 @@ class LayerTasks:
         layer = self._read_layer(index)
         clock.lap("read")
         moments = self.method.pruning_moments(layer.shape, planned)
-        statistics = observe(layer, moments)
+        statistics = LayerStatistics.from_tensors(moved(carried, self.device), moments) or observe(layer, moments)
         clock.lap("statistics")
-        profile = {name: value.to(self.device) for name, value in profile.items()}
+        profile = moved(profile, self.device)
         with convergence_warnings() as warned:
             pruned = self.method.prune(layer.to(self.device), planned, statistics, profile, observe)
         if pruned.shape != planned:
@@ -270,6 +297,10 @@ class LayerTasks:
         self._open = None  # given up for whatever this is for
         tensors = self.checkpoint.read(self.family.layer_shapes(self.dense, index))
         return self.family.layer_from_checkpoint(tensors, self.dense, index)
+
+
+def moved(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def check_hidden_states(hidden_states: Tensor, index: int) -> None:

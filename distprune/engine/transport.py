@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,9 @@ from ray.exceptions import OutOfDiskError, RayTaskError
 from torch import Tensor
 
 from distprune.errors import InputError, RunFailed, StorageFailed
+
+# Bytes of an argument that no cluster calls large.
+SMALL = 500
 
 
 @dataclass(frozen=True)
@@ -84,23 +87,20 @@ def put(value: Any) -> ObjectRef:
         return ray.put(value)
 
 
-@dataclass(frozen=True)
-class Compact:
-    """A value as a constructor's argument for an actor that may start again.
+def in_pieces(value: Any) -> list[bytes]:
+    """A value as constructor arguments of an actor that may start again, for :func:`whole_of`.
 
-    Ray sends up to 100 kB along each time it starts an actor; larger arguments it puts aside, and forgets after the
-    first time. The headers of a 405B model take 113 kB, and 10 kB like this.
+    Ray sends small arguments along each time it starts an actor; larger ones it puts aside, and forgets after the first
+    time. What it calls large is the cluster's to say (more than 100 kB unless told otherwise), and holds for each
+    argument by itself. The headers of a 405B model take 113 kB, which compress to 10 kB: 20 pieces.
     """
+    packed = zlib.compress(cloudpickle.dumps(value))
+    return [packed[begin : begin + SMALL] for begin in range(0, len(packed), SMALL)]
 
-    packed: bytes
 
-    @classmethod
-    def of(cls, value: Any) -> Compact:
-        return cls(zlib.compress(cloudpickle.dumps(value)))
-
-    @property
-    def value(self) -> Any:
-        return cloudpickle.loads(zlib.decompress(self.packed))
+def whole_of(pieces: Iterable[bytes]) -> Any:
+    """The value that came in pieces."""
+    return cloudpickle.loads(zlib.decompress(b"".join(pieces)))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from distprune.checkpoint import (
 from distprune.config import Way
 from distprune.engine.cluster import WorkerPlan, alive_nodes, count_fitting
 from distprune.engine.preflight import Job
-from distprune.engine.transport import Compact, Parcel, fetch, pack, unpack
+from distprune.engine.transport import Parcel, fetch, in_pieces, pack, unpack, whole_of
 from distprune.errors import InputError
 from distprune.families import Family
 from distprune.modeling import PrunedConfig
@@ -150,7 +150,7 @@ def weight_access(job: Job, workers: WorkerPlan) -> Iterator[WeightAccess]:
         yield access
         return
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    server = WeightServer.options(scheduling_strategy=here).remote(Compact.of(replace(access, way="auto")))
+    server = WeightServer.options(scheduling_strategy=here).remote(*in_pieces(replace(access, way="auto")))
     try:
         yield replace(access, server=server)
     finally:
@@ -167,8 +167,8 @@ def may_span_nodes(workers: WorkerPlan) -> bool:
 class WeightServer:
     """Reads tensors on the driver's node for workers that can't. Keeps nothing that a restart would miss."""
 
-    def __init__(self, access: Compact):
-        self._access: WeightAccess = access.value
+    def __init__(self, *access: bytes):
+        self._access: WeightAccess = whole_of(access)
         self._opened: Checkpoint | None = None
         self._found: Path | None = None
 

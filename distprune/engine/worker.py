@@ -17,7 +17,7 @@ from distprune.engine.memory import PeakMemory, peak_memory
 from distprune.engine.metrics import MemoryMetrics
 from distprune.engine.sites import Site, this_site
 from distprune.engine.tasks import LayerTasks, Report
-from distprune.engine.transport import Compact, Parcel, pack, pack_all, unpack, unpack_all
+from distprune.engine.transport import Parcel, pack, pack_all, unpack, unpack_all, whole_of
 from distprune.engine.weights import WeightAccess, naming_node
 from distprune.errors import InputError
 
@@ -28,15 +28,17 @@ Parcels = dict[str, Parcel]
 class Worker:
     """One device and the tasks that run on it. What a restarted worker would miss is its open layer."""
 
-    def __init__(self, config: PruneConfig, model: Compact, device: str, number: int = 0):
+    def __init__(self, number: int, *told: bytes):
+        config, model, device = whole_of(told)
         # Threads are set, not taken from the machine: results may change in the last bit with their number.
         torch.set_num_threads(config.threads_per_worker)
         if device == "cuda":
             # Attention's backward pass adds up in any order unless told not to.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-        self.config, self.device = config, device
-        self.model: WeightAccess = model.value
+        self.config: PruneConfig = config
+        self.model: WeightAccess = model
+        self.device: str = device
         self._tasks: LayerTasks | None = None
         MemoryMetrics(self, str(config.output), number).start()
 
@@ -90,8 +92,10 @@ class Worker:
     def sweep(self, index: int, piece: int, hidden_states: Parcel) -> Parcel:
         return pack(self.tasks.sweep(index, piece, unpack(hidden_states)))
 
-    def profile(self, index: int, pieces: int) -> Parcels:
-        return pack_all(self.tasks.profile(index, pieces))
+    @ray.method(num_returns=2)
+    def profile(self, index: int, pieces: int) -> tuple[Parcels, Parcels]:
+        profile, carried = self.tasks.profile(index, pieces)
+        return pack_all(profile), pack_all(carried)
 
     def open_head(self) -> None:
         self.tasks.open_head()
@@ -110,9 +114,16 @@ class Worker:
 
     @ray.method(num_returns=3)
     def prune(
-        self, index: int, hidden_states: Parcel, planned: LayerShape, profile: Parcels, propagate: bool
+        self,
+        index: int,
+        hidden_states: Parcel,
+        planned: LayerShape,
+        profile: Parcels,
+        carried: Parcels,
+        propagate: bool,
     ) -> tuple[Parcels, Parcel | None, Report]:
-        result = self.tasks.prune(index, unpack(hidden_states), planned, unpack_all(profile), propagate=propagate)
+        known = unpack_all(profile), unpack_all(carried)
+        result = self.tasks.prune(index, unpack(hidden_states), planned, *known, propagate=propagate)
         output = None if result.output is None else pack(result.output)
         return pack_all(state_of(result.layer)), output, result.report
 

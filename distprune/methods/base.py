@@ -26,7 +26,8 @@ class Method(BaseModel):
     A run calls, in this order and each as a pure function: on every layer of the dense model :meth:`profile`, with
     the moments that :meth:`dense_moments` and :meth:`gradient_moments` name; once :meth:`plan`, which sees all
     profiles; and on every layer :meth:`prune`, with the moments that :meth:`pruning_moments` names, collected on what
-    reaches the layer through the pruned layers before it.
+    reaches the layer through the pruned layers before it. Where there are none before it, these are the dense model's,
+    and what :meth:`carried_moments` names is collected in the dense pass and kept for then.
 
     A layer's tensors come as the checkpoint has them, on the worker's device, and what is computed with them is to be
     computed in float32, one projection at a time: a large layer doesn't fit in memory twice.
@@ -39,14 +40,14 @@ class Method(BaseModel):
     layouts: ClassVar[tuple[str, ...]] = ("per-layer",)
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
-        """Moments to collect in the dense pass; with none, the dense pass only carries hidden states."""
+        """Moments that the profile needs, collected in the dense pass."""
         return ()
 
     def gradient_moments(self, shape: LayerShape) -> Sequence[Moment]:
         """Moments that the profile needs of the loss's gradients, and of activations beside them.
 
         Their taps are those of :mod:`distprune.backward` too. With none there is no gradient pass; with any, what
-        :meth:`dense_moments` names is collected in it too, and the dense pass only carries hidden states.
+        :meth:`dense_moments` names is collected in it, not in the dense pass.
         """
         return ()
 
@@ -80,6 +81,14 @@ class Method(BaseModel):
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
         """Moments to collect for pruning a layer of shape ``dense`` to ``planned``."""
         raise NotImplementedError
+
+    def carried_moments(self, shape: LayerShape) -> Sequence[Moment]:
+        """Moments for pruning that are small enough to be kept from the dense pass on, for all layers at once.
+
+        They are collected in the dense pass whether or not a gradient pass follows. If they are all that pruning asks
+        for, it need not run the layer again.
+        """
+        return ()
 
     def prune(
         self,

@@ -97,6 +97,9 @@ class Flap(Method):
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
         return [Mean("attention_values"), Mean("ffn_neurons")] if self.compensation else []
 
+    def carried_moments(self, shape: LayerShape) -> Sequence[Moment]:
+        return self.pruning_moments(shape, shape)
+
     def prune(
         self,
         layer: DecoderLayer,

@@ -150,6 +150,9 @@ class Olica(Method):
             Power("ffn_neurons"),
         ]
 
+    def carried_moments(self, shape: LayerShape) -> Sequence[Moment]:
+        return self.pruning_moments(shape, shape)
+
     def prune(
         self,
         layer: DecoderLayer,

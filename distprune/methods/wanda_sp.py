@@ -24,6 +24,9 @@ class WandaSp(ScoredUnits):
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
         return Power("attention_values"), Power("ffn_neurons")
 
+    def carried_moments(self, shape: LayerShape) -> Sequence[Moment]:
+        return self.pruning_moments(shape, shape)
+
     def score_groups(self, layer: DecoderLayer, statistics: LayerStatistics) -> Tensor:
         channels = layer.output.weight.float().abs().sum(dim=0) * statistics.rms("attention_values")
         return sum_by_unit(channels, layer.kv_heads)

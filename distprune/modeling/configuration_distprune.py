@@ -25,6 +25,7 @@ class LayerShape:
         ffn_width: intermediate width of the feed-forward network.
         query_rank: rank of the factored query projection, None where it is a dense matrix.
         key_rank: rank of the factored key projection, None where it is a dense matrix.
+        output_rank: rank of the factored attention output projection, None where it is a dense matrix.
         calibration_rank: rank of the linear branch beside the feed-forward network, None where there is none.
         output_bias: whether the attention output projection has a bias.
         down_bias: whether the feed-forward down projection has a bias.
@@ -41,6 +42,7 @@ class LayerShape:
     ffn_width: int
     query_rank: int | None = None
     key_rank: int | None = None
+    output_rank: int | None = None
     calibration_rank: int | None = None
     output_bias: bool = False
     down_bias: bool = False
@@ -56,7 +58,7 @@ class LayerShape:
             if not sound:
                 raise ValueError(f"{name} must be {kind}, got {value!r}.")
         attention = ("query_heads", "kv_heads", "query_key_dim", "value_dim")
-        self._check_absence("attention", attention, ("query_rank", "key_rank", "output_bias"))
+        self._check_absence("attention", attention, ("query_rank", "key_rank", "output_rank", "output_bias"))
         self._check_absence("a feed-forward network", ("ffn_width",), ("calibration_rank", "down_bias"))
         if self.has_attention and self.query_heads % self.kv_heads != 0:
             raise ValueError(f"query_heads ({self.query_heads}) must be a multiple of kv_heads ({self.kv_heads}).")

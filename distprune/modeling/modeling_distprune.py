@@ -55,7 +55,7 @@ def widened(states: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class PrunedAttention(nn.Module):
-    """Grouped-query attention with its own number of heads, rotary pairs, value width and query/key ranks.
+    """Grouped-query attention with its own number of heads, rotary pairs, value width and ranks.
 
     Scores are divided by the square root of the original head width, whatever was removed.
 
@@ -84,7 +84,7 @@ class PrunedAttention(nn.Module):
         self.q_proj = linear(hidden, shape.query_heads * shape.query_key_dim, shape.query_rank, bias)
         self.k_proj = linear(hidden, shape.kv_heads * shape.query_key_dim, shape.key_rank, bias)
         self.v_proj = nn.Linear(hidden, shape.kv_heads * shape.value_dim, bias)
-        self.o_proj = nn.Linear(shape.query_heads * shape.value_dim, hidden, shape.output_bias)
+        self.o_proj = linear(shape.query_heads * shape.value_dim, hidden, shape.output_rank, shape.output_bias)
         if config.query_key_norm:
             self.q_norm = RMSNorm(shape.query_key_dim, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(shape.query_key_dim, eps=config.rms_norm_eps)

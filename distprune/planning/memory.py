@@ -99,9 +99,12 @@ def _task_peaks(scenario: Scenario) -> dict[str, float]:
 
 
 def _different_layers(scenario: Scenario) -> list[int]:
-    """One layer of each shape, dense and pruned: the others are as large."""
-    seen = {(scenario.shape(index), scenario.shapes[index]): index for index in range(scenario.layers)}
-    return list(seen.values())
+    """One layer of each kind: the others are as large."""
+
+    def kind(index: int) -> tuple:
+        return scenario.shape(index), scenario.shapes[index], scenario.begins_block(index)
+
+    return list({kind(index): index for index in range(scenario.layers)}.values())
 
 
 def _peak(scenario: Scenario, index: int, *, pruning: bool) -> float:
@@ -124,8 +127,10 @@ def _running_again(scenario: Scenario, shape: LayerShape, moments: Sequence[Mome
     return weights + _running(scenario, shape, moments) + _statistics(scenario, shape, moments)
 
 
-def _carrying(scenario: Scenario, index: int) -> int:
-    return _running_weights(scenario, index) + _activations(scenario, scenario.shape(index))
+def _carrying(scenario: Scenario, index: int) -> float:
+    shape, carried = scenario.shape(index), scenario.carried(index)
+    running = _running_weights(scenario, index) + _running(scenario, shape, carried)
+    return _statistics(scenario, shape, carried) + running
 
 
 def _running(scenario: Scenario, shape: LayerShape, moments: Sequence[Moment]) -> float:

@@ -143,14 +143,26 @@ class Scenario:
         return self.dense.layer_shape(index)
 
     def moments(self, index: int, *, pruning: bool) -> list[Moment]:
-        """What is collected for a layer in the pruning pass; or for its profile, in the dense or the gradient pass."""
-        dense = self.shape(index)
+        """What is held for a layer in the pruning pass; or in the dense or the gradient pass, whichever profiles it."""
         if pruning:
-            return list(self.method.pruning_moments(dense, self.shapes[index]))
+            return list(self.method.pruning_moments(self.shape(index), self.shapes[index]))
+        carried = () if self.needs_gradients else self.carried(index)
+        return list(dict.fromkeys((*self._profiled(index), *carried)))
+
+    def _profiled(self, index: int) -> list[Moment]:
+        """What its profile is made of."""
+        dense = self.shape(index)
         return list(dict.fromkeys((*self.method.dense_moments(dense), *self.method.gradient_moments(dense))))
 
+    def carried(self, index: int) -> Sequence[Moment]:
+        """What of it is collected in the dense pass for the pruning pass."""
+        return self.method.carried_moments(self.shape(index)) if self.begins_block(index) else ()
+
+    def begins_block(self, index: int) -> bool:
+        return index % self.block_length == 0
+
     def solve(self, index: int, *, pruning: bool) -> Solve:
-        moments = self.moments(index, pruning=pruning)
+        moments = self.moments(index, pruning=True) if pruning else self._profiled(index)
         if not pruning and not moments:
             return Solve(Work(), 0)
         planned = self.shapes[index] if pruning else None
@@ -175,14 +187,14 @@ class Scenario:
         return Work(read=self.stored_bytes[index]) + self.moved(self.stored_bytes[index])
 
     def carrying(self, index: int) -> Work:
-        """Reading a layer and running it over the calibration set."""
-        return self.reading(index) + self.observed(self.shape(index), ())
+        """What a layer takes in a dense pass without profiles."""
+        return self.reading(index) + self.observed(self.shape(index), self.carried(index))
 
     def observation(self, index: int, *, pruning: bool) -> Work:
         """Reading a layer, running it over the calibration set (and back, for gradients) and collecting its moments."""
         read = self.reading(index)
         shape, moments = self.shape(index), self.moments(index, pruning=pruning)
-        if pruning and not moments:
+        if pruning and set(moments) <= set(self.carried(index)):
             return read
         observed = self.observed(shape, moments)
         if pruning and "ffn_output" not in taps_of(moments):  # the output isn't computed

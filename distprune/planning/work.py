@@ -75,14 +75,15 @@ def backward_flops(shape: LayerShape, hidden: int, samples: int, length: int) ->
 def matrix_parameters(shape: LayerShape, hidden: int) -> int:
     """Weights that every token is multiplied with."""
 
-    def projection(out: int, rank: int | None) -> int:
-        return out * hidden if rank is None else rank * (out + hidden)
+    def projection(width: int, rank: int | None) -> int:
+        return width * hidden if rank is None else rank * (width + hidden)
 
     heads, groups = shape.query_heads, shape.kv_heads
     return (
         projection(heads * shape.query_key_dim, shape.query_rank)
         + projection(groups * shape.query_key_dim, shape.key_rank)
-        + (groups + heads) * shape.value_dim * hidden
+        + groups * shape.value_dim * hidden
+        + projection(heads * shape.value_dim, shape.output_rank)
         + 3 * shape.ffn_width * hidden
         + 2 * hidden * (shape.calibration_rank or 0)
     )

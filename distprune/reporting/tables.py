@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distprune.comparison import ComparisonRow
+from distprune.decoder_layer import LayerShape
 from distprune.engine import RunRecord, RunStatus
 from distprune.engine.record import LayerRecord
 
@@ -38,11 +39,15 @@ def layer_table(record: RunRecord) -> Table:
         padding=(0, 1),
         pad_edge=False,
     )
-    for column in ("layer", "Q rank", "K rank", "KV groups", "value", "FFN", "calib.", "removed"):
+    for column in ("layer", "Q rank", "K rank", "O rank", "KV groups", "pairs", "value", "FFN", "calib.", "removed"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in record.layers:
         table.add_row(*layer_row(layer))
     return table
+
+
+def rank_of(shape: LayerShape, name: str) -> str:
+    return str(getattr(shape, name) or ("full" if shape.has_attention else "-"))
 
 
 def layer_row(layer: LayerRecord) -> tuple[str, ...]:
@@ -53,9 +58,9 @@ def layer_row(layer: LayerRecord) -> tuple[str, ...]:
 
     return (
         str(layer.index),
-        str(pruned.query_rank or ("full" if pruned.has_attention else "-")),
-        str(pruned.key_rank or ("full" if pruned.has_attention else "-")),
+        *(rank_of(pruned, name) for name in ("query_rank", "key_rank", "output_rank")),
         left("kv_heads"),
+        f"{pruned.query_key_dim // 2}/{dense.query_key_dim // 2}",
         left("value_dim"),
         left("ffn_width"),
         str(pruned.calibration_rank or "-"),

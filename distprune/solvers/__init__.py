@@ -2,7 +2,7 @@
 
 from distprune.solvers.box_ridge import box_ridge
 from distprune.solvers.elimination import eliminate, elimination_path
-from distprune.solvers.low_rank import factor_input_scaled, factor_output_scaled
+from distprune.solvers.low_rank import factor_input_scaled, factor_output_scaled, output_projections
 from distprune.solvers.quadratic import QuadraticSolution, solve_box_qp
 from distprune.solvers.relaxed_selection import relaxed_selection
 from distprune.solvers.ridge import prediction_correlation, ridge, ridge_towards
@@ -21,6 +21,7 @@ __all__ = [
     "most_important",
     "orthogonal_output_rotation",
     "output_aware_rotation",
+    "output_projections",
     "prediction_correlation",
     "relaxed_selection",
     "ridge",

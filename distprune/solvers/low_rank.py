@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from distprune.solvers.factorization import leading_eigenvectors
 from distprune.solvers.subspace import leading_left_vectors
 
 
@@ -37,3 +39,28 @@ def factor_output_scaled(weight: Tensor, output_scale: Tensor, rank: int) -> tup
     """
     right, left = factor_input_scaled(weight.mT, output_scale, rank)
     return left.mT, right.mT
+
+
+def output_projections(weight: Tensor, gram: Tensor, metric_root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Projections of the outputs on subspaces that truncate W best where both inputs and outputs have a metric.
+
+    With H = E[xᵀx] = X Xᵀ, C = R Rᵀ and Rᵀ W X = U Σ Vᵀ, the W' of rank r that minimizes tr(C ΔW H ΔWᵀ) is L_r M_r W
+    for L_r = R⁻ᵀ U_r and M_r = U_rᵀ Rᵀ: the output is projected, obliquely. The subspaces are nested, so that one pair
+    of factors holds the best for every rank.
+
+    Args:
+        weight: W, (out, in).
+        gram: H, (in, in), positive semidefinite.
+        metric_root: R, (out, out) in float64, lower triangular with a positive diagonal.
+
+    Returns:
+        left L (out, out) and right M (out, out), in float32, of which a rank r takes the first r columns and rows; and
+        the error tr(C ΔW H ΔWᵀ) at every rank, (out + 1,) in float64, falling.
+    """
+    seen = metric_root.mT @ weight.double()
+    seen = seen @ gram.double() @ seen.mT
+    vectors = leading_eigenvectors(seen)
+    energies = (vectors * (seen @ vectors)).sum(dim=0).clamp(min=0)
+    errors = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+    left = torch.linalg.solve_triangular(metric_root.mT, vectors, upper=True)
+    return left.float(), (vectors.mT @ metric_root.mT).float(), errors

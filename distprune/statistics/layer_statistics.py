@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from distprune.statistics.moments import Activations, Cross, Gram, HeadGram, Mean, Moment, Peak, Power, ScalingPower
+
+# The name of their number among named averages.
+TOKENS = "tokens"
 
 
 class LayerStatistics:
@@ -36,6 +39,21 @@ class LayerStatistics:
                 total = self._totals[moment] = zeros(moment, activations)
             moment.add(total, activations)
         self.tokens += len(next(iter(activations.values())))
+
+    def to_tensors(self, moments: Iterable[Moment]) -> dict[str, Tensor]:
+        """The averages of some of the moments as named tensors, for :meth:`from_tensors`; nothing of no moments."""
+        averages = {str(moment): self._average(moment) for moment in moments}
+        return {TOKENS: torch.tensor(self.tokens)} | averages if averages else {}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], moments: Iterable[Moment]) -> LayerStatistics | None:
+        """Statistics that hold just the ``moments``; None if not all of them are among the tensors."""
+        averages = {moment: tensors.get(str(moment)) for moment in moments}
+        if TOKENS not in tensors or any(average is None for average in averages.values()):
+            return None
+        statistics = cls(())
+        statistics.tokens, statistics._averages = int(tensors[TOKENS]), averages
+        return statistics
 
     def _average(self, moment: Moment) -> Tensor:
         if moment not in self._averages:

@@ -20,7 +20,7 @@ class InlineRuntime(RayRuntime):
     """Makes calls in this process, at once."""
 
     def start_worker(self, number, avoided=()):
-        return Worker.__ray_actor_class__(*self._arguments, number)
+        return Worker.__ray_actor_class__(number, *self._told)
 
     def call(self, worker, method, arguments=()):
         values = getattr(worker, method)(*arguments)

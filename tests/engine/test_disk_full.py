@@ -31,6 +31,7 @@ FILES = {
     "identity of the run": r"journal/run\.json",
     "copied file": r"checkpoint/tokenizer\.json",
     "hidden states": r"journal/dense-00002\.safetensors",
+    "carried moments": r"journal/moments-00002\.safetensors",
     "profile": r"journal/profile-00001\.safetensors",
     "journal entry": r"journal/profile-00001\.json",
     "pruned hidden states": r"journal/pruned-00001\.safetensors",

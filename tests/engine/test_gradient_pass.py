@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from distprune import status
 from distprune.calibration import open_calibration
 from distprune.checkpoint import partial_directory
-from distprune.engine.dense_pass import CARRIED, PROFILE
+from distprune.engine.dense_pass import PASSED, PROFILE
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.progress import Progress
 from distprune.engine.states import DENSE, GRADIENT
@@ -103,7 +103,7 @@ def test_the_journal_keeps_what_is_still_needed_and_no_more(run, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             run(output=output, progress=Stops(stage, steps), **OPTIONS)
         assert (kept(DENSE), kept(GRADIENT)) == (dense, gradients), stage
-        assert kept(CARRIED) == [0, 1, 2, 3]
+        assert kept(PASSED) == [0, 1, 2, 3]
 
 
 def test_the_dense_models_perplexity_is_told(run, dense_path, calibration_path):

@@ -11,7 +11,7 @@ from distprune.engine.relay import split
 from distprune.engine.simulation import Costs, Machines, Pass, SimulatedRuntime, simulate
 
 COSTS = Costs(
-    start=10, check=5, read=3, forward=60, dense_statistics=12, profile=15, statistics=20, solve=200,
+    start=10, check=5, read=3, forward=60, dense_statistics=12, profile=15, statistics=20, carried=False, solve=200,
     states=10**8, pruned=10**9,
 )  # fmt: skip
 ALL_AT_ONCE = Pass(layers=126, block_length=1, samples=256, micro_batch=4)
@@ -32,6 +32,14 @@ def test_one_worker_takes_as_long_as_all_calls_together(block_length):
     outcome = simulate(COSTS, STEADY, run)
     assert outcome.busy == pytest.approx(busy(run))
     assert outcome.seconds == pytest.approx(COSTS.start + busy(run), rel=1e-6)
+
+
+def test_the_first_layers_of_blocks_are_not_run_twice_where_moments_are_carried():
+    def spared(block_length: int) -> float:
+        run = replace(ALL_AT_ONCE, block_length=block_length)
+        return busy(run) - simulate(replace(COSTS, carried=True), STEADY, run).busy
+
+    assert [spared(length) / COSTS.forward for length in (1, 4, 126)] == pytest.approx([126, 32, 1], rel=1e-4)
 
 
 def test_a_relay_is_no_faster_by_many_workers_and_blocks_are():

@@ -12,12 +12,15 @@ from distprune.budgets import Target
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
+from distprune.decoder_layer import state_of
 from distprune.distillation import Exercise
 from distprune.engine import load_record
 from distprune.engine.tasks import ForgottenError, LayerTasks
 from distprune.engine.weights import Model
 from distprune.families import family_of
 from distprune.methods import Profile
+from distprune.methods.llm_pruner import LLMPruner
+from distprune.statistics import Mean
 
 LAYERS = 4
 
@@ -42,7 +45,7 @@ def make_tasks():
 def dense_layer(tasks: LayerTasks, index: int, hidden_states: Tensor) -> tuple[Tensor, Profile]:
     """Output and profile of a layer that gets its input in one piece."""
     tasks.open_layer(index)
-    return tasks.sweep(index, 0, hidden_states), tasks.profile(index, 1)
+    return tasks.sweep(index, 0, hidden_states), tasks.profile(index, 1)[0]
 
 
 def test_an_open_layer_that_was_forgotten_is_not_gone_on_with(make_tasks, tokens, dense_path):
@@ -97,9 +100,49 @@ def test_a_run_prunes_each_layer_on_the_outputs_that_propagation_says(run, make_
     block = LAYERS if propagation == "full" else propagation
     for index in range(LAYERS):
         hidden_states = dense[index] if index % block == 0 else result.output  # noqa: F821
-        result = tasks.prune(index, hidden_states, plan[index], profiles[index], propagate=True)
+        result = tasks.prune(index, hidden_states, plan[index], profiles[index], {}, propagate=True)
         for name, tensor in tasks.family.layer_to_checkpoint(result.layer, index).items():
             assert torch.equal(written.read([name])[name], tensor), name
+
+
+@pytest.mark.parametrize("method", ["olica", "flap", "wanda-sp"])
+def test_a_layer_that_begins_a_block_is_pruned_on_what_the_dense_pass_has_seen(
+    make_tasks, tokens, dense_path, method, monkeypatch
+):
+    tasks = make_tasks(dense_path, method=method, propagation=2)
+    first = tasks.embed(tokens)
+    tasks.open_layer(0)
+    second = tasks.sweep(0, 0, first)
+    profile, carried = tasks.profile(0, 1)
+    plan = tasks.method.plan(Target(tasks.dense, 0.3), [profile] * LAYERS, align=8)
+    # The last layer's shape, which asks for no second look.
+    expected = tasks.prune(0, first, plan[-1], profile, {}, propagate=False)
+    monkeypatch.setattr(tasks.runner, "observe", None)
+    found = tasks.prune(0, first, plan[-1], profile, carried, propagate=False)
+    for name, tensor in state_of(expected.layer).items():
+        assert torch.equal(state_of(found.layer)[name], tensor), name
+
+    tasks.open_layer(1)
+    tasks.sweep(1, 0, second)
+    assert not tasks.profile(1, 1)[1]
+
+
+def test_moments_are_carried_from_the_dense_pass_where_a_gradient_pass_follows(
+    make_tasks, tokens, dense_path, monkeypatch
+):
+    monkeypatch.setattr(LLMPruner, "carried_moments", lambda self, shape: [Mean("ffn_neurons")])
+    tasks = make_tasks(dense_path, method="llm-pruner")
+    states = tasks.embed(tokens)
+    tasks.open_layer(0)
+    output = tasks.sweep(0, 0, states)
+    profile, carried = tasks.profile(0, 1)
+    assert not profile
+    assert carried["tokens"] == tokens.size and len(carried) == 2
+
+    tasks.open_backward(0)
+    tasks.backward(0, 0, states, torch.ones_like(output))
+    profile, carried = tasks.profile(0, 1)
+    assert set(profile) == {"groups", "neurons"} and not carried
 
 
 @pytest.mark.parametrize("look_ahead", [0, 1, 2])

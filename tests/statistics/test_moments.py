@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power, ScalingPower, taps_of
 from distprune.statistics.products import TILE, as_exact_as_its
@@ -46,6 +47,20 @@ def assert_equal(actual: torch.Tensor, expected: np.ndarray) -> None:
 
 def test_tokens_are_counted_over_all_micro_batches(activations):
     assert collect([], activations).tokens == 50
+
+
+def test_averages_come_back_from_named_tensors(activations, tmp_path):
+    kept, left = [Mean(X), HeadGram(Y, 2)], Power(X)
+    statistics = collect([*kept, left], activations)
+    save_file(statistics.to_tensors(kept), tmp_path / "averages")
+    tensors = load_file(tmp_path / "averages")
+    back = LayerStatistics.from_tensors(tensors, kept)
+    assert back.tokens == 50
+    assert torch.equal(back.mean(X), statistics.mean(X)) and torch.equal(
+        back.head_gram(Y, 2), statistics.head_gram(Y, 2)
+    )
+    assert LayerStatistics.from_tensors(tensors, [*kept, left]) is None
+    assert LayerStatistics.from_tensors({}, []) is None
 
 
 def test_peak(activations, samples):

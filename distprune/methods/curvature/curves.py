@@ -17,17 +17,15 @@ from torch import Tensor
 from distprune.decoder_layer import DecoderLayer, Linear
 from distprune.methods.base import Profile
 from distprune.methods.units import output_slices
-from distprune.solvers import elimination_path, output_aware_rotation
+from distprune.solvers import elimination_path, output_aware_rotation, output_projections
 from distprune.statistics import LayerStatistics
 
 #: At so many widths the cost of an FFN is computed; between them it is taken to be linear.
 STEPS = 64
-#: What keeps a metric of fewer tokens than channels factorable, over the mean of its diagonal.
-JITTER = 1e-6
 
 
 def attention_curves(layer: DecoderLayer, statistics: LayerStatistics, damping: float) -> Profile:
-    """Three ways to make attention smaller, and what each costs.
+    """Ways to make attention smaller, and what each costs.
 
     Returns:
         - group_order (g,): the KV groups, those that are missed least first;
@@ -36,11 +34,13 @@ def attention_curves(layer: DecoderLayer, statistics: LayerStatistics, damping: 
           value_costs (g, v + 1): of keeping the first 0, 1... of them.
         - pair_order (g, p/2): the rotary pairs of each group, those that are missed least first;
           pair_costs (g, p/2 + 1): of going without the first 0, 1... of them.
+        - for query, key and output projection: query_costs (rank + 1,): of being factored at rank 0, 1...;
+          query_left (out, rank) and query_right (rank, out): their outputs' projection on what matters most.
     """
     groups = layer.kv_heads
     gram = statistics.gram("attention_values")
-    metric = metric_root(statistics.gram("attention_output_gradient"))
-    output = in_metric(layer.output, metric)
+    root = metric_root(statistics.gram("attention_output_gradient"), damping)
+    output = (root.mT @ layer.output.weight.double()).float()
     order, group_errors = elimination_path(output, gram, damping, width=len(gram) // groups)
 
     slices = output_slices(replace(layer, output=Linear(output)))
@@ -48,12 +48,8 @@ def attention_curves(layer: DecoderLayer, statistics: LayerStatistics, damping: 
     head_grams = blocks.diagonal(dim1=0, dim2=2).movedim(2, 0)
     rotation, value_errors = output_aware_rotation(slices, head_grams.unflatten(0, (groups, -1)).mean(dim=1))
 
-    # A pair's part of the scores is scaled by its queries: what the loss feels of that is Σ q∘g over the group's heads.
-    pairs = (
-        statistics.scaling_power("queries", "query_gradient", groups, layer.shape.query_key_dim // 2)
-        .double()
-        .sort(dim=1, stable=True)
-    )
+    pairs = statistics.scaling_power("queries", "query_gradient", groups, layer.shape.query_key_dim // 2)
+    pairs = pairs.double().sort(dim=1, stable=True)
     none = pairs.values.new_zeros(groups, 1)
     return {
         "group_order": order,
@@ -62,6 +58,29 @@ def attention_curves(layer: DecoderLayer, statistics: LayerStatistics, damping: 
         "value_costs": value_errors / 2,
         "pair_order": pairs.indices,
         "pair_costs": torch.cat([none, pairs.values.cumsum(1)], dim=1) / 2,
+        **truncation("output", layer.output, gram, root, damping),
+    } | query_key_truncations(layer, statistics, damping)
+
+
+def query_key_truncations(layer: DecoderLayer, statistics: LayerStatistics, damping: float) -> Profile:
+    gram = statistics.gram("attention_input")
+    roots = {name: metric_root(statistics.gram(f"{name}_gradient"), damping) for name in ("query", "key")}
+    return truncation("query", layer.query, gram, roots["query"], damping) | truncation(
+        "key", layer.key, gram, roots["key"], damping
+    )
+
+
+def truncation(name: str, projection: Linear, gram: Tensor, root: Tensor, damping: float) -> Profile:
+    """A projection's costs by rank, and how to truncate it, up to the greatest rank that saves anything."""
+    out, inputs = projection.weight.shape
+    damped = gram.clone()
+    damped.diagonal().add_(damping * gram.diagonal().mean())
+    left, right, errors = output_projections(projection.weight, damped, root)
+    most = (out * inputs - 1) // (out + inputs)
+    return {
+        f"{name}_costs": errors[: most + 1] / 2,
+        f"{name}_left": left[:, :most].contiguous(),
+        f"{name}_right": right[:most].contiguous(),
     }
 
 
@@ -74,10 +93,9 @@ def ffn_curve(layer: DecoderLayer, statistics: LayerStatistics, damping: float) 
     """
     width = layer.down.weight.shape[1]
     batch = ceil(width / STEPS)
-    metric = metric_root(statistics.gram("ffn_output_gradient"))
-    order, errors = elimination_path(
-        in_metric(layer.down, metric), statistics.gram("ffn_neurons"), damping, batch=batch
-    )
+    root = metric_root(statistics.gram("ffn_output_gradient"), damping)
+    down = (root.mT @ layer.down.weight.double()).float()
+    order, errors = elimination_path(down, statistics.gram("ffn_neurons"), damping, batch=batch)
     gone = torch.arange(len(errors), device=errors.device) * batch
     return {
         "neuron_order": order,
@@ -86,14 +104,9 @@ def ffn_curve(layer: DecoderLayer, statistics: LayerStatistics, damping: float) 
     }
 
 
-def metric_root(gradient_gram: Tensor) -> Tensor:
-    """The Cholesky factor R of C = E[gᵀg], (d, d) in float64: ‖Rᵀe‖² = eᵀCe."""
+def metric_root(gradient_gram: Tensor, damping: float) -> Tensor:
+    """The Cholesky factor R of C = E[gᵀg], damped, (d, d) in float64: ‖Rᵀe‖² = eᵀCe."""
     damped = gradient_gram.to(torch.float64, copy=True)
     scale = damped.diagonal().mean()
-    damped.diagonal().add_(torch.where(scale > 0, JITTER * scale, 1.0))
+    damped.diagonal().add_(torch.where(scale > 0, damping * scale, 1.0))
     return torch.linalg.cholesky(damped, out=damped)
-
-
-def in_metric(projection: Linear, root: Tensor) -> Tensor:
-    """The projection's weight, (d, in), so multiplied that errors count by their norm."""
-    return (root.mT @ projection.weight.double()).float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -26,9 +26,9 @@ from distprune.methods.base import Profile
 #: Widths and heads of a layer without the module.
 NO_ATTENTION = {"query_heads": 0, "kv_heads": 0, "query_key_dim": 0, "value_dim": 0, "output_bias": False}
 NO_FFN = {"ffn_width": 0, "down_bias": False}
-Change = Mapping[str, int | bool]
+Change = Mapping[str, int | bool | None]
 
-#: Widths of an FFN on its menu; single steps of the alignment are spent at the end.
+#: Widths of an FFN on its menu, where single steps of the alignment are spent at the end; and prices of ranks.
 MOST_WIDTHS = 64
 
 
@@ -77,36 +77,66 @@ def allocate_globally(target: Target, profiles: Sequence[Profile], reach: Reach)
 
 
 def attention_menu(target: Target, index: int, dense: LayerShape, profile: Profile, reach: Reach) -> Menu:
-    """Fewer KV groups, value neurons and rotary pairs, in all combinations; or, but in the first layer, none at all."""
-    changes, costs = [], []
-    for change, cost in attention_options(target, dense, profile, reach):
-        changes.append(change)
-        costs.append(cost)
+    """Fewer KV groups, value neurons and rotary pairs; or all heads, fewer value neurons and factored projections; or,
+    but in the first layer, none of it."""
+    options = [*narrower_heads(target, dense, profile, reach), *factored(target, index, dense, profile, reach)]
     if index > 0:  # one layer at least must keep its attention
-        changes.append(NO_ATTENTION)
-        costs.append(float(profile["group_costs"][-1]))
+        options.append((NO_ATTENTION, float(profile["group_costs"][-1])))
+    changes, costs = map(list, zip(*options, strict=True))
     amounts = [attention_amount(target.resource, target.config, index, replace(dense, **change)) for change in changes]
     return Menu(index, changes, costs, amounts)
 
 
-def attention_options(
-    target: Target, dense: LayerShape, profile: Profile, reach: Reach
-) -> Iterator[tuple[Change, float]]:
-    heads = dense.query_heads // dense.kv_heads
-    order = profile["group_order"]
+def narrower_heads(target: Target, dense: LayerShape, profile: Profile, reach: Reach) -> Iterator[tuple[Change, float]]:
+    heads, order = dense.query_heads // dense.kv_heads, profile["group_order"]
     value_costs, pair_costs = profile["value_costs"][order].numpy(), profile["pair_costs"][order].numpy()
     pairs = [dense.query_key_dim]
     if not target.config.query_key_norm:
         # Pairs go in twos of coordinates.
         pairs = replace(reach, align=reach.align + reach.align % 2).widths(dense.query_key_dim)
     for gone in range(min(dense.kv_heads - 1, round((1 - reach.least) * dense.kv_heads)) + 1):
-        without = float(profile["group_costs"][gone])
+        without, groups = float(profile["group_costs"][gone]), dense.kv_heads - gone
         for value_dim in reach.widths(dense.value_dim):
             for width in pairs:
                 lost = value_costs[gone:, value_dim].sum() + pair_costs[gone:, (dense.query_key_dim - width) // 2].sum()
-                groups = dense.kv_heads - gone
                 change = {"kv_heads": groups, "query_heads": groups * heads}
                 yield change | {"value_dim": value_dim, "query_key_dim": width}, without + float(lost)
+
+
+def factored(
+    target: Target, index: int, dense: LayerShape, profile: Profile, reach: Reach
+) -> Iterator[tuple[Change, float]]:
+    """For every number of value neurons and at every of many prices, the ranks that cost least."""
+
+    def ranks(name: str, shape: LayerShape) -> tuple[list[int | None], NDArray, NDArray]:
+        """The ranks to choose from, None for no factors, what they cost, and what they save."""
+        costs = profile[f"{name}_costs"].numpy()
+        choices = [None, *range(reach.align, len(costs), reach.align)]
+        changed = [replace(shape, **{f"{name}_rank": rank}) for rank in choices]
+        amounts = np.array([attention_amount(target.resource, target.config, index, each) for each in changed])
+        return choices, np.array([0.0, *costs[reach.align :: reach.align]]), amounts[0] - amounts
+
+    fixed = {f"{name}_rank": ranks(name, dense) for name in ("query", "key")}
+    for value_dim in reach.widths(dense.value_dim):
+        shape = replace(dense, value_dim=value_dim)
+        lost = float(profile["value_costs"][:, value_dim].sum())
+        tables = fixed | {"output_rank": ranks("output", shape)}
+        seen = set()
+        for price in prices(tables.values()):
+            places = {name: int((costs - price * savings).argmin()) for name, (_, costs, savings) in tables.items()}
+            if (found := tuple(places.values())) not in seen:
+                seen.add(found)
+                change = {name: tables[name][0][place] for name, place in places.items()}
+                cost = sum(float(tables[name][1][place]) for name, place in places.items())
+                yield {"value_dim": value_dim} | change, lost + cost
+
+
+def prices(tables: Iterable[tuple[list[int | None], NDArray, NDArray]]) -> NDArray:
+    """Costs of a unit of the resource, from less than that of any first step to more than that of any last."""
+    slopes = [costs[savings > 0] / savings[savings > 0] for _, costs, savings in tables]
+    slopes = np.concatenate(slopes)
+    slopes = slopes[slopes > 0]
+    return np.geomspace(slopes.min() / 2, 100 * slopes.max(), MOST_WIDTHS) if len(slopes) else np.zeros(0)
 
 
 def ffn_menu(target: Target, index: int, dense: LayerShape, profile: Profile, reach: Reach) -> Menu:

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distprune.budgets import RESOURCES, Target
-from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
+from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank
 from distprune.methods.base import Method, Observe, Profile
 from distprune.methods.curvature.curves import attention_curves, ffn_curve
 from distprune.methods.curvature.menus import Reach, allocate_equally, allocate_globally
@@ -55,10 +55,12 @@ class Curvature(Method):
     # ---------------------------------------------------------------- the gradient pass
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
-        return [Gram("attention_values"), Gram("ffn_neurons")]
+        return [Gram("attention_input"), Gram("attention_values"), Gram("ffn_neurons")]
 
     def gradient_moments(self, shape: LayerShape) -> Sequence[Moment]:
         return [
+            Gram("query_gradient"),
+            Gram("key_gradient"),
             Gram("attention_output_gradient"),
             Gram("ffn_output_gradient"),
             ScalingPower("queries", "query_gradient", shape.kv_heads, shape.query_key_dim // 2),
@@ -106,18 +108,33 @@ class Curvature(Method):
     def _prune_attention(
         self, layer: DecoderLayer, planned: LayerShape, profile: Profile, observe: Observe
     ) -> DecoderLayer:
-        """Rotary pairs go first: the output projection is refitted to what attention attends to without them."""
-        dense, device = layer.shape, profile["group_order"].device
+        """Queries and keys come first: the output projection is refitted to what attention attends to with theirs."""
+        dense = layer.shape
         if gone := (dense.query_key_dim - planned.query_key_dim) // 2:
             layer = keep_rotary_pairs(layer, profile["pair_order"][:, gone:].sort(dim=1).values)
+        layer = replace(
+            layer,
+            query=truncated(layer.query, planned.query_rank, profile, "query"),
+            key=truncated(layer.key, planned.key_rank, profile, "key"),
+        )
+        if (planned.kv_heads, planned.value_dim) != (dense.kv_heads, dense.value_dim):
+            layer = self._prune_values(layer, planned, profile, observe)
+        return replace(layer, output=truncated(layer.output, planned.output_rank, profile, "output"))
+
+    def _prune_values(
+        self, layer: DecoderLayer, planned: LayerShape, profile: Profile, observe: Observe
+    ) -> DecoderLayer:
+        dense, order = layer.shape, profile["group_order"]
         layer = rotate_values(layer, profile["value_rotation"])
         gram = observe(layer, [Gram("attention_values")]).gram("attention_values")
-
-        groups = profile["group_order"][dense.kv_heads - planned.kv_heads :].sort().values
-        heads = heads_of_groups(groups, dense.query_heads // dense.kv_heads)
-        values = torch.arange(planned.value_dim, device=device)
+        heads = heads_of_groups(
+            order[dense.kv_heads - planned.kv_heads :].sort().values, layer.query_heads // layer.kv_heads
+        )
+        values = torch.arange(planned.value_dim, device=order.device)
         kept = (heads.flatten()[:, None] * dense.value_dim + values).flatten()
-        pruned = keep_values(keep_heads(layer, heads), values.expand(planned.kv_heads, -1))
+        # Factored queries and keys always have all of their heads.
+        pruned = keep_heads(layer, heads) if planned.kv_heads < dense.kv_heads else layer
+        pruned = keep_values(pruned, values.expand(planned.kv_heads, -1))
         return replace(pruned, output=self._refit(layer.output, kept, gram))
 
     def _prune_ffn(self, layer: DecoderLayer, width: int, profile: Profile, observe: Observe) -> DecoderLayer:
@@ -130,3 +147,11 @@ class Curvature(Method):
         weight = projection.weight.float()
         refitted = ridge_towards(weight[:, kept], gram[kept][:, kept], weight @ gram[:, kept], self.refit_damping)
         return Linear(refitted, projection.bias)
+
+
+def truncated(projection: Linear, rank: int | None, profile: Profile, name: str) -> Linear | LowRank:
+    """The projection at that rank, its output projected on what matters most; or as it is, for None."""
+    if rank is None:
+        return projection
+    left, right = profile[f"{name}_left"][:, :rank], profile[f"{name}_right"][:rank]
+    return LowRank((right @ projection.weight.float()), left.contiguous(), projection.bias)
