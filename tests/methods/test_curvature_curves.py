@@ -56,7 +56,7 @@ def assert_costs(found: Tensor, expected: list[float]) -> None:
 
 def test_an_ffn_costs_at_every_width_what_its_best_fit_loses(any_subject):
     profile, seen = profiled(any_subject)
-    metric, inputs = gram(seen["ffn_output_gradient"]), gram(seen["ffn_neurons"], DAMPING)
+    metric, inputs = gram(seen["ffn_output_gradient"], DAMPING), gram(seen["ffn_neurons"], DAMPING)
     order, widths = profile["neuron_order"].numpy(), profile["ffn_widths"].tolist()
     assert sorted(order) == list(range(40)) and widths[0] == 40 and widths[-1] == 0
     expected = [cost_of_keeping(any_subject.layer.down, order[40 - width :], metric, inputs) for width in widths]
@@ -66,7 +66,7 @@ def test_an_ffn_costs_at_every_width_what_its_best_fit_loses(any_subject):
 def test_a_wide_ffn_is_priced_at_some_of_its_widths(subject):
     this = subject(intermediate_size=150)
     profile, seen = profiled(this)
-    metric, inputs = gram(seen["ffn_output_gradient"]), gram(seen["ffn_neurons"], DAMPING)
+    metric, inputs = gram(seen["ffn_output_gradient"], DAMPING), gram(seen["ffn_neurons"], DAMPING)
     order, widths = profile["neuron_order"].numpy(), profile["ffn_widths"].tolist()
     assert widths[0] == 150 and widths[-1] == 0 and len(widths) < 75
     expected = [cost_of_keeping(this.layer.down, order[150 - width :], metric, inputs) for width in widths]
@@ -76,7 +76,7 @@ def test_a_wide_ffn_is_priced_at_some_of_its_widths(subject):
 def test_going_without_groups_costs_what_the_best_fit_of_the_others_loses(any_subject):
     profile, seen = profiled(any_subject)
     groups, width = any_subject.layer.kv_heads, 8 * any_subject.layer.query_heads
-    metric, inputs = gram(seen["attention_output_gradient"]), gram(seen["attention_values"], DAMPING)
+    metric, inputs = gram(seen["attention_output_gradient"], DAMPING), gram(seen["attention_values"], DAMPING)
     columns = np.arange(width).reshape(groups, -1)
     order = profile["group_order"].numpy()
     assert sorted(order) == list(range(groups))
@@ -90,7 +90,7 @@ def test_going_without_groups_costs_what_the_best_fit_of_the_others_loses(any_su
 def test_fewer_value_neurons_cost_what_the_heads_lose_each_by_itself(any_subject):
     """The heads of a group share a rotation and the mean of their Gram matrices."""
     profile, seen = profiled(any_subject)
-    layer, metric = any_subject.layer, gram(seen["attention_output_gradient"])
+    layer, metric = any_subject.layer, gram(seen["attention_output_gradient"], DAMPING)
     values = np.split(seen["attention_values"], layer.query_heads, axis=1)
     weights = np.split(f64(layer.output.weight), layer.query_heads, axis=1)
     per_group = layer.query_heads // layer.kv_heads
