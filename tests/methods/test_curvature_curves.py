@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -122,11 +123,37 @@ def test_a_rotary_pair_costs_what_its_scaling_changes_the_loss_by_squared(any_su
         assert_costs(profile["pair_costs"][group], [power[group][order[:gone]].sum() / 2 for gone in range(5)])
 
 
+@pytest.mark.parametrize(
+    ("name", "inputs", "gradient"),
+    [
+        ("query", "attention_input", "query_gradient"),
+        ("key", "attention_input", "key_gradient"),
+        ("output", "attention_values", "attention_output_gradient"),
+    ],
+)
+def test_a_factored_projection_costs_what_the_best_of_its_rank_loses(any_subject, name, inputs, gradient):
+    """By Eckart and Young, on C^½ W H^½; and the factors of the profile lose no more."""
+    profile, seen = profiled(any_subject)
+    weight = f64(getattr(any_subject.layer, name).weight)
+    metric, inner = gram(seen[gradient], DAMPING), gram(seen[inputs], DAMPING)
+    singular = np.linalg.svd(np.linalg.cholesky(metric).T @ weight @ np.linalg.cholesky(inner), compute_uv=False)
+    costs, left, right = (profile[f"{name}_{part}"] for part in ("costs", "left", "right"))
+    out, width = weight.shape
+    assert len(costs) - 1 == left.shape[1] == len(right)
+    assert (len(costs) - 1) * (out + width) < out * width <= len(costs) * (out + width)
+    assert_costs(costs, [(singular[rank:] ** 2).sum() / 2 for rank in range(len(costs))])
+    for rank in range(1, len(costs)):
+        change = weight - f64(left[:, :rank]) @ f64(right[:rank]) @ weight
+        assert cost(change, metric, inner) == pytest.approx(costs[rank].item(), rel=1e-2, abs=1e-5 * costs[0].item())
+
+
 def test_what_more_is_gone_never_costs_less(any_subject):
     profile, _ = profiled(any_subject)
     for costs in (profile["group_costs"], profile["ffn_costs"], profile["pair_costs"], profile["value_costs"].flip(-1)):
         assert (costs[..., 0] == 0).all() and (costs.diff(dim=-1) >= 0).all() and (costs[..., -1] > 0).all()
     assert (profile["ffn_widths"].diff() < 0).all()
+    for name in ("query_costs", "key_costs", "output_costs"):
+        assert (profile[name].diff() <= 0).all() and (profile[name] >= 0).all()
 
 
 def test_a_layer_that_neither_sees_nor_gives_anything_has_finite_curves(subject):
