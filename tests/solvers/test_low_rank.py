@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distprune.solvers import factor_input_scaled, factor_output_scaled, subspace
+from distprune.solvers import factor_input_scaled, factor_output_scaled, output_projections, subspace
 
 
 def randn(*size: int, seed: int = 0) -> torch.Tensor:
@@ -119,3 +119,21 @@ def test_a_large_matrix_of_low_rank_is_reproduced(weight):
     left, right = factor_input_scaled(weight, torch.ones(1024), 8)
     np.testing.assert_allclose(f64(left).T @ f64(left), np.eye(8), atol=1e-5)
     torch.testing.assert_close(left @ right, weight, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_projections_truncate_best_in_the_metrics_of_inputs_and_outputs(shape):
+    out, inputs = SHAPES[shape]
+    weight, x, g = randn(out, inputs), randn(200, inputs, seed=1), randn(200, out, seed=2)
+    x, g = x * torch.logspace(-1, 1, inputs), g * torch.logspace(-1, 1, out).flip(0)
+    gram, metric = x.mT @ x / 200, g.mT @ g / 200
+    root = torch.linalg.cholesky(metric.double())
+    left, right, errors = output_projections(weight, gram, root)
+    assert left.dtype == right.dtype == torch.float32 and errors.dtype == torch.float64
+    singular = np.linalg.svd(f64(root).T @ f64(weight) @ np.linalg.cholesky(f64(gram)), compute_uv=False)
+    expected = [(singular[rank:] ** 2).sum() for rank in range(out + 1)]
+    np.testing.assert_allclose(errors, expected, rtol=1e-6, atol=1e-9 * expected[0])
+    for rank in (0, 1, 7, 20, min(out, inputs)):
+        change = f64(weight) - f64(left)[:, :rank] @ f64(right)[:rank] @ f64(weight)
+        error = np.trace(f64(metric) @ change @ f64(gram) @ change.T)
+        assert error == pytest.approx(expected[rank], rel=1e-4, abs=1e-6 * expected[0])
