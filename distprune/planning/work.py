@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 
 from distprune.decoder_layer import LayerShape
 from distprune.planning.rates import Rates
-from distprune.statistics import Cross, Gram, HeadGram, Moment
+from distprune.statistics import Cross, Gram, HeadGram, Moment, ScalingPower
 from distprune.statistics.products import TILE
 
 FLOAT32 = 4
@@ -114,6 +114,8 @@ def moment_size(moment: Moment, widths: dict[str, int]) -> int:
             return width * widths[other]
         case HeadGram(heads=heads):
             return width * width // heads
+        case ScalingPower(groups=groups, pairs=pairs):
+            return groups * pairs
     return width
 
 

@@ -17,7 +17,7 @@ from distprune.modeling import PrunedConfig, PrunedDecoderLayer
 from distprune.planning import scenario
 from distprune.planning.rates import RATES
 from distprune.planning.work import Work, backward_flops, forward_flops, moment_size, moment_work, tap_widths
-from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power
+from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power, ScalingPower
 from distprune.statistics.products import TILE
 
 CONFIG = PrunedConfig(
@@ -43,6 +43,7 @@ MOMENTS = [
     Mean("ffn_output"),
     Power("attention_output"),
     Peak("attention_input"),
+    ScalingPower("queries", "queries", 2, 4),
 ]
 
 
