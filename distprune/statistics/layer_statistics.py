@@ -41,8 +41,9 @@ class LayerStatistics:
         self.tokens += len(next(iter(activations.values())))
 
     def to_tensors(self, moments: Iterable[Moment]) -> dict[str, Tensor]:
-        """The averages of some of the moments as named tensors, for :meth:`from_tensors`."""
-        return {TOKENS: torch.tensor(self.tokens)} | {str(moment): self._average(moment) for moment in moments}
+        """The averages of some of the moments as named tensors, for :meth:`from_tensors`; of no moments, none."""
+        averages = {str(moment): self._average(moment) for moment in moments}
+        return averages and averages | {TOKENS: torch.tensor(self.tokens)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], moments: Iterable[Moment]) -> LayerStatistics | None:
