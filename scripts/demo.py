@@ -37,7 +37,7 @@ def main() -> None:
         record = distprune.prune(
             str(model),
             output,
-            method="olica",
+            method="curvature",
             sparsity=0.2,
             calibration=calibration,
             workers=2,
