@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distprune.solvers import eliminate
+from distprune.solvers import eliminate, elimination_path
 
 OUT = 7
 
@@ -152,4 +152,52 @@ def test_its_operands_stay_as_they_were():
     this = problem()
     weight, gram = this.weight.clone(), this.gram.clone()
     this.eliminate(5, largest_batch=3)
+    assert torch.equal(this.weight, weight) and torch.equal(this.gram, gram)
+
+
+# ------------------------------------------------------------------ the whole path
+
+
+@TOKENS
+@pytest.mark.parametrize(("width", "batch"), [(1, 1), (1, 5), (1, 24), (1, 100), (3, 1), (4, 4), (24, 1)])
+def test_the_path_says_what_the_best_fit_on_the_rest_costs_after_every_batch(tokens, width, batch):
+    this, units = problem(tokens), 24 // width
+    order, errors = elimination_path(this.weight, this.gram, this.damping, width=width, batch=batch)
+    assert sorted(order.tolist()) == list(range(units))
+    left = [order[gone:].tolist() for gone in range(0, units + batch, batch)]
+    expected = [this.least_error(columns_of(kept, width)) for kept in left]
+    assert errors.dtype == torch.float64 and errors[0] == 0
+    np.testing.assert_allclose(errors, expected, rtol=1e-8, atol=1e-8 * expected[-1])
+    assert (errors.diff() >= 0).all()
+
+
+@TOKENS
+@pytest.mark.parametrize(("width", "batch"), [(1, 1), (1, 7), (2, 5), (8, 1)])
+def test_the_path_goes_where_elimination_in_such_batches_goes(tokens, width, batch):
+    this, units = problem(tokens), 24 // width
+    order, _ = elimination_path(this.weight, this.gram, this.damping, width=width, batch=batch)
+    for gone in range(0, units, batch):
+        kept, _ = this.eliminate(units - gone, width=width, largest_batch=batch, smallest_batch=batch)
+        assert sorted(order[gone:].tolist()) == kept
+
+
+def test_the_path_takes_a_batch_in_the_order_of_what_each_costs_alone():
+    this, whole = problem(), list(range(24))
+    errors = [this.least_error([unit for unit in whole if unit != gone]) for gone in whole]
+    order, _ = elimination_path(this.weight, this.gram, this.damping, batch=24)
+    assert order.tolist() == np.argsort(errors).tolist()
+
+
+def test_the_path_begins_with_inputs_that_are_always_zero_and_they_cost_nothing():
+    this, silent = problem(), torch.tensor([1, 4, 20])
+    gram = this.gram.index_fill(0, silent, 0).index_fill(1, silent, 0)
+    order, errors = elimination_path(this.weight, gram, damping=1e-12)
+    assert sorted(order[:3].tolist()) == silent.tolist()
+    assert errors[3] < 1e-9 * errors[-1]
+
+
+def test_the_path_leaves_its_operands_as_they_were():
+    this = problem()
+    weight, gram = this.weight.clone(), this.gram.clone()
+    elimination_path(this.weight, this.gram, this.damping, batch=3)
     assert torch.equal(this.weight, weight) and torch.equal(this.gram, gram)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distprune.solvers import prediction_correlation, ridge
+from distprune.solvers import prediction_correlation, ridge, ridge_towards
 
 
 def randn(*size: int, seed: int = 0) -> torch.Tensor:
@@ -71,6 +71,29 @@ def test_ridge_leaves_its_gram_matrix_as_it_was():
     before = gram.clone()
     ridge(gram, cross, damping=0.5)
     assert torch.equal(gram, before)
+
+
+@pytest.mark.parametrize("damping", [0.5, 1e-2])
+@pytest.mark.parametrize("tokens", [200, 10], ids=["full-rank Gram", "rank-deficient Gram"])
+def test_ridge_towards_weights_is_least_squares_with_rows_that_pull_there(tokens, damping):
+    x, y, start = randn(tokens, 24), randn(tokens, 9, seed=1), randn(9, 24, seed=2)
+    gram, cross = moments(x, y)
+    pull = np.sqrt(tokens * damping * np.diag(f64(gram)).mean())
+    rows, wanted = np.vstack([f64(x), pull * np.eye(24)]), np.vstack([f64(y), pull * f64(start).T])
+    expected = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
+    found = ridge_towards(start, gram, cross.mT, damping)
+    np.testing.assert_allclose(f64(found), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ridge_towards_weights_that_fit_already_leaves_them():
+    x, start = randn(200, 24), randn(9, 24, seed=2)
+    gram, cross = moments(x, x @ start.mT)
+    torch.testing.assert_close(ridge_towards(start, gram, cross.mT, 0.1), start, atol=1e-5, rtol=0)
+
+
+def test_ridge_towards_weights_leaves_them_on_inputs_that_are_always_zero():
+    start = randn(9, 24)
+    assert torch.equal(ridge_towards(start, torch.zeros(24, 24), torch.zeros(9, 24), 0.1), start)
 
 
 def correlation(solution: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

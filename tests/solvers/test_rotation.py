@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from distprune.solvers import orthogonal_output_rotation, uncorrelated_rotation
+from distprune.solvers import orthogonal_output_rotation, output_aware_rotation, uncorrelated_rotation
+from distprune.solvers.rotation import JITTER
 
 GROUPS, HEADS, HIDDEN, WIDTH = 3, 2, 20, 6
 
@@ -45,3 +47,70 @@ def test_output_columns_are_orthogonal_after_their_rotation_and_ordered_by_energ
         stacked = np.concatenate([f64(rms)[:, None] * f64(head) for head in slices[group]])
         rotated = stacked @ f64(rotation)[group]
         assert_diagonal_with(rotated.T @ rotated, np.linalg.svd(stacked, compute_uv=False) ** 2)
+
+
+# ------------------------------------------------------------------ aware of values and output
+
+
+def slices_and_gram(tokens: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output slices, already in a metric of unlike scales, and the second moment of correlated values."""
+    generator = torch.Generator().manual_seed(0)
+    metric = torch.randn(HIDDEN, HIDDEN, generator=generator) * torch.logspace(-1, 1, HIDDEN)
+    slices = metric @ torch.randn(GROUPS, HEADS, HIDDEN, WIDTH, generator=generator)
+    mixed = torch.randn(GROUPS, WIDTH, WIDTH, generator=generator) * torch.logspace(-1, 0.5, WIDTH)
+    values = torch.randn(GROUPS, tokens, WIDTH, generator=generator) @ mixed
+    return slices, values.mT @ values / tokens
+
+
+def least_error(stacked: np.ndarray, gram: np.ndarray, basis: np.ndarray) -> float:
+    """min over B of tr(ΔHΔᵀ), Δ = W - B Qᵀ with Q the ``basis``: by the normal equations."""
+    if not basis.shape[1]:
+        return np.trace(stacked @ gram @ stacked.T)
+    within = np.linalg.solve(basis.T @ gram @ basis, basis.T @ gram @ stacked.T).T
+    change = stacked - within @ basis.T
+    return np.trace(change @ gram @ change.T)
+
+
+def test_the_errors_of_an_output_aware_rotation_are_those_of_eckart_and_young():
+    slices, gram = slices_and_gram()
+    rotation, errors = output_aware_rotation(slices, gram)
+    assert_orthogonal(rotation)
+    assert rotation.dtype == slices.dtype and errors.dtype == torch.float64
+    for group in range(GROUPS):
+        stacked = f64(slices[group].flatten(0, 1))
+        power = np.linalg.svd(stacked @ np.linalg.cholesky(f64(gram[group])), compute_uv=False) ** 2
+        expected = [power[kept:].sum() for kept in range(WIDTH + 1)]
+        np.testing.assert_allclose(errors[group], expected, rtol=1e-4, atol=1e-5 * expected[0])
+        assert (errors[group].diff() <= 0).all() and errors[group, -1] == 0
+
+
+def test_the_first_directions_attain_these_errors_and_no_others_do_better():
+    slices, gram = slices_and_gram()
+    rotation, errors = output_aware_rotation(slices, gram)
+    random = np.random.default_rng(0)
+    for group in range(GROUPS):
+        stacked, seen = f64(slices[group].flatten(0, 1)), f64(gram[group])
+        seen += JITTER * np.diag(seen).mean() * np.eye(WIDTH)
+        for kept in range(WIDTH):
+            attained = least_error(stacked, seen, f64(rotation[group])[:, :kept])
+            assert attained == pytest.approx(errors[group, kept].item(), rel=1e-4)
+            for _ in range(20 if kept else 0):
+                # Near the best directions and far from them.
+                noise = random.standard_normal((WIDTH, kept)) * 10 ** random.uniform(-2, 1)
+                other = np.linalg.qr(f64(rotation[group])[:, :kept] + noise).Q
+                assert least_error(stacked, seen, other) >= attained * (1 - 1e-7)
+
+
+def test_values_that_span_less_than_their_width_cost_nothing_beyond_their_span():
+    slices, gram = slices_and_gram(tokens=4)
+    rotation, errors = output_aware_rotation(slices, gram)
+    assert_orthogonal(rotation)
+    assert (errors[:, 4] < 1e-4 * errors[:, 0]).all()
+
+
+def test_values_that_are_always_zero_have_a_rotation_too():
+    slices, gram = slices_and_gram()
+    gram[1] = 0
+    rotation, errors = output_aware_rotation(slices, gram)
+    assert_orthogonal(rotation)
+    assert errors.isfinite().all()

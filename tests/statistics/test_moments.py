@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power, taps_of
+from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power, ScalingPower, taps_of
 from distprune.statistics.products import TILE, as_exact_as_its
 
 MICRO_BATCHES = [7, 1, 30, 12]
-WIDTHS = {"ffn_input": 12, "ffn_output": 8}
-X, Y = WIDTHS
-EVERYTHING = [Mean(X), Power(X), Peak(X), Gram(X), Cross(X, Y), HeadGram(X, 3)]
+WIDTHS = {"queries": 12, "ffn_output": 8, "query_gradient": 12}
+X, Y, G = WIDTHS
+EVERYTHING = [Mean(X), Power(X), Peak(X), Gram(X), Cross(X, Y), HeadGram(X, 3), ScalingPower(X, G, 3, 2)]
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
@@ -91,11 +91,30 @@ def test_head_gram_holds_the_gram_matrix_of_every_heads_own_slice(activations, s
     assert_equal(collect([HeadGram(X, 3)], activations).head_gram(X, 3), expected)
 
 
+@pytest.mark.parametrize(("groups", "heads", "pairs"), [(3, 1, 2), (1, 3, 2), (2, 1, 3), (1, 2, 3), (1, 1, 6)])
+def test_scaling_power_is_of_a_pairs_part_of_the_inner_product_in_all_heads_of_its_group(
+    activations, samples, groups, heads, pairs
+):
+    expected = np.zeros((groups, pairs))
+    for group in range(groups):
+        for pair in range(pairs):
+            for x, gradient in zip(samples[X], samples[G], strict=True):
+                change = 0.0
+                for head in range(group * heads, (group + 1) * heads):
+                    first = head * 2 * pairs + pair
+                    change += x[first] * gradient[first] + x[first + pairs] * gradient[first + pairs]
+                expected[group, pair] += change**2 / 50
+    moment = ScalingPower(X, G, groups, pairs)
+    assert_equal(collect([moment], activations).scaling_power(X, G, groups, pairs), expected)
+
+
 def test_moments_collected_together_are_those_collected_alone(activations):
     together = collect(EVERYTHING, activations)
     assert torch.equal(together.mean(X), collect([Mean(X)], activations).mean(X))
     assert torch.equal(together.gram(X), collect([Gram(X)], activations).gram(X))
     assert torch.equal(together.head_gram(X, 3), collect([HeadGram(X, 3)], activations).head_gram(X, 3))
+    scaled = collect([ScalingPower(X, G, 3, 2)], activations).scaling_power(X, G, 3, 2)
+    assert torch.equal(together.scaling_power(X, G, 3, 2), scaled)
 
 
 def test_a_gram_matrix_wider_than_its_tiles_is_whole_and_symmetric():
@@ -139,6 +158,7 @@ def test_gpus_may_round_to_tf32_only_what_has_no_more_bits(dtype, precision):
 def test_the_taps_of_moments_are_those_they_are_of_each_once():
     assert taps_of([]) == set()
     assert taps_of([Mean(X), Cross(X, Y), Gram(Y)]) == {X, Y}
+    assert taps_of([ScalingPower(X, G, 1, 6)]) == {X, G}
 
 
 @pytest.mark.parametrize(
@@ -150,8 +170,9 @@ def test_the_taps_of_moments_are_those_they_are_of_each_once():
         lambda statistics: statistics.gram(Y),
         lambda statistics: statistics.cross(Y, X),
         lambda statistics: statistics.head_gram(X, 2),
+        lambda statistics: statistics.scaling_power(X, G, 1, 2),
     ],
-    ids=["mean", "power", "rms", "gram", "cross the other way round", "another number of heads"],
+    ids=["mean", "power", "rms", "gram", "cross the other way round", "another number of heads", "of groups"],
 )
 def test_asking_for_a_moment_that_was_not_collected_raises(activations, ask):
     statistics = collect(EVERYTHING, activations)

@@ -1,0 +1,142 @@
+"""What curvature predicts a layer's modules to lose, against ½tr(C ΔW H ΔWᵀ) in numpy float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distprune.backward import backward
+from distprune.decoder_layer import Linear
+from distprune.forward import LayerRunner
+from distprune.methods import Profile, make_method
+
+DAMPING = 0.02
+
+
+def f64(tensor: Tensor) -> np.ndarray:
+    return tensor.double().numpy()
+
+
+def profiled(this) -> tuple[Profile, dict[str, np.ndarray]]:
+    """The profile, and every tap of the same pass back through the layer, gradients among them, in float64."""
+    method = make_method("curvature", {"damping": DAMPING})
+    moments = [*method.dense_moments(this.layer.shape), *method.gradient_moments(this.layer.shape)]
+    profile = method.profile(this.layer, this.statistics(moments))
+    seen: list[dict[str, Tensor]] = []
+    runner = LayerRunner(this.config, torch.device("cpu"), torch.float32, micro_batch=8)
+    output = this.run(this.layer).clone()
+    backward(runner, this.layer, 0, this.hidden_states, output, observe=lambda taps: seen.append(dict(taps)))
+    return profile, {tap: f64(values) for tap, values in seen[0].items()}
+
+
+def gram(samples: np.ndarray, damping: float = 0.0) -> np.ndarray:
+    product = samples.T @ samples / len(samples)
+    return product + damping * np.diag(product).mean() * np.eye(len(product))
+
+
+def cost(change: np.ndarray, metric: np.ndarray, inputs: np.ndarray) -> float:
+    return np.trace(metric @ change @ inputs @ change.T) / 2
+
+
+def cost_of_keeping(projection: Linear, kept: np.ndarray, metric: np.ndarray, inputs: np.ndarray) -> float:
+    """What is lost where the kept columns are made to fit as well as they can, by the normal equations."""
+    change = f64(projection.weight).copy()
+    if len(kept):
+        fitted = np.linalg.solve(inputs[np.ix_(kept, kept)], inputs[kept] @ change.T).T
+        change[:, kept] -= fitted
+    return cost(change, metric, inputs)
+
+
+def assert_costs(found: Tensor, expected: list[float]) -> None:
+    np.testing.assert_allclose(f64(found), expected, rtol=1e-3, atol=1e-4 * max(expected))
+
+
+def test_an_ffn_costs_at_every_width_what_its_best_fit_loses(any_subject):
+    profile, seen = profiled(any_subject)
+    metric, inputs = gram(seen["ffn_output_gradient"]), gram(seen["ffn_neurons"], DAMPING)
+    order, widths = profile["neuron_order"].numpy(), profile["ffn_widths"].tolist()
+    assert sorted(order) == list(range(40)) and widths[0] == 40 and widths[-1] == 0
+    expected = [cost_of_keeping(any_subject.layer.down, order[40 - width :], metric, inputs) for width in widths]
+    assert_costs(profile["ffn_costs"], expected)
+
+
+def test_a_wide_ffn_is_priced_at_some_of_its_widths(subject):
+    this = subject(intermediate_size=150)
+    profile, seen = profiled(this)
+    metric, inputs = gram(seen["ffn_output_gradient"]), gram(seen["ffn_neurons"], DAMPING)
+    order, widths = profile["neuron_order"].numpy(), profile["ffn_widths"].tolist()
+    assert widths[0] == 150 and widths[-1] == 0 and len(widths) < 75
+    expected = [cost_of_keeping(this.layer.down, order[150 - width :], metric, inputs) for width in widths]
+    assert_costs(profile["ffn_costs"], expected)
+
+
+def test_going_without_groups_costs_what_the_best_fit_of_the_others_loses(any_subject):
+    profile, seen = profiled(any_subject)
+    groups, width = any_subject.layer.kv_heads, 8 * any_subject.layer.query_heads
+    metric, inputs = gram(seen["attention_output_gradient"]), gram(seen["attention_values"], DAMPING)
+    columns = np.arange(width).reshape(groups, -1)
+    order = profile["group_order"].numpy()
+    assert sorted(order) == list(range(groups))
+    expected = [
+        cost_of_keeping(any_subject.layer.output, np.sort(columns[order[gone:]].ravel()), metric, inputs)
+        for gone in range(groups + 1)
+    ]
+    assert_costs(profile["group_costs"], expected)
+
+
+def test_fewer_value_neurons_cost_what_the_heads_lose_each_by_itself(any_subject):
+    """The heads of a group share a rotation and the mean of their Gram matrices."""
+    profile, seen = profiled(any_subject)
+    layer, metric = any_subject.layer, gram(seen["attention_output_gradient"])
+    values = np.split(seen["attention_values"], layer.query_heads, axis=1)
+    weights = np.split(f64(layer.output.weight), layer.query_heads, axis=1)
+    per_group = layer.query_heads // layer.kv_heads
+    for group in range(layer.kv_heads):
+        heads = range(group * per_group, (group + 1) * per_group)
+        inputs = gram(np.concatenate([values[head] for head in heads]))
+        rotation, expected = f64(profile["value_rotation"][group]), []
+        np.testing.assert_allclose(rotation.T @ rotation, np.eye(8), atol=1e-5)
+        for kept in range(9):
+            basis = rotation[:, :kept]
+            changes = [weights[head] for head in heads]
+            if kept:
+                within = np.linalg.inv(basis.T @ inputs @ basis) @ basis.T @ inputs
+                changes = [change - change @ within.T @ basis.T for change in changes]
+            expected.append(sum(cost(change, metric, inputs) for change in changes))
+        assert_costs(profile["value_costs"][group], expected)
+
+
+def test_a_rotary_pair_costs_what_its_scaling_changes_the_loss_by_squared(any_subject):
+    profile, seen = profiled(any_subject)
+    layer = any_subject.layer
+    per_head = (seen["queries"] * seen["query_gradient"]).reshape(
+        -1, layer.kv_heads, layer.query_heads // layer.kv_heads, 2, 4
+    )
+    power = (per_head.sum(axis=(2, 3)) ** 2).mean(axis=0)
+    for group in range(layer.kv_heads):
+        order = profile["pair_order"][group].numpy()
+        assert order.tolist() == np.argsort(power[group]).tolist()
+        assert_costs(profile["pair_costs"][group], [power[group][order[:gone]].sum() / 2 for gone in range(5)])
+
+
+def test_what_more_is_gone_never_costs_less(any_subject):
+    profile, _ = profiled(any_subject)
+    for costs in (profile["group_costs"], profile["ffn_costs"], profile["pair_costs"], profile["value_costs"].flip(-1)):
+        assert (costs[..., 0] == 0).all() and (costs.diff(dim=-1) >= 0).all() and (costs[..., -1] > 0).all()
+    assert (profile["ffn_widths"].diff() < 0).all()
+
+
+def test_a_layer_that_neither_sees_nor_gives_anything_has_finite_curves(subject):
+    this = subject(biases=False)
+    profile, seen = profiled(replace(this, hidden_states=torch.zeros_like(this.hidden_states)))
+    assert not any(values.any() for values in seen.values())
+    assert all(tensor.isfinite().all() for tensor in profile.values())
+
+
+def test_the_same_statistics_give_the_same_profile(subject):
+    first, again = (profiled(subject())[0] for _ in range(2))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
