@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def assert_costs(found: Tensor, expected: list[float]) -> None:
 
 def test_an_ffn_costs_at_every_width_what_its_best_fit_loses(any_subject):
     profile, seen = profiled(any_subject)
-    metric, inputs = gram(seen["ffn_output_gradient"]), gram(seen["ffn_neurons"], DAMPING)
+    metric, inputs = gram(seen["ffn_output_gradient"], DAMPING), gram(seen["ffn_neurons"], DAMPING)
     order, widths = profile["neuron_order"].numpy(), profile["ffn_widths"].tolist()
     assert sorted(order) == list(range(40)) and widths[0] == 40 and widths[-1] == 0
     expected = [cost_of_keeping(any_subject.layer.down, order[40 - width :], metric, inputs) for width in widths]
@@ -66,7 +67,7 @@ def test_an_ffn_costs_at_every_width_what_its_best_fit_loses(any_subject):
 def test_a_wide_ffn_is_priced_at_some_of_its_widths(subject):
     this = subject(intermediate_size=150)
     profile, seen = profiled(this)
-    metric, inputs = gram(seen["ffn_output_gradient"]), gram(seen["ffn_neurons"], DAMPING)
+    metric, inputs = gram(seen["ffn_output_gradient"], DAMPING), gram(seen["ffn_neurons"], DAMPING)
     order, widths = profile["neuron_order"].numpy(), profile["ffn_widths"].tolist()
     assert widths[0] == 150 and widths[-1] == 0 and len(widths) < 75
     expected = [cost_of_keeping(this.layer.down, order[150 - width :], metric, inputs) for width in widths]
@@ -76,7 +77,7 @@ def test_a_wide_ffn_is_priced_at_some_of_its_widths(subject):
 def test_going_without_groups_costs_what_the_best_fit_of_the_others_loses(any_subject):
     profile, seen = profiled(any_subject)
     groups, width = any_subject.layer.kv_heads, 8 * any_subject.layer.query_heads
-    metric, inputs = gram(seen["attention_output_gradient"]), gram(seen["attention_values"], DAMPING)
+    metric, inputs = gram(seen["attention_output_gradient"], DAMPING), gram(seen["attention_values"], DAMPING)
     columns = np.arange(width).reshape(groups, -1)
     order = profile["group_order"].numpy()
     assert sorted(order) == list(range(groups))
@@ -90,7 +91,7 @@ def test_going_without_groups_costs_what_the_best_fit_of_the_others_loses(any_su
 def test_fewer_value_neurons_cost_what_the_heads_lose_each_by_itself(any_subject):
     """The heads of a group share a rotation and the mean of their Gram matrices."""
     profile, seen = profiled(any_subject)
-    layer, metric = any_subject.layer, gram(seen["attention_output_gradient"])
+    layer, metric = any_subject.layer, gram(seen["attention_output_gradient"], DAMPING)
     values = np.split(seen["attention_values"], layer.query_heads, axis=1)
     weights = np.split(f64(layer.output.weight), layer.query_heads, axis=1)
     per_group = layer.query_heads // layer.kv_heads
@@ -122,11 +123,37 @@ def test_a_rotary_pair_costs_what_its_scaling_changes_the_loss_by_squared(any_su
         assert_costs(profile["pair_costs"][group], [power[group][order[:gone]].sum() / 2 for gone in range(5)])
 
 
+@pytest.mark.parametrize(
+    ("name", "inputs", "gradient"),
+    [
+        ("query", "attention_input", "query_gradient"),
+        ("key", "attention_input", "key_gradient"),
+        ("output", "attention_values", "attention_output_gradient"),
+    ],
+)
+def test_a_factored_projection_costs_what_the_best_of_its_rank_loses(any_subject, name, inputs, gradient):
+    """By Eckart and Young, on C^½ W H^½; and the factors of the profile lose no more."""
+    profile, seen = profiled(any_subject)
+    weight = f64(getattr(any_subject.layer, name).weight)
+    metric, inner = gram(seen[gradient], DAMPING), gram(seen[inputs], DAMPING)
+    singular = np.linalg.svd(np.linalg.cholesky(metric).T @ weight @ np.linalg.cholesky(inner), compute_uv=False)
+    costs, left, right = (profile[f"{name}_{part}"] for part in ("costs", "left", "right"))
+    out, width = weight.shape
+    assert len(costs) - 1 == left.shape[1] == len(right)
+    assert (len(costs) - 1) * (out + width) < out * width <= len(costs) * (out + width)
+    assert_costs(costs, [(singular[rank:] ** 2).sum() / 2 for rank in range(len(costs))])
+    for rank in range(1, len(costs)):
+        change = weight - f64(left[:, :rank]) @ f64(right[:rank]) @ weight
+        assert cost(change, metric, inner) == pytest.approx(costs[rank].item(), rel=1e-2, abs=1e-5 * costs[0].item())
+
+
 def test_what_more_is_gone_never_costs_less(any_subject):
     profile, _ = profiled(any_subject)
     for costs in (profile["group_costs"], profile["ffn_costs"], profile["pair_costs"], profile["value_costs"].flip(-1)):
         assert (costs[..., 0] == 0).all() and (costs.diff(dim=-1) >= 0).all() and (costs[..., -1] > 0).all()
     assert (profile["ffn_widths"].diff() < 0).all()
+    for name in ("query_costs", "key_costs", "output_costs"):
+        assert (profile[name].diff() <= 0).all() and (profile[name] >= 0).all()
 
 
 def test_a_layer_that_neither_sees_nor_gives_anything_has_finite_curves(subject):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, lcm
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +95,7 @@ def narrower_heads(target: Target, dense: LayerShape, profile: Profile, reach: R
     pairs = [dense.query_key_dim]
     if not target.config.query_key_norm:
         # Pairs go in twos of coordinates.
-        pairs = replace(reach, align=reach.align + reach.align % 2).widths(dense.query_key_dim)
+        pairs = replace(reach, align=lcm(2, reach.align)).widths(dense.query_key_dim)
     for gone in range(min(dense.kv_heads - 1, round((1 - reach.least) * dense.kv_heads)) + 1):
         without, groups = float(profile["group_costs"][gone]), dense.kv_heads - gone
         for value_dim in reach.widths(dense.value_dim):
@@ -178,15 +178,17 @@ def allocate_equally(target: Target, profiles: Sequence[Profile], reach: Reach) 
     """
     dense = target.dense_shapes[0]
     costs_of = [ffn_costs_by_width(profile) for profile in profiles]
-    best: tuple[float, LayerShape] | None = None
+    best: tuple[tuple[int, float], LayerShape] | None = None
     for groups in range(1, dense.kv_heads + 1):
         shape = replace(dense, kv_heads=groups, query_heads=groups * (dense.query_heads // dense.kv_heads))
-        width = has_plain_heads(target.config, shape) and widest(target, shape, reach)
-        if width:
+        found = has_plain_heads(target.config, shape) and widest(target, shape, reach)
+        if found:
+            width, unspent = found
             gone = dense.kv_heads - groups
             lost = sum(float(profile["group_costs"][gone]) for profile in profiles)
             lost += sum(cost_of(width) for cost_of in costs_of)
-            best = min(filter(None, (best, (lost, replace(shape, ffn_width=width)))), key=lambda pair: pair[0])
+            pair = ((unspent, lost), replace(shape, ffn_width=width))
+            best = min(filter(None, (best, pair)), key=lambda pair: pair[0])
     if best is None:
         raise InputError(
             f"sparsity {target.sparsity:g} can't be reached with the same widths in every layer. Ask for a lower "
@@ -195,14 +197,15 @@ def allocate_equally(target: Target, profiles: Sequence[Profile], reach: Reach) 
     return [best[1]] * len(profiles)
 
 
-def widest(target: Target, shape: LayerShape, reach: Reach) -> int | None:
-    """The FFN width nearest to what the target leaves beside the attention of ``shape``, if there is one."""
+def widest(target: Target, shape: LayerShape, reach: Reach) -> tuple[int, int] | None:
+    """The FFN width nearest to what the target leaves beside the attention of ``shape``, if there is one; and how many
+    steps of width would be left of that by an FFN that is whole."""
     layers, full = target.config.num_hidden_layers, target.config.intermediate_size
     one, two = (target.amount([replace(shape, ffn_width=width)] * layers) for width in (reach.align, 2 * reach.align))
     if one == two:
-        return full if target.amount([replace(shape, ffn_width=full)] * layers) <= target.remaining else None
-    steps = 1 + round((target.remaining - one) / (two - one))
-    return min(full, steps * reach.align) if steps >= 1 else None
+        return (full, target.remaining - one) if one <= target.remaining else None
+    steps, whole = 1 + round((target.remaining - one) / (two - one)), ceil(full / reach.align)
+    return (min(full, steps * reach.align), max(0, steps - whole)) if steps >= 1 else None
 
 
 def ffn_costs_by_width(profile: Profile) -> Callable[[int], float]:
