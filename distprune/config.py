@@ -59,7 +59,7 @@ class PruneConfig(BaseModel):
 
     model: str = Field(description="local Hugging Face folder, hub id, or .gguf file")
     output: Path = Field(description="folder of the pruned checkpoint")
-    method: str = Field("olica", description="pruning method")
+    method: str = Field("curvature", description="pruning method")
     options: dict[str, Any] = Field(default_factory=dict, description="hyperparameters of the method")
     sparsity: float = Field(0.2, ge=0, lt=1, description="fraction of the decoder layers' parameters to remove")
     target: Literal["parameters", "flops", "kv-cache", "bytes"] = Field(

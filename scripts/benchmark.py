@@ -29,6 +29,12 @@ ABLATED = 0.3
 DISTILLED = (128, 256, 640)  # windows to distil on
 DISTILLATION_SEED = 1000
 ABLATIONS = {
+    "curvature": {
+        "no projection factored": {"options": {"factored": False}},
+        "the same widths in every layer (stock)": {"layout": "stock"},
+        "refits shrink little (refit_damping 0.003)": {"options": {"refit_damping": 0.003}},
+        "dense propagation (1)": {"propagation": 1},
+    },
     "olica": {
         "value neurons decomposed by W_o (as published)": {"options": {"decomposition": "weights"}},
         "without decomposition": {"options": {"decomposition": "none"}},
@@ -84,7 +90,7 @@ TABLES = {"sparsity": sparsity_table, "ablation": ablation_table, "distillation"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=ABLATIONS, default="olica")
+    parser.add_argument("--method", choices=ABLATIONS, default="curvature")
     parser.add_argument("--table", action="append", choices=TABLES, help="repeatable; all by default")
     parser.add_argument("--model", help="folder, hub id or .gguf file")
     parser.add_argument("--text", action="append", required=True, help="calibration text; repeatable")

@@ -1,4 +1,4 @@
-"""Prune SmolLM2-135M by 20% with Olica on two workers, and hear the model before and after."""
+"""Prune SmolLM2-135M by 20% on two workers, and hear the model before and after."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main() -> None:
         record = distprune.prune(
             str(model),
             output,
-            method="olica",
+            method="curvature",
             sparsity=0.2,
             calibration=calibration,
             workers=2,

@@ -5,4 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 scripts/setup.sh "$venv" dev
-exec "$venv/bin/python" -m pytest --durations=10 -m "not slow" "$@"
+# A file's tests stay together: they share what takes long to make.
+exec "$venv/bin/python" -m pytest -n "${PROCESSES:-2}" --dist loadfile --durations=10 -m "not slow" "$@"

@@ -216,7 +216,7 @@ def run(ray_cluster, dense_path, calibrate, tmp_path_factory) -> Callable[..., t
     """Prunes the Llama into a new folder, on one worker and the CPU unless told otherwise."""
 
     def prune_one(model: Path = dense_path, output: Path | None = None, **options) -> tuple[Path, RunRecord]:
-        defaults = {"device": "cpu", "workers": 1, "micro_batch": 3}
+        defaults = {"method": "olica", "device": "cpu", "workers": 1, "micro_batch": 3}
         if "calibration" not in options:
             defaults["calibration"] = calibrate(model)
         output = output or tmp_path_factory.mktemp("run") / "pruned"

@@ -60,7 +60,7 @@ class DensePass(Relay):
         elif done < self.layers:
             self.begin(done, load_states(self.journal, DENSE, done))
         self.pool.run()
-        return [self.journal.tensors(entry) for entry in entries]
+        return [self.journal.stored_tensors(entry) for entry in entries]
 
     def _embedded(self, hidden_states: Parcel) -> None:
         save_states(self.journal, DENSE, 0, [hidden_states])

@@ -70,7 +70,7 @@ class GradientPass(Relay):
         elif done < self.stations:
             self.begin(done, load_states(self.journal, GRADIENT, self._layer(done)))
         self.pool.run()
-        return [self.journal.tensors(entry_of(PROFILE, index)) for index in range(self.layers)]
+        return [self.journal.stored_tensors(entry_of(PROFILE, index)) for index in range(self.layers)]
 
     def opening(self, station: int) -> Order:
         return ("open_head", ()) if station == HEAD else ("open_backward", (self._layer(station),))

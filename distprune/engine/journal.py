@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -72,6 +73,11 @@ class Journal:
         file = self._tensors_file(entry)
         return load_file(file) if file.is_file() else {}
 
+    def stored_tensors(self, entry: str) -> Mapping[str, Tensor]:
+        """The same, each read when it is asked for."""
+        file = self._tensors_file(entry)
+        return StoredTensors(file) if file.is_file() else {}
+
     def remove(self, entry: str) -> None:
         """Remove an entry, if it is there."""
         self.file_of(entry).unlink(missing_ok=True)
@@ -91,6 +97,27 @@ class Journal:
 
     def _tensors_file(self, entry: str) -> Path:
         return self.folder / f"{entry}.safetensors"
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors in a safetensors file, which stay there."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        with safe_open(file, "pt") as tensors:
+            self._names = list(tensors.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._file, "pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:

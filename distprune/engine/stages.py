@@ -80,7 +80,8 @@ def prune_blocks(
         return index + 1 == len(plan) or (index + 1) % block_length == 0
 
     def submit(index: int, hidden_states: Any, carried: Any) -> None:
-        arguments = index, hidden_states, plan[index], pack_all(profiles[index]), carried, not ends_block(index)
+        profile = Later(lambda: pack_all(dict(profiles[index])))
+        arguments = index, hidden_states, plan[index], profile, carried, not ends_block(index)
         pool.submit(partial(receive, index), "prune", *arguments)
 
     def stored_states(kind: str, index: int) -> Any:

@@ -13,7 +13,8 @@ from distprune.decoder_layer import DecoderLayer, LayerShape
 from distprune.errors import InputError
 from distprune.statistics import LayerStatistics, Moment
 
-#: What the dense pass, or the gradient pass, leaves of one layer for planning and pruning: small named tensors.
+#: What the dense pass, or the gradient pass, leaves of one layer for planning and pruning: named tensors, which wait on
+#: disk. A plan sees those of all layers, so of large ones it should read none.
 Profile = Mapping[str, Tensor]
 
 #: Runs a variation of the layer that is being pruned on the same hidden states, and collects moments inside it.

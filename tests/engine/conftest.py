@@ -13,7 +13,13 @@ from distprune.engine import RunRecord, driver, weights
 from distprune.engine.runtime import RayRuntime
 from distprune.engine.worker import Worker
 
-OPTIONS = {"sparsity": 0.3, "max_shard_size": 160_000, "propagation": 2, "distill": {"learning_rate": 1e-3, "batch": 2}}
+OPTIONS = {
+    "method": "olica",
+    "sparsity": 0.3,
+    "max_shard_size": 160_000,
+    "propagation": 2,
+    "distill": {"learning_rate": 1e-3, "batch": 2},
+}
 
 
 class InlineRuntime(RayRuntime):

@@ -60,7 +60,7 @@ def test_averages_come_back_from_named_tensors(activations, tmp_path):
         back.head_gram(Y, 2), statistics.head_gram(Y, 2)
     )
     assert LayerStatistics.from_tensors(tensors, [*kept, left]) is None
-    assert LayerStatistics.from_tensors({}, []) is None
+    assert LayerStatistics.from_tensors(statistics.to_tensors([]), []) is None
 
 
 def test_peak(activations, samples):

@@ -34,8 +34,6 @@ def attention_curves(layer: DecoderLayer, statistics: LayerStatistics, damping: 
           value_costs (g, v + 1): of keeping the first 0, 1... of them.
         - pair_order (g, p/2): the rotary pairs of each group, those that are missed least first;
           pair_costs (g, p/2 + 1): of going without the first 0, 1... of them.
-        - for query, key and output projection: query_costs (rank + 1,): of being factored at rank 0, 1...;
-          query_left (out, rank) and query_right (rank, out): their outputs' projection on what matters most.
     """
     groups = layer.kv_heads
     gram = statistics.gram("attention_values")
@@ -58,16 +56,26 @@ def attention_curves(layer: DecoderLayer, statistics: LayerStatistics, damping: 
         "value_costs": value_errors / 2,
         "pair_order": pairs.indices,
         "pair_costs": torch.cat([none, pairs.values.cumsum(1)], dim=1) / 2,
-        **truncation("output", layer.output, gram, root, damping),
-    } | query_key_truncations(layer, statistics, damping)
+    }
 
 
-def query_key_truncations(layer: DecoderLayer, statistics: LayerStatistics, damping: float) -> Profile:
-    gram = statistics.gram("attention_input")
-    roots = {name: metric_root(statistics.gram(f"{name}_gradient"), damping) for name in ("query", "key")}
-    return truncation("query", layer.query, gram, roots["query"], damping) | truncation(
-        "key", layer.key, gram, roots["key"], damping
-    )
+def truncations(layer: DecoderLayer, statistics: LayerStatistics, damping: float) -> Profile:
+    """What it costs to factor the query, key and output projections.
+
+    Returns:
+        Of each, such as "query": query_costs (rank + 1,): of being a product of factors of rank 0, 1...; query_left
+        (out, rank) and query_right (rank, out): the projection of its outputs on what matters most.
+    """
+    taps = {
+        "query": ("attention_input", "query_gradient"),
+        "key": ("attention_input", "key_gradient"),
+        "output": ("attention_values", "attention_output_gradient"),
+    }
+    profile: dict[str, Tensor] = {}
+    for role, (inputs, gradient) in taps.items():
+        root = metric_root(statistics.gram(gradient), damping)
+        profile |= truncation(role, getattr(layer, role), statistics.gram(inputs), root, damping)
+    return profile
 
 
 def truncation(name: str, projection: Linear, gram: Tensor, root: Tensor, damping: float) -> Profile:

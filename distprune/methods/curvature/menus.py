@@ -79,7 +79,9 @@ def allocate_globally(target: Target, profiles: Sequence[Profile], reach: Reach)
 def attention_menu(target: Target, index: int, dense: LayerShape, profile: Profile, reach: Reach) -> Menu:
     """Fewer KV groups, value neurons and rotary pairs; or all heads, fewer value neurons and factored projections; or,
     but in the first layer, none of it."""
-    options = [*narrower_heads(target, dense, profile, reach), *factored(target, index, dense, profile, reach)]
+    options = [*narrower_heads(target, dense, profile, reach)]
+    if "query_costs" in profile:
+        options += factored(target, index, dense, profile, reach)
     if index > 0:  # one layer at least must keep its attention
         options.append((NO_ATTENTION, float(profile["group_costs"][-1])))
     changes, costs = map(list, zip(*options, strict=True))

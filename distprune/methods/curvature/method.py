@@ -25,7 +25,7 @@ from torch import Tensor
 from distprune.budgets import RESOURCES, Target
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank
 from distprune.methods.base import Method, Observe, Profile
-from distprune.methods.curvature.curves import attention_curves, ffn_curve
+from distprune.methods.curvature.curves import attention_curves, ffn_curve, truncations
 from distprune.methods.curvature.menus import Reach, allocate_equally, allocate_globally
 from distprune.methods.units import (
     heads_of_groups,
@@ -50,26 +50,30 @@ class Curvature(Method):
         0.01, gt=0, description="added to the Gram matrix's diagonal where units are chosen, over the mean"
     )
     refit_damping: float = Field(0.03, gt=0, description="penalty on moving a weight in the refit, over the same mean")
+    factored: bool = Field(True, description="query, key and output projections may become products of two factors")
     largest_cut: float = Field(0.8, gt=0, le=1, description="share of a width that may go where its module stays")
 
     # ---------------------------------------------------------------- the gradient pass
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
-        return [Gram("attention_input"), Gram("attention_values"), Gram("ffn_neurons")]
+        inputs = [Gram("attention_input")] if self.factored else []
+        return [*inputs, Gram("attention_values"), Gram("ffn_neurons")]
 
     def gradient_moments(self, shape: LayerShape) -> Sequence[Moment]:
+        inner = [Gram("query_gradient"), Gram("key_gradient")] if self.factored else []
         return [
-            Gram("query_gradient"),
-            Gram("key_gradient"),
+            *inner,
             Gram("attention_output_gradient"),
             Gram("ffn_output_gradient"),
             ScalingPower("queries", "query_gradient", shape.kv_heads, shape.query_key_dim // 2),
         ]
 
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
+        factors = truncations(layer, statistics, self.damping) if self.factored else {}
         return {
             **attention_curves(layer, statistics, self.damping),
             **ffn_curve(layer, statistics, self.damping),
+            **factors,
         }
 
     # ---------------------------------------------------------------- the budget
