@@ -15,7 +15,7 @@ from distprune.forward import TAPS
 from distprune.loss import TOKENS_AT_ONCE
 from distprune.planning.scenario import Scenario
 from distprune.planning.work import FLOAT32, matrix_parameters, moment_size, tap_widths
-from distprune.statistics import Cross, HeadGram, Moment, taps_of
+from distprune.statistics import Cross, HeadGram, Moment, ScalingPower, taps_of
 
 MIB, GIB = 2**20, 2**30
 
@@ -190,6 +190,8 @@ def _measuring(scenario: Scenario, shape: LayerShape, moments: Sequence[Moment])
                 return widths[tap] + widths[other]
             case HeadGram(tap):
                 return 2 * widths[tap]
+            case ScalingPower(tap):
+                return 3 * widths[tap]
         return widths[moment.tap]
 
     return FLOAT32 * _micro_batch_tokens(scenario) * max(map(copied, moments), default=0)

@@ -35,6 +35,26 @@ def expected_shapes(method: Method, target: Target, align: int) -> list[LayerSha
     return fill_with_ffn(target, [with_fewer_groups(shape, target.decoder_sparsity) for shape in dense], align)
 
 
+def _curvature(shape: LayerShape) -> Profile:
+    """What goes of a module costs its size times the square of its share; nothing is said of factors."""
+    groups, width = shape.kv_heads, shape.query_key_dim + shape.value_dim
+
+    def rising(units: int) -> torch.Tensor:
+        return (torch.arange(units + 1, dtype=torch.float64) / units).square()
+
+    def of_every_group(costs: torch.Tensor, size: int) -> torch.Tensor:
+        return ((1 + shape.query_heads / groups) * size * costs).repeat(groups, 1)
+
+    return {
+        "group_order": torch.arange(groups),
+        "group_costs": (groups + shape.query_heads) * width * rising(groups),
+        "value_costs": of_every_group(rising(shape.value_dim).flip(0), shape.value_dim),
+        "pair_costs": of_every_group(rising(shape.query_key_dim // 2), shape.query_key_dim),
+        "ffn_widths": torch.arange(shape.ffn_width, -1, -1),
+        "ffn_costs": 3 * shape.ffn_width * rising(shape.ffn_width),
+    }
+
+
 def _flap(shape: LayerShape) -> Profile:
     """Scores standardized over channels: a group's, a mean of many, are nearer to zero than a neuron's."""
     return {
@@ -60,4 +80,9 @@ def _oops(shape: LayerShape) -> Profile:
     }
 
 
-EVEN_PROFILES: dict[str, Callable[[LayerShape], Profile]] = {"flap": _flap, "olica": _olica, "oops": _oops}
+EVEN_PROFILES: dict[str, Callable[[LayerShape], Profile]] = {
+    "curvature": _curvature,
+    "flap": _flap,
+    "olica": _olica,
+    "oops": _oops,
+}

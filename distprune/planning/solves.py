@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from distprune.decoder_layer import LayerShape
+from distprune.methods.curvature.curves import STEPS
 from distprune.methods.olica import LINEAR_FIT
 from distprune.planning.work import Work, matrix_parameters, moment_size, tap_widths
 from distprune.solvers.subspace import ITERATIONS, SPARE, is_few
@@ -76,6 +77,91 @@ def _weights_gone_over(problem: Problem) -> Work:
 def _scores_workspace(problem: Problem) -> float:
     """One projection of the FFN in float32, scaled or squared."""
     return 8.0 * problem.hidden * problem.dense.ffn_width
+
+
+# ---------------------------------------------------------------- curvature
+
+
+def _curvature(problem: Problem) -> Solve:
+    return _curvature_profile(problem) if problem.planned is None else _curvature_prune(problem)
+
+
+def _curvature_profile(problem: Problem) -> Solve:
+    """Every output projection in its metric, and the order in which its inputs go; the values' rotations; factors."""
+    hidden, dense = problem.hidden, problem.dense
+    values, per_group = dense.query_heads * dense.value_dim, dense.query_heads // dense.kv_heads
+    rotations = Work(
+        solve_float64=dense.kv_heads * (2.0 * per_group * hidden + 6.0 * dense.value_dim) * dense.value_dim**2,
+        eigen=9.0 * dense.kv_heads * dense.value_dim**3,
+    )
+    work, workspace, left = rotations, 0.0, 0.0
+    if problem.has_gram("query_gradient"):
+        queries, keys = (heads * dense.query_key_dim for heads in (dense.query_heads, dense.kv_heads))
+        for out, inputs in ((queries, hidden), (keys, hidden), (hidden, values)):
+            work += _truncation(out, inputs)
+            workspace = max(workspace, left + _truncation_workspace(out, inputs))
+            left += 8.0 * out * (out * inputs // (out + inputs))
+    for width, units in ((values, dense.kv_heads), (dense.ffn_width, min(dense.ffn_width, STEPS))):
+        work += _elimination_path(width, hidden, units)
+        workspace = max(workspace, left + _elimination_path_workspace(width, hidden))
+    return Solve(work, workspace)
+
+
+def _elimination_path(width: int, hidden: int, steps: int) -> Work:
+    """A metric's root, the weight in it, the inverse of the Gram matrix, and what leaves it in so many steps."""
+    metric = hidden**3 / 3 + 2.0 * hidden**2 * width
+    updates = 2 / 3 * width**3 + hidden * width**2
+    return Work(solve_float64=metric + width**3 + updates, passed=steps * 8.0 * width**2)
+
+
+def _elimination_path_workspace(width: int, hidden: int) -> float:
+    """The root, the weight in the metric and as it was and becomes, and two inverses, all but one of it in float64."""
+    return 8.0 * hidden**2 + 20.0 * width * hidden + 16.0 * width**2
+
+
+def _truncation(out: int, inputs: int) -> Work:
+    """A root, the projection in both metrics, its left singular vectors, and what they are outside the metric."""
+    products = 4.0 * out**2 * inputs + 2.0 * out * inputs**2
+    return Work(solve_float64=products + (1 / 3 + 5.0) * out**3, eigen=9.0 * out**3)
+
+
+def _truncation_workspace(out: int, inputs: int) -> float:
+    """The root, the damped Gram matrix, and it and the projection in float64; or eigenvectors and LAPACK's own."""
+    return (
+        8.0 * out**2 + 4.0 * inputs**2 + max(8.0 * inputs**2 + 24.0 * out * inputs, 8.0 * out * inputs + 40.0 * out**2)
+    )
+
+
+def _curvature_prune(problem: Problem) -> Solve:
+    """Slices and refits, each on what is seen of the layer as it then is."""
+    hidden, dense, planned = problem.hidden, problem.dense, problem.planned
+    values, left = dense.query_heads * dense.value_dim, planned.query_heads * planned.value_dim
+    work, workspace, attention, observations = _weights_gone_over(problem), 0.0, 0.0, []
+    if 0 < left < values:
+        work += _ridge_towards(left, values, hidden)
+        # The values' and the output projection, rotated, and what is left of them, in float32.
+        attention = 4.0 * hidden * (left + planned.kv_heads * planned.value_dim)
+        rotated = 4.0 * hidden * (values + dense.kv_heads * dense.value_dim)
+        workspace = rotated + attention + _ridge_towards_workspace(left, values, hidden)
+        observations.append((replace(dense, ffn_width=0, down_bias=False), [Gram("attention_values")]))
+    if 0 < planned.ffn_width < dense.ffn_width:
+        work += _ridge_towards(planned.ffn_width, dense.ffn_width, hidden)
+        refit = 4.0 * hidden * dense.ffn_width + _ridge_towards_workspace(planned.ffn_width, dense.ffn_width, hidden)
+        workspace = max(workspace, attention + refit)
+        ffn = replace(planned, ffn_width=dense.ffn_width, down_bias=dense.down_bias)
+        observations.append((ffn, [Gram("ffn_neurons")]))
+    return Solve(work, workspace, tuple(observations))
+
+
+def _ridge_towards(kept: int, width: int, hidden: int) -> Work:
+    """What the kept inputs lack of what all give, and the ridge regression of that."""
+    products = 2.0 * hidden * kept * (width + kept)
+    return Work(solve_float32=products + kept**3 / 3 + 2.0 * kept**2 * hidden)
+
+
+def _ridge_towards_workspace(kept: int, width: int, hidden: int) -> float:
+    """The Gram matrix with its kept columns and rows, the latter twice, and what the refit is made of, in float32."""
+    return 4.0 * width**2 + 4.0 * width * kept + 8.0 * kept**2 + 16.0 * kept * hidden
 
 
 # ---------------------------------------------------------------- Olica
@@ -194,4 +280,9 @@ def _slimgpt(problem: Problem) -> Solve:
     return Solve(work, workspace)
 
 
-SOLVES: dict[str, Callable[[Problem], Solve]] = {"olica": _olica, "oops": _oops, "slimgpt": _slimgpt}
+SOLVES: dict[str, Callable[[Problem], Solve]] = {
+    "curvature": _curvature,
+    "olica": _olica,
+    "oops": _oops,
+    "slimgpt": _slimgpt,
+}
