@@ -68,6 +68,7 @@ class LLMPruner(Method):
     # ---------------------------------------------------------------- the budget
 
     def check_target(self, target: Target, align: int) -> None:
+        super().check_target(target, align)
         self.plan(target, (), align)
 
     def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:

@@ -177,9 +177,7 @@ class Olica(Method):
         value_gram = statistics.head_gram("attention_values", layer.query_heads)
         if self.decomposition != "none":
             rotation = self._value_rotation(layer, value_gram, profile)
-            layer = rotate_values(layer, rotation)
-            per_head = rotation.repeat_interleave(layer.query_heads // layer.kv_heads, dim=0)
-            value_gram = per_head.mT @ value_gram @ per_head
+            layer, value_gram = rotate_values(layer, rotation), rotated_gram(value_gram, rotation)
         layer = prune_values(layer, planned.value_dim, statistics.rms("attention_input"), value_gram)
         return factor_queries_and_keys(layer, planned, statistics.rms("attention_input"))
 
@@ -218,6 +216,12 @@ def kept_rank(out_features: int, in_features: int, sparsity: float, align: int) 
     """The rank at which two factors of an (out, in) matrix hold the fraction 1 - ``sparsity`` of its parameters."""
     rank = ceil((1 - sparsity) * out_features * in_features / (out_features + in_features))
     return aligned(rank, align, most=min(out_features, in_features))
+
+
+def rotated_gram(value_gram: Tensor, rotation: Tensor) -> Tensor:
+    """E[z_iᵀz_i] of every query head, (h, v, v), after each KV group's values were rotated by (g, v, v)."""
+    per_head = rotation.repeat_interleave(len(value_gram) // len(rotation), dim=0)
+    return per_head.mT @ value_gram @ per_head
 
 
 def prune_values(layer: DecoderLayer, keep: int, input_rms: Tensor, value_gram: Tensor) -> DecoderLayer:

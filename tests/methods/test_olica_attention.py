@@ -11,7 +11,8 @@ from torch import Tensor
 
 from distprune.decoder_layer import DecoderLayer, Linear
 from distprune.methods import Olica
-from distprune.methods.olica import factor_queries_and_keys, output_slices, prune_values, rotate_values
+from distprune.methods.olica import factor_queries_and_keys, prune_values, rotated_gram
+from distprune.methods.units import output_slices, rotate_values
 from distprune.solvers import orthogonal_output_rotation, uncorrelated_rotation
 from distprune.statistics import HeadGram, Power
 
@@ -34,7 +35,7 @@ def rotated(subject, decomposition: str) -> tuple[DecoderLayer, Tensor]:
         rotation = uncorrelated_rotation(value_gram.unflatten(0, (layer.kv_heads, -1)).mean(dim=1))
     else:
         rotation = orthogonal_output_rotation(output_slices(layer), statistics.rms("attention_output"))
-    return rotate_values(layer, value_gram, rotation)
+    return rotate_values(layer, rotation), rotated_gram(value_gram, rotation)
 
 
 @pytest.mark.parametrize("decomposition", ["values", "weights"])
