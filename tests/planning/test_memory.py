@@ -168,7 +168,7 @@ def test_the_peak_of_distillation_is_foretold(scenario, train, look_ahead):
 
 
 def test_a_smaller_micro_batch_needs_less(scenario):
-    large, little = (plan_memory(scenario("grouped heads", method="magnitude", micro_batch=size)) for size in (16, 1))
+    large, little = (plan_memory(scenario("grouped heads", method="olica", micro_batch=size)) for size in (16, 1))
     assert little.worker_resident < large.worker_resident
 
 
