@@ -19,7 +19,7 @@ from distprune.checkpoint.publish import (
 )
 from distprune.checkpoint.reader import Checkpoint
 from distprune.checkpoint.sources import is_hub_id, resolve_model
-from distprune.checkpoint.tensors import TensorFiles, TensorSource
+from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
 from distprune.checkpoint.writer import ShardWriter
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "find_on_hub",
     "hold_lock",
     "import_gguf",
+    "is_finite",
     "is_hub_id",
     "is_locked",
     "open_on_hub",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distprune.backward import backward
 from distprune.calibration import CalibrationMetadata, draw_calibration
+from distprune.checkpoint import is_finite
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer, LayerShape, state_of
 from distprune.distillation import Exercise, Lesson, distill
@@ -304,7 +305,7 @@ def moved(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str
 
 
 def check_hidden_states(hidden_states: Tensor, index: int) -> None:
-    if not torch.isfinite(hidden_states).all():
+    if not is_finite(hidden_states):
         dtype = str(hidden_states.dtype).removeprefix("torch.")
         raise InputError(
             f"layer {index}: its hidden states overflow in {dtype}. Give another --dtype, such as float32."
@@ -320,7 +321,7 @@ def check_gradient(gradient: Tensor, place: str) -> None:
 def check_solution(layer: DecoderLayer, index: int) -> None:
     """Raises ``ArithmeticError`` when a solve overflowed, rather than write a broken checkpoint."""
     for name, tensor in state_of(layer).items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise ArithmeticError(f"pruning layer {index} gave NaN or infinite values in {name}")
 
 
