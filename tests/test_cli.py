@@ -185,13 +185,13 @@ def test_a_missing_calibration_set_is_refused(assert_refused, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--sparsity", 0.8], ["sparsity 0.8 can't be reached", "lower --sparsity"]),
+        (["--method", "olica", "--sparsity", 0.8], ["sparsity 0.8 can't be reached", "lower --sparsity"]),
         (["--sparsity", 1.2], ["option 'sparsity' is 1.2", "less than 1"]),
         (["--sparsity", -0.1], ["option 'sparsity' is -0.1", "greater than or equal to 0"]),
         (["--method", "magic"], ["method 'magic' does not exist", "olica"]),
-        (["--option", "kk=2"], ["option 'kk' of method olica", "calibrated_layers"]),
-        (["--option", "k=-1"], ["option 'k' of method olica", "greater than or equal to 0"]),
-        (["--option", "k=many"], ["option 'k' of method olica", "number"]),
+        (["--method", "olica", "--option", "kk=2"], ["option 'kk' of method olica", "calibrated_layers"]),
+        (["--method", "olica", "--option", "k=-1"], ["option 'k' of method olica", "greater than or equal to 0"]),
+        (["--method", "olica", "--option", "k=many"], ["option 'k' of method olica", "number"]),
         (["--option", "k"], ["--option k: write NAME=VALUE"]),
         (["--option", "k=[1"], ["--option k=[1: '[1' is no value"]),
         (["--propagation", 0], ["option 'propagation' is '0'", "from 1, or 'full'"]),

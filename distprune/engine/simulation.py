@@ -232,6 +232,8 @@ class MemoryJournal:
     def tensors(self, entry: str) -> Mapping[str, Tensor]:
         return self._entries.get(entry, {})
 
+    stored_tensors = tensors
+
     def remove(self, entry: str) -> None:
         self._entries.pop(entry, None)
 

@@ -39,7 +39,7 @@ def layer_table(record: RunRecord) -> Table:
         padding=(0, 1),
         pad_edge=False,
     )
-    for column in ("layer", "Q rank", "K rank", "O rank", "KV groups", "pairs", "value", "FFN", "calib.", "removed"):
+    for column in ("layer", "Q/K/O rank", "KV groups", "pairs", "value", "FFN", "calib.", "removed"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in record.layers:
         table.add_row(*layer_row(layer))
@@ -58,7 +58,7 @@ def layer_row(layer: LayerRecord) -> tuple[str, ...]:
 
     return (
         str(layer.index),
-        *(rank_of(pruned, name) for name in ("query_rank", "key_rank", "output_rank")),
+        "/".join(rank_of(pruned, name) for name in ("query_rank", "key_rank", "output_rank")),
         left("kv_heads"),
         f"{pruned.query_key_dim // 2}/{dense.query_key_dim // 2}",
         left("value_dim"),
