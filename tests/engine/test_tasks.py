@@ -36,7 +36,7 @@ def make_tasks():
         checkpoint = Checkpoint.open(path)
         family = family_of(checkpoint.config)
         model = Model(family, family.dense_config(checkpoint.config), checkpoint)
-        config = PruneConfig(model=str(path), output="unused", micro_batch=3, **options)
+        config = PruneConfig(**{"model": str(path), "output": "unused", "method": "olica", "micro_batch": 3} | options)
         return LayerTasks(config, model, torch.device("cpu"))
 
     return make
