@@ -125,7 +125,7 @@ def test_as_many_groups_in_every_layer_are_the_original_architecture(
         folder, dense_path, method="even", options={"groups": groups}, distill=None, max_shard_size=10**9
     )
     dense, pruned = (AutoModelForCausalLM.from_pretrained(path) for path in (dense_path, folder))
-    # transformers' Llama refuses a number of heads that does not divide the hidden size, and no family is asked for one.
+    # As transformers' Llama insists, heads are to divide the hidden size.
     stock = groups == 3
     assert record.layout == ("stock" if stock else "per-layer")
     assert type(pruned) is (type(dense) if stock else PrunedForCausalLM)
