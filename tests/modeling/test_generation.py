@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distprune.modeling import PrunedConfig, PrunedForCausalLM
+from distprune.modeling.modeling_distprune import one_token_attention
 
 MIXED_SLIDING = {
     "sliding_window": 6,
@@ -105,3 +109,18 @@ def test_sampling_repeats_under_one_seed(pruned_model, tokens):
     first = model.generate(tokens, max_new_tokens=8, do_sample=True)
     torch.manual_seed(3)
     assert model.generate(tokens, max_new_tokens=8, do_sample=True).tolist() == first.tolist()
+
+
+@pytest.mark.parametrize("mask", [None, "which", "how much"])
+def test_attention_of_one_new_token_is_that_of_the_fused_kernel(mask):
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    query, key, value = draw(2, 6, 1, 10), draw(2, 3, 7, 10), draw(2, 3, 7, 4)
+    allowed = torch.arange(7) >= torch.tensor([3, 0])[:, None, None, None]
+    mask = {None: None, "which": allowed, "how much": draw(2, 1, 1, 7)}[mask]
+    expected = F.scaled_dot_product_attention(
+        query, key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1), mask, scale=0.3
+    )
+    torch.testing.assert_close(
+        one_token_attention(query, key, value, mask, 0.3), expected.transpose(1, 2), atol=1e-6, rtol=1e-6
+    )
