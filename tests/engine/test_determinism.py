@@ -178,8 +178,8 @@ class LosesNode(Progress):
             self.name = "Pruning on one node"
             cluster.remove_node(second, allow_graceful=False)
 
-distprune.prune(model, f"{output}/pruned", calibration=calibration, device="cpu", workers=2, micro_batch=3,
-                sparsity=0.3, max_shard_size=60_000, propagation=1, progress=LosesNode())
+distprune.prune(model, f"{output}/pruned", calibration=calibration, method="olica", device="cpu", workers=2,
+                micro_batch=3, sparsity=0.3, max_shard_size=60_000, propagation=1, progress=LosesNode())
 pathlib.Path(output, "nodes.json").write_text(json.dumps(nodes))
 ray.shutdown()
 cluster.shutdown()

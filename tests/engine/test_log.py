@@ -130,7 +130,7 @@ with json_file(pathlib.Path(sys.argv[1])):
 @pytest.mark.parametrize("sparsity", [0.3, 0.99])
 def test_standard_output_can_be_the_log(run, dense_path, calibration_path, tmp_path, sparsity):
     options = f"--calibration {calibration_path} --output {tmp_path / 'pruned'} --sparsity {sparsity} --workers 1"
-    address = f"--device cpu --log-format json --address {ray.get_runtime_context().gcs_address}"
+    address = f"--method olica --device cpu --log-format json --address {ray.get_runtime_context().gcs_address}"
     command = [sys.executable, "-m", "distprune.cli", "prune", str(dense_path), *options.split(), *address.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     lines = lines_of(done.stdout)

@@ -117,6 +117,7 @@ def test_a_process_that_is_told_to_stop_can_be_gone_on_with(run, save_model, cal
     options = {
         "--calibration": calibrate(model),
         "--output": output,
+        "--method": "olica",
         "--sparsity": 0.3,
         "--micro-batch": 3,
         "--workers": 1,

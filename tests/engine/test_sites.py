@@ -133,8 +133,8 @@ class Looks(Progress):
         up.append(worker.number)
 
 def run(gigabytes, **options):
-    config = PruneConfig(model=model, output=f"{output}/pruned", calibration=calibration, device="cpu", sparsity=0.3,
-                         max_shard_size=60_000, micro_batch=3, gpus_per_worker=1, **options)
+    config = PruneConfig(model=model, output=f"{output}/pruned", calibration=calibration, method="olica", device="cpu",
+                         sparsity=0.3, max_shard_size=60_000, micro_batch=3, gpus_per_worker=1, **options)
     prune(config, Looks(), lambda *_: Needs(device=gigabytes * 10**9))
 
 try:

@@ -75,7 +75,7 @@ told = []
 for options in runs:
     calls, error = [], None
     try:
-        distprune.prune(**options, device="cpu", micro_batch=3)
+        distprune.prune(**options, method="olica", device="cpu", micro_batch=3)
     except distprune.InputError as problem:
         error = str(problem)
     told.append({"calls": calls, "error": error})

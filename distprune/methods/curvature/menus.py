@@ -171,30 +171,50 @@ def spend_rest(target: Target, shapes: Sequence[LayerShape], align: int) -> list
 
 
 def allocate_equally(target: Target, profiles: Sequence[Profile], reach: Reach) -> list[LayerShape]:
-    """As many KV groups and as wide an FFN in every layer: of all such pairs that meet the target, the cheapest.
-
-    Raises:
-        InputError: none does.
-    """
-    dense = target.dense_shapes[0]
+    """As many KV groups and as wide an FFN in every layer: of all such pairs that meet the target, the cheapest."""
     costs_of = [ffn_costs_by_width(profile) for profile in profiles]
-    best: tuple[tuple[int, float], LayerShape] | None = None
+
+    def cost(shape: LayerShape) -> float:
+        gone = target.config.num_key_value_heads - shape.kv_heads
+        groups = sum(float(profile["group_costs"][gone]) for profile in profiles)
+        return groups + sum(cost_of(shape.ffn_width) for cost_of in costs_of)
+
+    nearest = min(unspent for _, unspent in equal_shapes(target, reach))
+    shapes = [shape for shape, unspent in equal_shapes(target, reach) if unspent == nearest]
+    return [min(shapes, key=cost)] * len(profiles)
+
+
+def equal_shapes(target: Target, reach: Reach) -> list[tuple[LayerShape, int]]:
+    """The shapes that all layers may have to meet the target, and how many steps of FFN width each leaves unused."""
+    dense, found = target.dense_shapes[0], []
     for groups in range(1, dense.kv_heads + 1):
         shape = replace(dense, kv_heads=groups, query_heads=groups * (dense.query_heads // dense.kv_heads))
-        found = has_plain_heads(target.config, shape) and widest(target, shape, reach)
-        if found:
-            width, unspent = found
-            gone = dense.kv_heads - groups
-            lost = sum(float(profile["group_costs"][gone]) for profile in profiles)
-            lost += sum(cost_of(width) for cost_of in costs_of)
-            pair = ((unspent, lost), replace(shape, ffn_width=width))
-            best = min(filter(None, (best, pair)), key=lambda pair: pair[0])
-    if best is None:
+        if has_plain_heads(target.config, shape) and (fitting := widest(target, shape, reach)):
+            found.append((replace(shape, ffn_width=fitting[0]), fitting[1]))
+    return found
+
+
+def check_reachable(target: Target, reach: Reach) -> None:
+    """See that the smallest options of all menus meet the target.
+
+    Raises:
+        InputError: they don't.
+    """
+    if target.stock:
+        reachable = bool(equal_shapes(target, reach))
+    else:
+        first, *others = target.dense_shapes
+        width = first.query_key_dim if target.config.query_key_norm else reach.widths(first.query_key_dim)[0]
+        narrow = {"kv_heads": 1, "query_heads": first.query_heads // first.kv_heads, "query_key_dim": width}
+        least = replace(first, **narrow, value_dim=reach.widths(first.value_dim)[0], **NO_FFN)
+        absent = [replace(shape, **NO_ATTENTION, **NO_FFN) for shape in others]
+        reachable = target.amount([least, *absent]) <= target.remaining
+    if not reachable:
         raise InputError(
-            f"sparsity {target.sparsity:g} can't be reached with the same widths in every layer. Ask for a lower "
-            "--sparsity, or leave --layout out."
+            f"sparsity {target.sparsity:g} can't be reached by curvature"
+            + (" with the same widths in every layer. Leave --layout out, or ask" if target.stock else ". Ask")
+            + " for a lower --sparsity."
         )
-    return [best[1]] * len(profiles)
 
 
 def widest(target: Target, shape: LayerShape, reach: Reach) -> tuple[int, int] | None:

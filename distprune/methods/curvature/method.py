@@ -26,7 +26,7 @@ from distprune.budgets import RESOURCES, Target
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank
 from distprune.methods.base import Method, Observe, Profile
 from distprune.methods.curvature.curves import attention_curves, ffn_curve, truncations
-from distprune.methods.curvature.menus import Reach, allocate_equally, allocate_globally
+from distprune.methods.curvature.menus import Reach, allocate_equally, allocate_globally, check_reachable
 from distprune.methods.units import (
     heads_of_groups,
     keep_heads,
@@ -77,6 +77,11 @@ class Curvature(Method):
         }
 
     # ---------------------------------------------------------------- the budget
+
+    def check_target(self, target: Target, align: int) -> None:
+        super().check_target(target, align)
+        if target.sparsity:
+            check_reachable(target, Reach(align, 1 - self.largest_cut))
 
     def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
         if target.sparsity == 0:
