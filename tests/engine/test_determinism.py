@@ -37,8 +37,9 @@ def test_any_number_of_workers_gives_the_same_bytes(by_one_worker, run, calls, d
     assert len({worker for method, worker in calls if method == "prune"}) == workers == record.workers
 
 
-def test_oops_gives_the_same_bytes_by_any_number_of_workers(run, digests):
-    options = {"method": "oops", "sparsity": 0.3, "propagation": 1}
+@pytest.mark.parametrize("method", ["oops", "curvature"])
+def test_other_methods_give_the_same_bytes_by_any_number_of_workers(run, digests, method):
+    options = {"method": method, "sparsity": 0.3, "propagation": 1}
     made = [digests(run(workers=workers, **options)[0]) for workers in (1, 2, 3)]
     assert made[0] == made[1] == made[2]
 

@@ -75,6 +75,18 @@ def test_nothing_that_is_done_is_done_again(by_one_worker, run, calls, digests, 
     assert {name: methods.count(name) for name in repeated} == repeated
 
 
+@pytest.mark.parametrize(("stage", "steps"), [("Gradient pass", 2), ("Pruning", 0), ("Pruning", 2)])
+def test_curvature_goes_on_to_the_same_bytes(prune_here, digests, tmp_path, stage, steps):
+    options = {"method": "curvature", "distill": None}
+    prune_here(tmp_path / "undisturbed", **options)
+    output = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        prune_here(output, progress=Stops(stage, steps), **options)
+    assert not output.exists()
+    prune_here(output, **options)
+    assert digests(output) == digests(tmp_path / "undisturbed")
+
+
 def test_the_profiles_are_made_of_the_whole_models_gradients(run, dense_path, calibration_path, tmp_path):
     output = tmp_path / "pruned"
     with pytest.raises(KeyboardInterrupt):
