@@ -211,7 +211,7 @@ def check_reachable(target: Target, reach: Reach) -> None:
         reachable = target.amount([least, *absent]) <= target.remaining
     if not reachable:
         raise InputError(
-            f"sparsity {target.sparsity:g} can't be reached by curvature"
+            f"sparsity {target.sparsity:g} can't be reached"
             + (" with the same widths in every layer. Leave --layout out, or ask" if target.stock else ". Ask")
             + " for a lower --sparsity."
         )
