@@ -5,5 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 scripts/setup.sh "$venv" dev
-# A file's tests stay together: they share what takes long to make.
-exec "$venv/bin/python" -m pytest -n "${PROCESSES:-2}" --dist loadfile --durations=10 -m "not slow" "$@"
+# Two at a time, but for those that need the machine to themselves; a file's tests share what takes long to make.
+test() { "$venv/bin/python" -m pytest --durations=10 "$@"; }
+if [ $# -gt 0 ]; then
+    test -m "not slow" "$@"
+else
+    test -n "${PROCESSES:-2}" --dist loadfile -m "not slow and not alone"
+    test -m "alone and not slow"
+fi

@@ -12,6 +12,7 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
+@pytest.mark.alone
 def test_runs_under_every_kind_of_fault_give_the_bytes_of_undisturbed_ones():
     command = [sys.executable, SCRIPTS / "chaos.py", "--runs", "4", "--settings", "2", "--seed", "1"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, check=False)

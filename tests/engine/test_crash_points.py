@@ -77,7 +77,7 @@ class Disk:
         return torn
 
 
-@pytest.mark.parametrize("method", ["olica", "llm-pruner"])
+@pytest.mark.parametrize("method", ["olica", pytest.param("llm-pruner", marks=pytest.mark.slow)])
 def test_a_driver_killed_at_any_change_of_a_file_goes_on_to_the_same_bytes(prune_here, digests, tmp_path, method):
     prune_here, disk = partial(prune_here, method=method), Disk(tmp_path)
     changes = disk.watch(lambda: prune_here(tmp_path / "undisturbed"))
