@@ -6,10 +6,10 @@ cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 scripts/setup.sh "$venv" dev
 # Two at a time, but for those that need the machine to themselves; a file's tests share what takes long to make.
-test() { "$venv/bin/python" -m pytest --durations=10 "$@"; }
+run_tests() { "$venv/bin/python" -m pytest --durations=10 "$@"; }
 if [ $# -gt 0 ]; then
-    test -m "not slow" "$@"
+    run_tests -m "not slow" "$@"
 else
-    test -n "${PROCESSES:-2}" --dist loadfile -m "not slow and not alone"
-    test -m "alone and not slow"
+    run_tests -n "${PROCESSES:-2}" --dist loadfile -m "not slow and not alone"
+    run_tests -m "alone and not slow"
 fi
