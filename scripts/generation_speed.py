@@ -23,10 +23,11 @@ from statistics import median
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from distprune.calibration.model import input_device, load_model
+from distprune.modeling import CACHE
 
 console = Console(soft_wrap=True)
 
@@ -108,14 +109,15 @@ def load(path: str, device: str, dtype: str, threads: int) -> None:
 def measure(batch: int, prompt: int, new: int) -> Measurement:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(loaded.config.vocab_size, (batch, prompt), generator=generator).to(input_device(loaded))
+    cache = DynamicCache(config=loaded.config)
+    options = {"use_cache": True, "logits_to_keep": 1, CACHE: cache}
     start = now()
-    step = loaded(tokens, use_cache=True, logits_to_keep=1)
+    step = loaded(tokens, **options)
     prefilled = now()
     for _ in range(new):
-        following = step.logits[:, -1:].argmax(-1)
-        step = loaded(following, past_key_values=step.past_key_values, use_cache=True, logits_to_keep=1)
+        step = loaded(step.logits[:, -1:].argmax(-1), **options)
     decoded = now()
-    cached = cache_bytes(step.past_key_values) / (batch * (prompt + new))
+    cached = cache_bytes(cache) / (batch * (prompt + new))
     return Measurement(batch * prompt / (prefilled - start), batch * new / (decoded - prefilled), cached)
 
 

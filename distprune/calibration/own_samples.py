@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from distprune.calibration.model import input_device, load_model
 from distprune.calibration.tokenizer import load_tokenizer
 from distprune.errors import InputError
+from distprune.modeling import CACHE
 
 
 def generate_own_samples(
@@ -68,10 +69,9 @@ def _sample(model: PreTrainedModel, opening: int, uniform: torch.Tensor, tempera
     """Turn uniform numbers in [0, 1), float64 (batch, length), into token ids: `length` times int64 (batch,)."""
     uniform = uniform.to(input_device(model))
     tokens = torch.full((len(uniform),), opening, device=uniform.device)
-    cache = None
+    cache = DynamicCache(config=model.config)
     for numbers in uniform.unbind(dim=1):
-        output = model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=tokens[:, None], use_cache=True, **{CACHE: cache})
         tokens = _invert_cdf(output.logits[:, -1].to(uniform.device), numbers, temperature)
         yield tokens
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from . import configuration_distprune, modeling_distprune
 from .configuration_distprune import LayerShape, PrunedConfig
 from .modeling_distprune import (
+    CACHE,
     LowRankLinear,
     PrunedAttention,
     PrunedDecoderLayer,
@@ -70,6 +71,7 @@ def _tensor_shapes(shape: LayerShape, *shaping: int | bool) -> dict[str, tuple[i
 
 __all__ = [
     "AUTO_MAP",
+    "CACHE",
     "ROTARY_PAIRS",
     "LayerShape",
     "LowRankLinear",

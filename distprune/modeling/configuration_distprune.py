@@ -106,7 +106,7 @@ class PrunedConfig(PreTrainedConfig):
     """
 
     model_type = "distprune"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     base_model_type: str = "llama"
     vocab_size: int = 32000

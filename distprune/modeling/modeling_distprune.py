@@ -7,6 +7,8 @@ checkpoints that need it, so it imports torch, transformers and its configuratio
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -24,6 +26,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_distprune import LayerShape, PrunedConfig
+
+#: How transformers calls the cache that it hands a model and takes from its output: by a new name from 5.24 on.
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 class LowRankLinear(nn.Module):
@@ -276,8 +281,8 @@ def causal_masks(
             config=config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: past_key_values},
         )
         for layer_type in set(config.layer_types)
     }
@@ -291,7 +296,7 @@ class PrunedPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PrunedDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_flash_attn = True
     _supports_sdpa = True
     _can_compile_fullgraph = True
@@ -325,6 +330,9 @@ class PrunedModel(PrunedPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        # Where transformers has not renamed it, `cache` is what paged attention wants.
+        if CACHE in kwargs:
+            past_key_values = kwargs.pop(CACHE)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -345,7 +353,7 @@ class PrunedModel(PrunedPreTrainedModel):
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: past_key_values})
 
 
 class PrunedForCausalLM(PrunedPreTrainedModel, GenerationMixin):
@@ -393,9 +401,9 @@ class PrunedForCausalLM(PrunedPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
