@@ -12,7 +12,7 @@ from distprune.engine.assembly import pruned_config
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.preflight import Job
 from distprune.engine.progress import Progress
-from distprune.engine.tasks import Report
+from distprune.engine.report import Report
 
 # Kinds of parts, and of the reports about them.
 PRUNED, DISTILLED = "pruned-layer", "distilled-layer"

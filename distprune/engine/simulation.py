@@ -21,9 +21,9 @@ from distprune.engine.dense_pass import DensePass
 from distprune.engine.journal import Journal
 from distprune.engine.pool import WorkerPool
 from distprune.engine.progress import Progress
+from distprune.engine.report import Report
 from distprune.engine.sites import Site
 from distprune.engine.stages import check_weights, prune_blocks
-from distprune.engine.tasks import Report
 from distprune.engine.transport import Parcel
 
 HOUR = 3600.0

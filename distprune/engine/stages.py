@@ -16,8 +16,8 @@ from distprune.distillation import Lesson
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.pool import Later, WorkerPool
 from distprune.engine.progress import Progress
+from distprune.engine.report import Report
 from distprune.engine.states import DENSE, MOMENTS, PRUNED, load_states, save_states
-from distprune.engine.tasks import Report
 from distprune.engine.transport import Parcel, pack_all, unpack_all
 from distprune.methods import Profile
 

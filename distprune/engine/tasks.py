@@ -5,10 +5,7 @@ Because they are pure, any worker may run any of them, twice or again after a cr
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,24 +16,16 @@ from torch import Tensor
 
 from distprune.backward import backward
 from distprune.calibration import CalibrationMetadata, draw_calibration
-from distprune.checkpoint import is_finite
 from distprune.config import PruneConfig
-from distprune.decoder_layer import DecoderLayer, LayerShape, state_of
+from distprune.decoder_layer import DecoderLayer, LayerShape
 from distprune.distillation import Exercise, Lesson, distill
+from distprune.engine.checks import check_gradient, check_hidden_states, check_solution
+from distprune.engine.report import Report, Stopwatch, convergence_warnings
 from distprune.engine.weights import Model
-from distprune.errors import ConvergenceWarning, InputError
 from distprune.forward import LayerRunner
 from distprune.loss import LossHead
 from distprune.methods import Profile, make_method
 from distprune.statistics import LayerStatistics, Moment, taps_of
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a task tells besides its result: the seconds its steps took, and what did not go quite as it should."""
-
-    seconds: dict[str, float]
-    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -302,52 +291,3 @@ class LayerTasks:
 
 def moved(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def check_hidden_states(hidden_states: Tensor, index: int) -> None:
-    if not is_finite(hidden_states):
-        dtype = str(hidden_states.dtype).removeprefix("torch.")
-        raise InputError(
-            f"layer {index}: its hidden states overflow in {dtype}. Give another --dtype, such as float32."
-        )
-
-
-def check_gradient(gradient: Tensor, place: str) -> None:
-    if not torch.isfinite(gradient).all():
-        dtype = str(gradient.dtype).removeprefix("torch.")
-        raise InputError(f"{place}: the loss's gradients overflow in {dtype}. Choose a method that needs none.")
-
-
-def check_solution(layer: DecoderLayer, index: int) -> None:
-    """Raises ``ArithmeticError`` when a solve overflowed, rather than write a broken checkpoint."""
-    for name, tensor in state_of(layer).items():
-        if not is_finite(tensor):
-            raise ArithmeticError(f"pruning layer {index} gave NaN or infinite values in {name}")
-
-
-@contextmanager
-def convergence_warnings() -> Iterator[list[str]]:
-    """Collects what solvers warn of inside, instead of printing it where nobody looks."""
-    messages: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        yield messages
-    for warning in caught:
-        if issubclass(warning.category, ConvergenceWarning):
-            messages.append(str(warning.message))
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-class Stopwatch:
-    """Seconds between laps, by name."""
-
-    def __init__(self):
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now

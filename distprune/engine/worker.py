@@ -15,8 +15,9 @@ from distprune.decoder_layer import LayerShape, layer_from_state, state_of
 from distprune.distillation import Exercise, Lesson
 from distprune.engine.memory import PeakMemory, peak_memory
 from distprune.engine.metrics import MemoryMetrics
+from distprune.engine.report import Report
 from distprune.engine.sites import Site, this_site
-from distprune.engine.tasks import LayerTasks, Report
+from distprune.engine.tasks import LayerTasks
 from distprune.engine.transport import Parcel, pack, pack_all, unpack, unpack_all, whole_of
 from distprune.engine.weights import WeightAccess, naming_node
 from distprune.errors import InputError
