@@ -2,6 +2,7 @@
 
 from distprune.solvers.box_ridge import box_ridge
 from distprune.solvers.elimination import eliminate, elimination_path
+from distprune.solvers.linear_branch import linear_branch
 from distprune.solvers.low_rank import factor_input_scaled, factor_output_scaled, output_projections
 from distprune.solvers.quadratic import QuadraticSolution, solve_box_qp
 from distprune.solvers.relaxed_selection import relaxed_selection
@@ -17,6 +18,7 @@ __all__ = [
     "elimination_path",
     "factor_input_scaled",
     "factor_output_scaled",
+    "linear_branch",
     "most_and_least_important",
     "most_important",
     "orthogonal_output_rotation",
