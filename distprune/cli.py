@@ -441,6 +441,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="print the run's record as JSON")] = False,
 ) -> None:
     """What was taken from which layer."""
+    from distprune.engine.record import forecast
     from distprune.reporting import layer_table, memory_line, parameter_table
 
     record = api.inspect(directory)
@@ -449,6 +450,8 @@ def inspect(
         return
     output_console.print(layer_table(record))
     output_console.print(parameter_table(record))
+    if record.predicted_loss is not None:
+        output_console.print(forecast(record.predicted_loss, record.gap), highlight=False)
     output_console.print(memory_line(record), highlight=False)
 
 

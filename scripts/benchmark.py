@@ -31,6 +31,7 @@ DISTILLATION_SEED = 1000
 ABLATIONS = {
     "curvature": {
         "no projection factored": {"options": {"factored": False}},
+        "no FFN with a linear branch": {"options": {"calibrated": False}},
         "the same widths in every layer (stock)": {"layout": "stock"},
         "refits shrink little (refit_damping 0.003)": {"options": {"refit_damping": 0.003}},
         "dense propagation (1)": {"propagation": 1},

@@ -30,6 +30,7 @@ from distprune.engine.record import (
     LOG_FILE,
     OWN_FILES,
     RunRecord,
+    forecast,
     layer_records,
     load_record,
     parameter_counts,
@@ -147,6 +148,8 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
             with work.timed("gradient pass"):
                 profiles = GradientPass(*passed).run()
         plan = job.method.plan(job.target, profiles, config.align)
+        if plan.predicted_loss is not None:
+            progress.note(forecast(plan.predicted_loss, plan.gap))
         files = LayerFiles(job, plan, work.writer, journal, progress)
         with work.timed("prune"):
             done = files.pruned()
@@ -169,6 +172,8 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
         options=job.method.model_dump(),
         layout=layout,
         sparsity_asked=config.sparsity,
+        predicted_loss=plan.predicted_loss,
+        gap=plan.gap,
         **parameter_counts(job.dense, plan),
         fingerprint=fingerprint(job.identity(workers.device)),
         workers=workers.count,

@@ -145,11 +145,12 @@ def space_needed(config: PruneConfig, checkpoint: Checkpoint, dense: PrunedConfi
     if config.calibration is not None:
         tokens = open_calibration(config.calibration).tokens.size
     # Of every block hidden states wait there, and those of one layer more while they are replaced; for gradients, those
-    # of every layer and of the model's end, with the gradients of some.
+    # of every layer and of the model's end, with the gradients of some. So do profiles.
     layers = dense.num_hidden_layers
     blocks = -(-layers // config.block_length(layers))
     states = layers + 1 + GRADIENTS_KEPT if needs_gradients(method, dense) else blocks + 1
-    return weights + states * tokens * dense.hidden_size * BYTES_OF_FLOAT32
+    profiles = sum(method.profile_bytes(dense.hidden_size, dense.layer_shape(index)) for index in range(layers))
+    return weights + states * tokens * dense.hidden_size * BYTES_OF_FLOAT32 + profiles
 
 
 def folder_size(folder: Path) -> int:

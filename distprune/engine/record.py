@@ -13,7 +13,7 @@ from distprune.config import PruneConfig
 from distprune.decoder_layer import LayerShape
 from distprune.distillation import Lesson
 from distprune.engine.memory import PeakMemory
-from distprune.engine.tasks import Report
+from distprune.engine.report import Report
 from distprune.errors import InputError
 from distprune.modeling import PrunedConfig
 
@@ -40,13 +40,19 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Parameters are counts, memory is in bytes, times are in seconds."""
+    """Parameters are counts, memory is in bytes, times are in seconds.
+
+    Attributes:
+        predicted_loss, gap: what the plan says of itself, see :class:`distprune.methods.Plan`; None of most methods.
+    """
 
     model: str
     method: str
     options: Mapping[str, object]
     layout: str
     sparsity_asked: float
+    predicted_loss: float | None
+    gap: float | None
     decoder_parameters_before: int
     decoder_parameters_after: int
     total_parameters_before: int
@@ -72,6 +78,14 @@ class RunRecord:
     def save(self, folder: Path, config: PruneConfig) -> None:
         (folder / RECORD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
         (folder / CONFIG_FILE).write_text(config.to_yaml())
+
+
+def forecast(predicted_loss: float, gap: float) -> str:
+    """What a plan says of itself, for people."""
+    return (
+        f"The plan is predicted to raise the loss by {predicted_loss:.4g} nats a token "
+        f"(optimality gap of the allocation: {gap:.1g})"
+    )
 
 
 def layer_records(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 from distprune.errors import InputError
-from distprune.methods.base import Method, Profile
+from distprune.methods.base import Method, Plan, Profile
 from distprune.methods.curvature import Curvature
 from distprune.methods.flap import Flap
 from distprune.methods.llm_pruner import LLMPruner
@@ -39,4 +39,4 @@ def make_method(name: str, options: Mapping[str, object]) -> Method:
         raise InputError(f"option '{option}' of method {name}: {problem['msg']}. It has: {known}.") from None
 
 
-__all__ = ["METHODS", "Method", "Profile", "make_method"]
+__all__ = ["METHODS", "Method", "Plan", "Profile", "make_method"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +19,20 @@ Profile = Mapping[str, Tensor]
 
 #: Runs a variation of the layer that is being pruned on the same hidden states, and collects moments inside it.
 Observe = Callable[[DecoderLayer, Sequence[Moment]], LayerStatistics]
+
+
+class Plan(list[LayerShape]):
+    """The shape of every layer, in their order; of a method that predicts it, what the loss will rise by.
+
+    Args:
+        shapes: of all layers.
+        predicted_loss: the increase of the loss, in nats a token; None where the method does not say.
+        gap: at most so much of it, as a fraction, is more than the least that any plan on offer costs.
+    """
+
+    def __init__(self, shapes: Iterable[LayerShape], predicted_loss: float | None = None, gap: float | None = None):
+        super().__init__(shapes)
+        self.predicted_loss, self.gap = predicted_loss, gap
 
 
 class Method(BaseModel):
@@ -56,6 +70,10 @@ class Method(BaseModel):
         """What to remember of a dense layer."""
         return {}
 
+    def profile_bytes(self, hidden_size: int, shape: LayerShape) -> int:
+        """What a layer's profile takes, where that is not little against the layer itself."""
+        return 0
+
     def check_target(self, target: Target, align: int) -> None:
         """See, before any weight is read, that the target can be reached. Methods that override it call this too.
 
@@ -75,7 +93,7 @@ class Method(BaseModel):
             f"{' or '.join(getattr(self, offers))}."
         )
 
-    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         """The shape each layer is to have, the whole meeting ``target`` within one step of ``align``."""
         raise NotImplementedError
 

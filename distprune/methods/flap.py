@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distprune.budgets import Target, decoder_parameters, fill_with_ffn, layer_parameters
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
-from distprune.methods.base import Method, Observe, Profile
+from distprune.methods.base import Method, Observe, Plan, Profile
 from distprune.methods.units import (
     column_energy,
     heads_of_groups,
@@ -59,10 +59,10 @@ class Flap(Method):
         super().check_target(target, align)
         fill_with_ffn(target, [self._with_groups(shape, 1) for shape in target.dense_shapes], align)
 
-    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         dense = target.dense_shapes
         if target.sparsity == 0:
-            return dense
+            return Plan(dense)
         scores = [(spared(profile["groups"], 1), spared(profile["neurons"], align)) for profile in profiles]
         for threshold in self._thresholds(target, dense, scores):
             kept = [[int((module >= threshold).sum()) for module in layer] for layer in scores]
@@ -70,7 +70,7 @@ class Flap(Method):
             narrowest = [replace(shape, ffn_width=align) for shape in shapes]
             if decoder_parameters(target.config, narrowest) <= target.remaining:
                 break  # else the group at the threshold goes too: neurons can't make up for it
-        return fill_with_ffn(target, shapes, align, [float(neurons) for _, neurons in kept])
+        return Plan(fill_with_ffn(target, shapes, align, [float(neurons) for _, neurons in kept]))
 
     def _thresholds(
         self, target: Target, dense: Sequence[LayerShape], scores: Sequence[tuple[Tensor, Tensor]]

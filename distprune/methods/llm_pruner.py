@@ -19,7 +19,7 @@ from torch import Tensor
 from distprune.budgets import Target, fill_with_ffn
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
 from distprune.errors import InputError
-from distprune.methods.base import Method, Observe, Profile
+from distprune.methods.base import Method, Observe, Plan, Profile
 from distprune.methods.uniform import keep_best, with_fewer_groups
 from distprune.methods.units import sum_by_unit
 from distprune.statistics import Cross, LayerStatistics, Moment
@@ -71,10 +71,10 @@ class LLMPruner(Method):
         super().check_target(target, align)
         self.plan(target, (), align)
 
-    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         dense = target.dense_shapes
         if target.sparsity == 0:
-            return dense
+            return Plan(dense)
         first, last = (round(share * len(dense)) for share in (self.first_layers, self.last_layers))
         pruned = range(first, len(dense) - last)
         sparsity = target.decoder_sparsity * len(dense) / max(1, len(pruned))
@@ -86,7 +86,7 @@ class LLMPruner(Method):
                 f"sparsity {target.sparsity:g} can't be reached: the layers that stay whole (options first_layers and "
                 "last_layers) leave too few others. Ask for a lower --sparsity, or let fewer layers stay whole."
             )
-        return planned
+        return Plan(planned)
 
     # ---------------------------------------------------------------- the pruning pass
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from distprune.budgets import Target, aligned, fill_with_ffn
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank
 from distprune.errors import InputError
-from distprune.methods.base import Method, Observe, Profile
+from distprune.methods.base import Method, Observe, Plan, Profile
 from distprune.methods.units import column_energy, keep_neurons, keep_values, output_slices, rotate_values
 from distprune.solvers import (
     factor_input_scaled,
@@ -100,8 +100,8 @@ class Olica(Method):
         possible = target.config.num_hidden_layers - 1
         self._shapes(target, set(range(min(self.calibrated_layers, possible))), align)
 
-    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
-        return self._shapes(target, self._most_linear(profiles), align)
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
+        return Plan(self._shapes(target, self._most_linear(profiles), align))
 
     def _shapes(self, target: Target, calibrated: set[int], align: int) -> list[LayerShape]:
         config = target.config

@@ -30,7 +30,7 @@ from distprune.budgets import (
 )
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
 from distprune.errors import ConvergenceWarning
-from distprune.methods.base import Method, Observe, Profile
+from distprune.methods.base import Method, Observe, Plan, Profile
 from distprune.methods.units import (
     column_energy,
     head_interaction,
@@ -118,10 +118,10 @@ class Oops(Method):
         layers = range(target.config.num_hidden_layers)
         fill_with_ffn(target, [self._smallest(target.config.layer_shape(index)) for index in layers], align)
 
-    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         dense = target.dense_shapes
         if target.sparsity == 0:
-            return dense
+            return Plan(dense)
         ratios = torch.stack([profile["outlier_ratio"] for profile in profiles])
         sparsities = outlier_weighted(target.decoder_sparsity, ratios, self.outlier_span).tolist()
         shapes, wanted = [], []
@@ -129,7 +129,7 @@ class Oops(Method):
             shape, neurons = self._divide(target, index, shape, sparsity, profiles[index], align)
             shapes.append(shape)
             wanted.append(neurons)
-        return fill_with_ffn(target, shapes, align, wanted)
+        return Plan(fill_with_ffn(target, shapes, align, wanted))
 
     def _divide(
         self, target: Target, index: int, shape: LayerShape, sparsity: float, profile: Profile, align: int

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from distprune.budgets import Target, affordable_neurons, fill_with_ffn, layer_parameters
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
-from distprune.methods.base import Method, Observe, Profile
+from distprune.methods.base import Method, Observe, Plan, Profile
 from distprune.methods.uniform import with_fewer_groups
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
 from distprune.solvers import eliminate
@@ -44,18 +44,18 @@ class SlimGPT(Method):
         super().check_target(target, align)
         self.plan(target, (), align)
 
-    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         config = target.config
         dense = target.dense_shapes
         if target.sparsity == 0:
-            return dense
+            return Plan(dense)
         sparsities = incremental_sparsities(target.decoder_sparsity, len(dense), self.first_layer)
         shapes = [with_fewer_groups(shape, sparsity) for shape, sparsity in zip(dense, sparsities, strict=True)]
         budgets = [
             (1 - sparsity) * layer_parameters(config, index, dense[index]) for index, sparsity in enumerate(sparsities)
         ]
         wanted = [affordable_neurons(config, index, shapes[index], budget) for index, budget in enumerate(budgets)]
-        return fill_with_ffn(target, shapes, align, [max(align, neurons) for neurons in wanted])
+        return Plan(fill_with_ffn(target, shapes, align, [max(align, neurons) for neurons in wanted]))
 
     # ---------------------------------------------------------------- the pruning pass
 

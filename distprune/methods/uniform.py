@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distprune.budgets import Target, fill_with_ffn, has_plain_heads
 from distprune.decoder_layer import DecoderLayer, LayerShape
-from distprune.methods.base import Method, Observe, Profile
+from distprune.methods.base import Method, Observe, Plan, Profile
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons, with_heads
 from distprune.modeling import PrunedConfig
 from distprune.solvers import most_important
@@ -36,15 +36,15 @@ class ScoredUnits(Method):
         super().check_target(target, align)
         self.plan(target, (), align)
 
-    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         dense, sparsity = target.dense_shapes, target.decoder_sparsity
         if target.sparsity == 0:
-            return dense
+            return Plan(dense)
         if target.stock:
             shapes = [with_plain_groups(target.config, shape, sparsity) for shape in dense]
         else:
             shapes = [with_fewer_groups(shape, sparsity) for shape in dense]
-        return fill_with_ffn(target, shapes, align)
+        return Plan(fill_with_ffn(target, shapes, align))
 
     def prune(
         self,

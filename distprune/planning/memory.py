@@ -286,9 +286,12 @@ def _store_peak(scenario: Scenario) -> int:
 
 def _disk(scenario: Scenario) -> int:
     """Every block's input and the pruned layers; or all parts, and the shards that they become; or hidden states of
-    every layer and of the model's end, with the gradients of some layers."""
+    every layer and of the model's end, with the gradients of some layers. Profiles lie there to the end."""
     states = scenario.hidden_states(scenario.calibration)
+    profiles = sum(
+        scenario.method.profile_bytes(scenario.hidden, scenario.shape(index)) for index in range(scenario.layers)
+    )
     pruning = scenario.bytes_after + scenario.blocks * states
     assembling = 2 * scenario.bytes_after + 2 * scenario.outer_bytes
     gradients = (scenario.layers + 1) * states + GRADIENTS_KEPT * scenario.gradients if scenario.needs_gradients else 0
-    return max(pruning, assembling, gradients)
+    return profiles + max(pruning, assembling, gradients)

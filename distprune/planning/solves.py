@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 from distprune.decoder_layer import LayerShape
-from distprune.methods.curvature.curves import STEPS
+from distprune.methods.curvature.curves import BRANCH_SHARES, STEPS
 from distprune.methods.olica import LINEAR_FIT
 from distprune.planning.work import Work, matrix_parameters, moment_size, tap_widths
 from distprune.solvers.subspace import ITERATIONS, SPARE, is_few
@@ -104,7 +105,25 @@ def _curvature_profile(problem: Problem) -> Solve:
     for width, units in ((values, dense.kv_heads), (dense.ffn_width, min(dense.ffn_width, STEPS))):
         work += _elimination_path(width, hidden, units)
         workspace = max(workspace, left + _elimination_path_workspace(width, hidden))
+    if problem.has_gram("ffn_input"):
+        for kept in (ceil(share * dense.ffn_width) for share in BRANCH_SHARES):
+            work += _branch(kept, dense.ffn_width, hidden) + _truncation(hidden, hidden)
+            truncating = 16.0 * hidden**2 + _truncation_workspace(hidden, hidden)
+            workspace = max(workspace, left + max(_branch_workspace(kept, dense.ffn_width, hidden), truncating))
     return Solve(work, workspace)
+
+
+def _branch(kept: int, width: int, hidden: int) -> Work:
+    """The kept neurons' Gram matrix factored, what it tells of the input and of what is gone, and of the former the
+    rest, which the branch is regressed on."""
+    kept_alone = kept**3 / 3 + 2.0 * kept**2 * hidden
+    products = 2.0 * (width - kept) * hidden * (kept + hidden) + 4.0 * kept * hidden**2
+    return Work(solve_float64=kept_alone + products + 7 / 3 * hidden**3)
+
+
+def _branch_workspace(kept: int, width: int, hidden: int) -> float:
+    """In float64 all that :func:`_branch` says, one after another, and the metric's root."""
+    return 8.0 * (kept**2 + kept * (width - kept) + (width + 2 * kept) * hidden + 4 * hidden**2) + 4.0 * width * hidden
 
 
 def _elimination_path(width: int, hidden: int, steps: int) -> Work:

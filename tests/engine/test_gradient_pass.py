@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from distprune import status
 from distprune.calibration import open_calibration
 from distprune.checkpoint import partial_directory
+from distprune.engine import load_record
 from distprune.engine.dense_pass import PASSED, PROFILE
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.progress import Progress
@@ -85,6 +86,15 @@ def test_curvature_goes_on_to_the_same_bytes(prune_here, digests, tmp_path, stag
     assert not output.exists()
     prune_here(output, **options)
     assert digests(output) == digests(tmp_path / "undisturbed")
+
+
+def test_a_run_tells_what_its_plan_is_predicted_to_cost(prune_here, tmp_path):
+    told = Stops("never", 0)
+    record = prune_here(tmp_path / "pruned", method="curvature", distill=None, progress=told)
+    assert record.predicted_loss > 0
+    assert 0 <= record.gap < 1
+    assert f"{record.predicted_loss:.4g} nats a token" in "".join(told.notes)
+    assert load_record(tmp_path / "pruned") == record
 
 
 def test_the_profiles_are_made_of_the_whole_models_gradients(run, dense_path, calibration_path, tmp_path):

@@ -18,7 +18,7 @@ from distprune.budgets import Target
 from distprune.decoder_layer import LayerShape
 from distprune.engine import load_record
 from distprune.families import FAMILIES
-from distprune.methods import METHODS, Method, Profile
+from distprune.methods import METHODS, Method, Plan, Profile
 from distprune.methods.magnitude import Magnitude
 from distprune.methods.units import keep_rotary_pairs, with_heads, without_attention, without_ffn
 from distprune.modeling import PrunedForCausalLM
@@ -34,9 +34,9 @@ class Reducing(Method):
 
     name: ClassVar[str] = "reducing"
 
-    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         changes = NO_ATTENTION, NO_ATTENTION | {"ffn_width": 0}, {"query_key_dim": 6, "ffn_width": 0}
-        return [replace(shape, **change) for shape, change in zip(target.dense_shapes, changes, strict=True)]
+        return Plan(replace(shape, **change) for shape, change in zip(target.dense_shapes, changes, strict=True))
 
     def pruning_moments(self, dense: LayerShape, planned: LayerShape):
         return ()
@@ -52,8 +52,8 @@ class Even(Magnitude):
     name: ClassVar[str] = "even"
     groups: int
 
-    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
-        return [replace(with_heads(shape, self.groups, 1), ffn_width=40) for shape in target.dense_shapes]
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
+        return Plan(replace(with_heads(shape, self.groups, 1), ffn_width=40) for shape in target.dense_shapes)
 
 
 @pytest.fixture(autouse=True)

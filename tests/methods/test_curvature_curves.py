@@ -13,8 +13,9 @@ from distprune.backward import backward
 from distprune.decoder_layer import Linear
 from distprune.forward import LayerRunner
 from distprune.methods import Profile, make_method
+from distprune.methods.curvature.curves import HONEST_DAMPING
 
-DAMPING = 0.02
+DAMPING, BRANCH_DAMPING = 0.02, 0.05
 
 
 def f64(tensor: Tensor) -> np.ndarray:
@@ -23,7 +24,7 @@ def f64(tensor: Tensor) -> np.ndarray:
 
 def profiled(this) -> tuple[Profile, dict[str, np.ndarray]]:
     """The profile, and every tap of the same pass back through the layer, gradients among them, in float64."""
-    method = make_method("curvature", {"damping": DAMPING})
+    method = make_method("curvature", {"damping": DAMPING, "branch_damping": BRANCH_DAMPING})
     moments = [*method.dense_moments(this.layer.shape), *method.gradient_moments(this.layer.shape)]
     profile = method.profile(this.layer, this.statistics(moments))
     seen: list[dict[str, Tensor]] = []
@@ -147,6 +148,25 @@ def test_a_factored_projection_costs_what_the_best_of_its_rank_loses(any_subject
         assert cost(change, metric, inner) == pytest.approx(costs[rank].item(), rel=1e-2, abs=1e-5 * costs[0].item())
 
 
+def test_a_branch_saves_what_the_best_of_its_rank_beside_the_kept_neurons_does(any_subject):
+    profile, seen = profiled(any_subject)
+    metric = gram(seen["ffn_output_gradient"], DAMPING)
+    honest = HONEST_DAMPING * BRANCH_DAMPING
+    neurons, inputs = gram(seen["ffn_neurons"], honest), gram(seen["ffn_input"], honest)
+    cross = seen["ffn_input"].T @ seen["ffn_neurons"] / len(seen["ffn_input"])
+    order, down = profile["neuron_order"].numpy(), f64(any_subject.layer.down.weight)
+    assert profile["branch_widths"].tolist() == [30, 20, 10]
+    for width, savings in zip(profile["branch_widths"].tolist(), profile["branch_savings"], strict=True):
+        gone, kept = order[: 40 - width], order[40 - width :]
+        # All that is seen, kept neurons before inputs, and what it should give.
+        joint = np.block([[neurons[np.ix_(kept, kept)], cross[:, kept].T], [cross[:, kept], inputs]])
+        wanted = np.vstack([neurons[np.ix_(kept, gone)], cross[:, gone]]) @ down[:, gone].T
+        branch = np.linalg.solve(joint, wanted)[width:].T
+        unknown = np.linalg.inv(np.linalg.inv(joint)[width:, width:])
+        singular = np.linalg.svd(np.linalg.cholesky(metric).T @ branch @ np.linalg.cholesky(unknown), compute_uv=False)
+        assert_costs(savings, [np.square(singular[:rank]).sum() / 2 for rank in range(len(savings))])
+
+
 def test_what_more_is_gone_never_costs_less(any_subject):
     profile, _ = profiled(any_subject)
     for costs in (profile["group_costs"], profile["ffn_costs"], profile["pair_costs"], profile["value_costs"].flip(-1)):
@@ -167,3 +187,12 @@ def test_the_same_statistics_give_the_same_profile(subject):
     first, again = (profiled(subject())[0] for _ in range(2))
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_profile_takes_the_bytes_that_disk_space_is_planned_for(any_subject):
+    profile, _ = profiled(any_subject)
+    method = make_method("curvature", {})
+    large = sum(tensor.nbytes for name, tensor in profile.items() if name.endswith(("_left", "_right", "_root")))
+    assert method.profile_bytes(any_subject.config.hidden_size, any_subject.layer.shape) == large
+    plain = make_method("curvature", {"factored": False, "calibrated": False})
+    assert plain.profile_bytes(64, any_subject.layer.shape) == 0

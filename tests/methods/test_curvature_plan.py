@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import lcm
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,6 +62,14 @@ def profile_of(shape: LayerShape, seed: int) -> Profile:
     }
 
 
+def with_branches(profile: Profile, worth: float) -> Profile:
+    """At every width the same share of the FFN's cost is saved: the more the higher the rank, at most ``worth``."""
+    widths = [7 * FFN // 8, FFN // 2, FFN // 8]
+    costs = np.interp(widths, profile["ffn_widths"].flip(0), profile["ffn_costs"].flip(0))
+    shares = worth * (1 - torch.exp(-torch.arange(HIDDEN // 4 + 1) / 8))
+    return profile | {"branch_widths": torch.tensor(widths), "branch_savings": torch.tensor(costs)[:, None] * shares}
+
+
 def profiles_of(config: PrunedConfig) -> list[Profile]:
     return [profile_of(config.layer_shape(index), index) for index in range(LAYERS)]
 
@@ -103,7 +112,7 @@ def test_a_plan_meets_its_target_within_one_step(family, resource, sparsity):
     target = Target(config_of(family), sparsity, resource=resource)
     # Neurons being cheap, there are some to give back, but where attention takes most.
     cheap = [profile | {"ffn_costs": profile["ffn_costs"] / 30} for profile in profiles_of(target.config)]
-    plan = planned(target, cheap)
+    plan = planned(target, [with_branches(profile, 0.5) for profile in cheap])
     assert 0 <= target.remaining - target.amount(plan) <= one_step(target)
 
 
@@ -132,6 +141,18 @@ def test_widths_are_whole_or_multiples_and_modules_lose_the_largest_cut_or_go(fa
 def test_a_cache_is_made_smaller_at_no_ffns_cost(family):
     target = Target(config_of(family), 0.4, resource="kv-cache")
     assert {shape.ffn_width for shape in planned(target)} == {FFN}
+
+
+def test_ffns_get_branches_where_these_save_more_than_neurons_do():
+    target = Target(config_of("grouped queries"), 0.4)
+    cheap = [profile | {"ffn_costs": profile["ffn_costs"] / 30} for profile in profiles_of(target.config)]
+    useless, useful = (planned(target, [with_branches(profile, worth) for profile in cheap]) for worth in (0.0, 0.9))
+    assert all(shape.calibration_rank is None for shape in useless)
+    narrow = [shape for shape in useful if 0 < shape.ffn_width < FFN]
+    assert narrow and all(shape.calibration_rank for shape in narrow)
+    assert all(shape.calibration_rank is None for shape in useful if shape not in narrow)
+    assert useful.predicted_loss < useless.predicted_loss
+    assert planned(target, [with_branches(profile, 0.9) for profile in cheap], align=16)[0].calibration_rank % 16 == 0
 
 
 def test_layers_that_matter_more_keep_more():
@@ -200,6 +221,30 @@ def test_the_embeddings_share_comes_from_the_decoder_layers():
     plan = planned(target)
     assert target.dense - target.amount(plan) >= round(0.3 * target.counted)
     assert 0 <= target.remaining - target.amount(plan) <= one_step(target)
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "stock"])
+def test_a_plan_tells_what_its_options_cost_together(layout):
+    """Attention is too dear to lose any of it, so that only FFNs count, whose costs are easily summed here."""
+    target = Target(config_of("multi-head"), 0.25, stock=layout == "stock")
+    profiles = [profile | {name: 1e6 * profile[name] for name in ATTENTION} for profile in profiles_of(target.config)]
+    plan = planned(target, profiles)
+
+    def cost(steps_less: int) -> float:
+        widths = [shape.ffn_width - steps_less * ALIGN for shape in plan]
+        curves = [(profile["ffn_widths"].flip(0), profile["ffn_costs"].flip(0)) for profile in profiles]
+        return sum(np.interp(width, *curve) for width, curve in zip(widths, curves, strict=True))
+
+    # Single steps of width are given back once options are chosen.
+    assert cost(0) * (1 - 1e-9) <= plan.predicted_loss <= cost(2)
+    assert 0 <= plan.gap <= 1e-3
+
+
+def test_the_more_goes_the_more_the_loss_is_predicted_to_rise():
+    config = config_of("grouped queries")
+    losses = [planned(Target(config, sparsity)).predicted_loss for sparsity in (0.0, 0.1, 0.3, 0.5)]
+    assert losses[0] == 0
+    assert losses == sorted(set(losses))
 
 
 def test_the_same_profiles_give_the_same_plan():

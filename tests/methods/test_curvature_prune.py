@@ -16,7 +16,7 @@ from distprune.methods.units import keep_rotary_pairs
 from distprune.statistics import Gram, LayerStatistics
 
 #: Refits that go wherever the calibration text is served best.
-FREE = {"refit_damping": 1e-6, "damping": 1e-6}
+FREE = {"refit_damping": 1e-6, "branch_damping": 1e-7, "damping": 1e-6}
 NOTHING = {"query_heads": 0, "kv_heads": 0, "query_key_dim": 0, "value_dim": 0, "output_bias": False}
 
 
@@ -45,6 +45,8 @@ def without_groups(shape: LayerShape, gone: int) -> LayerShape:
 
 CHANGES = [
     {"ffn_width": 24},
+    {"ffn_width": 24, "calibration_rank": 3},
+    {"ffn_width": 40, "calibration_rank": 3},
     {"value_dim": 5},
     {"query_key_dim": 4},
     {"query_key_dim": 6, "value_dim": 3, "ffn_width": 17},
@@ -53,7 +55,7 @@ CHANGES = [
     {"output_rank": 4},
     {"ffn_width": 0, "down_bias": False, "value_dim": 1},
     NOTHING,
-    NOTHING | {"ffn_width": 24},
+    NOTHING | {"ffn_width": 24, "calibration_rank": 5},
     NOTHING | {"ffn_width": 0, "down_bias": False},
 ]
 
@@ -215,6 +217,15 @@ def test_the_refit_is_ridge_regression_towards_the_weights_of_the_kept_neurons(s
     assert torch.equal(pruned.down.bias, this.layer.down.bias)
 
 
+@pytest.mark.parametrize("refit_damping", [1e-4, 0.03, 1.0])
+def test_a_branch_brings_an_ffn_nearer_to_the_dense_one(any_subject, refit_damping):
+    profile, found = profile_of(any_subject, make_method("curvature", {})), []
+    for rank in (None, 2, 6):
+        planned = replace(any_subject.layer.shape, ffn_width=16, calibration_rank=rank)
+        found.append(lost(any_subject, prune(any_subject, planned, profile, refit_damping=refit_damping), "ffn_output"))
+    assert found[0] > found[1] > found[2]
+
+
 # ------------------------------------------------------------------ what was foretold
 
 
@@ -232,6 +243,16 @@ def test_an_ffn_loses_what_its_curve_says(subject, width):
     pruned = prune(this, replace(this.layer.shape, ffn_width=width), profile, **FREE)
     foretold = profile["ffn_costs"][profile["ffn_widths"] == width].item()
     assert lost(this, pruned, "ffn_output") == pytest.approx(foretold, rel=2e-2)
+
+
+@pytest.mark.parametrize(("place", "rank"), [(0, 1), (1, 3), (2, 6)])
+def test_an_ffn_with_a_branch_loses_so_much_less_as_is_said(subject, place, rank):
+    this = subject()
+    profile = profile_of(this, make_method("curvature", FREE))
+    width = profile["branch_widths"][place].item()
+    pruned = prune(this, replace(this.layer.shape, ffn_width=width, calibration_rank=rank), profile, **FREE)
+    foretold = profile["ffn_costs"][profile["ffn_widths"] == width] - profile["branch_savings"][place, rank]
+    assert lost(this, pruned, "ffn_output") == pytest.approx(foretold.item(), rel=2e-2)
 
 
 @pytest.mark.parametrize("gone", [1, 2])

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, lcm
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distprune.budgets import (
-    Allocation,
-    Curve,
-    Target,
-    aligned,
-    allocate,
-    attention_amount,
-    ffn_amount,
-    has_plain_heads,
-)
+from distprune.budgets import Curve, Target, aligned, allocate, attention_amount, ffn_amount
 from distprune.decoder_layer import LayerShape
-from distprune.errors import InputError
-from distprune.methods.base import Profile
+from distprune.methods.base import Plan, Profile
 
 #: Widths and heads of a layer without the module.
 NO_ATTENTION = {"query_heads": 0, "kv_heads": 0, "query_key_dim": 0, "value_dim": 0, "output_bias": False}
@@ -60,33 +51,57 @@ class Reach:
         return [*range(first, dense, self.align), dense]
 
 
-def allocate_globally(target: Target, profiles: Sequence[Profile], reach: Reach) -> tuple[list[LayerShape], Allocation]:
-    """The shape of every layer, and what the allocation says of itself.
+def allocate_globally(target: Target, profiles: Sequence[Profile], reach: Reach) -> Plan:
+    """Of each menu the option with which the whole costs least.
 
     Raises:
         InputError: the target can't be reached.
     """
-    shapes = target.dense_shapes
-    menus = []
+    shapes, amounts, menus = target.dense_shapes, Amounts(target), []
     for index, (shape, profile) in enumerate(zip(shapes, profiles, strict=True)):
-        menus += [attention_menu(target, index, shape, profile, reach), ffn_menu(target, index, shape, profile, reach)]
+        menus += [
+            attention_menu(target, amounts, index, shape, profile, reach),
+            ffn_menu(amounts, index, shape, profile, reach),
+        ]
     allocation = allocate([menu.curve for menu in menus], target.remaining)
     for menu, choice in zip(menus, allocation.choices, strict=True):
         shapes[menu.layer] = replace(shapes[menu.layer], **menu.changes[choice])
-    return spend_rest(target, shapes, reach.align), allocation
+    return Plan(spend_rest(target, shapes, reach.align), allocation.cost, allocation.gap)
 
 
-def attention_menu(target: Target, index: int, dense: LayerShape, profile: Profile, reach: Reach) -> Menu:
+class Amounts:
+    """What modules take of the budgeted resource; counted once for all layers that are alike."""
+
+    def __init__(self, target: Target):
+        self._target, self._layer_types = target, target.config.layer_types
+        self._known: dict[Hashable, int] = {}
+
+    def attention(self, index: int, dense: LayerShape, change: Change) -> int:
+        return self._count(attention_amount, index, dense, change)
+
+    def ffn(self, index: int, dense: LayerShape, change: Change) -> int:
+        return self._count(ffn_amount, index, dense, change)
+
+    def _count(self, amount: Callable[..., int], index: int, dense: LayerShape, change: Change) -> int:
+        key = amount, self._layer_types[index], dense, *change.items()
+        if key not in self._known:
+            target = self._target
+            self._known[key] = amount(target.resource, target.config, index, replace(dense, **change))
+        return self._known[key]
+
+
+def attention_menu(
+    target: Target, amounts: Amounts, index: int, dense: LayerShape, profile: Profile, reach: Reach
+) -> Menu:
     """Fewer KV groups, value neurons and rotary pairs; or all heads, fewer value neurons and factored projections; or,
     but in the first layer, none of it."""
     options = [*narrower_heads(target, dense, profile, reach)]
     if "query_costs" in profile:
-        options += factored(target, index, dense, profile, reach)
+        options += factored(amounts, index, dense, profile, reach)
     if index > 0:  # one layer at least must keep its attention
         options.append((NO_ATTENTION, float(profile["group_costs"][-1])))
     changes, costs = map(list, zip(*options, strict=True))
-    amounts = [attention_amount(target.resource, target.config, index, replace(dense, **change)) for change in changes]
-    return Menu(index, changes, costs, amounts)
+    return Menu(index, changes, costs, [amounts.attention(index, dense, change) for change in changes])
 
 
 def narrower_heads(target: Target, dense: LayerShape, profile: Profile, reach: Reach) -> Iterator[tuple[Change, float]]:
@@ -106,23 +121,21 @@ def narrower_heads(target: Target, dense: LayerShape, profile: Profile, reach: R
 
 
 def factored(
-    target: Target, index: int, dense: LayerShape, profile: Profile, reach: Reach
+    amounts: Amounts, index: int, dense: LayerShape, profile: Profile, reach: Reach
 ) -> Iterator[tuple[Change, float]]:
     """For every number of value neurons and at every of many prices, the ranks that cost least."""
 
-    def ranks(name: str, shape: LayerShape) -> tuple[list[int | None], NDArray, NDArray]:
+    def ranks(name: str, change: Change) -> tuple[list[int | None], NDArray, NDArray]:
         """The ranks to choose from, None for no factors, what they cost, and what they save."""
         costs = profile[f"{name}_costs"].numpy()
         choices = [None, *range(reach.align, len(costs), reach.align)]
-        changed = [replace(shape, **{f"{name}_rank": rank}) for rank in choices]
-        amounts = np.array([attention_amount(target.resource, target.config, index, each) for each in changed])
-        return choices, np.array([0.0, *costs[reach.align :: reach.align]]), amounts[0] - amounts
+        takes = np.array([amounts.attention(index, dense, {**change, f"{name}_rank": rank}) for rank in choices])
+        return choices, np.array([0.0, *costs[reach.align :: reach.align]]), takes[0] - takes
 
-    fixed = {f"{name}_rank": ranks(name, dense) for name in ("query", "key")}
+    fixed = {f"{name}_rank": ranks(name, {}) for name in ("query", "key")}
     for value_dim in reach.widths(dense.value_dim):
-        shape = replace(dense, value_dim=value_dim)
         lost = float(profile["value_costs"][:, value_dim].sum())
-        tables = fixed | {"output_rank": ranks("output", shape)}
+        tables = fixed | {"output_rank": ranks("output", {"value_dim": value_dim})}
         seen = set()
         for price in prices(tables.values()):
             places = {name: int((costs - price * savings).argmin()) for name, (_, costs, savings) in tables.items()}
@@ -141,13 +154,36 @@ def prices(tables: Iterable[tuple[list[int | None], NDArray, NDArray]]) -> NDArr
     return np.geomspace(slopes.min() / 2, 100 * slopes.max(), MOST_WIDTHS) if len(slopes) else np.zeros(0)
 
 
-def ffn_menu(target: Target, index: int, dense: LayerShape, profile: Profile, reach: Reach) -> Menu:
-    """A few of the widths, and none at all."""
+def ffn_menu(amounts: Amounts, index: int, dense: LayerShape, profile: Profile, reach: Reach) -> Menu:
+    """A few of the widths, the narrow ones with branches of some ranks too; and none at all."""
     cost_of, every = ffn_costs_by_width(profile), ceil(dense.ffn_width / reach.align / MOST_WIDTHS)
-    widths = reach.widths(dense.ffn_width)[::-every]
-    changes = [NO_FFN, *({"ffn_width": width} for width in widths)]
-    amounts = [ffn_amount(target.resource, target.config, index, replace(dense, **change)) for change in changes]
-    return Menu(index, changes, [cost_of(0), *map(cost_of, widths)], amounts)
+    shares = branch_shares(profile, cost_of, reach.align) if "branch_savings" in profile else {}
+    options: list[tuple[Change, float]] = [(NO_FFN, cost_of(0))]
+    for width in reach.widths(dense.ffn_width)[::-every]:
+        options.append(({"ffn_width": width}, cost_of(width)))
+        for rank, share_at in shares.items() if width < dense.ffn_width else ():
+            if (share := share_at(width)) > 0:
+                options.append(({"ffn_width": width, "calibration_rank": rank}, (1 - share) * cost_of(width)))
+    changes, costs = map(list, zip(*options, strict=True))
+    return Menu(index, changes, costs, [amounts.ffn(index, dense, change) for change in changes])
+
+
+def branch_shares(profile: Profile, cost_of: Callable[[int], float], align: int) -> dict[int, Callable[[int], float]]:
+    """For some ranks of a branch, the share that it saves of what an FFN costs, by the FFN's width."""
+    widths, savings = profile["branch_widths"].flip(0).numpy(), profile["branch_savings"].flip(0).numpy()
+    costs = np.array([[cost_of(width)] for width in widths])
+    shares = np.divide(savings, costs, out=np.zeros_like(savings), where=costs > 0).clip(0, 1)
+    return {
+        rank: partial(np.interp, xp=widths, fp=shares[:, rank]) for rank in branch_ranks(align, shares.shape[1] - 1)
+    }
+
+
+def branch_ranks(align: int, most: int) -> Iterator[int]:
+    """Multiples of ``align``, farther and farther apart, since a branch's last ranks do least."""
+    rank = align
+    while rank <= most:
+        yield rank
+        rank += max(align, rank // 4 // align * align)
 
 
 def spend_rest(target: Target, shapes: Sequence[LayerShape], align: int) -> list[LayerShape]:
@@ -170,62 +206,13 @@ def spend_rest(target: Target, shapes: Sequence[LayerShape], align: int) -> list
     return shapes
 
 
-def allocate_equally(target: Target, profiles: Sequence[Profile], reach: Reach) -> list[LayerShape]:
-    """As many KV groups and as wide an FFN in every layer: of all such pairs that meet the target, the cheapest."""
-    costs_of = [ffn_costs_by_width(profile) for profile in profiles]
-
-    def cost(shape: LayerShape) -> float:
-        gone = target.config.num_key_value_heads - shape.kv_heads
-        groups = sum(float(profile["group_costs"][gone]) for profile in profiles)
-        return groups + sum(cost_of(shape.ffn_width) for cost_of in costs_of)
-
-    nearest = min(unspent for _, unspent in equal_shapes(target, reach))
-    shapes = [shape for shape, unspent in equal_shapes(target, reach) if unspent == nearest]
-    return [min(shapes, key=cost)] * len(profiles)
-
-
-def equal_shapes(target: Target, reach: Reach) -> list[tuple[LayerShape, int]]:
-    """The shapes that all layers may have to meet the target, and how many steps of FFN width each leaves unused."""
-    dense, found = target.dense_shapes[0], []
-    for groups in range(1, dense.kv_heads + 1):
-        shape = replace(dense, kv_heads=groups, query_heads=groups * (dense.query_heads // dense.kv_heads))
-        if has_plain_heads(target.config, shape) and (fitting := widest(target, shape, reach)):
-            found.append((replace(shape, ffn_width=fitting[0]), fitting[1]))
-    return found
-
-
-def check_reachable(target: Target, reach: Reach) -> None:
-    """See that the smallest options of all menus meet the target.
-
-    Raises:
-        InputError: they don't.
-    """
-    if target.stock:
-        reachable = bool(equal_shapes(target, reach))
-    else:
-        first, *others = target.dense_shapes
-        width = first.query_key_dim if target.config.query_key_norm else reach.widths(first.query_key_dim)[0]
-        narrow = {"kv_heads": 1, "query_heads": first.query_heads // first.kv_heads, "query_key_dim": width}
-        least = replace(first, **narrow, value_dim=reach.widths(first.value_dim)[0], **NO_FFN)
-        absent = [replace(shape, **NO_ATTENTION, **NO_FFN) for shape in others]
-        reachable = target.amount([least, *absent]) <= target.remaining
-    if not reachable:
-        raise InputError(
-            f"sparsity {target.sparsity:g} can't be reached"
-            + (" with the same widths in every layer. Leave --layout out, or ask" if target.stock else ". Ask")
-            + " for a lower --sparsity."
-        )
-
-
-def widest(target: Target, shape: LayerShape, reach: Reach) -> tuple[int, int] | None:
-    """The FFN width nearest to what the target leaves beside the attention of ``shape``, if there is one; and how many
-    steps of width would be left of that by an FFN that is whole."""
-    layers, full = target.config.num_hidden_layers, target.config.intermediate_size
-    one, two = (target.amount([replace(shape, ffn_width=width)] * layers) for width in (reach.align, 2 * reach.align))
-    if one == two:
-        return (full, target.remaining - one) if one <= target.remaining else None
-    steps, whole = 1 + round((target.remaining - one) / (two - one)), ceil(full / reach.align)
-    return (min(full, steps * reach.align), max(0, steps - whole)) if steps >= 1 else None
+def smallest(target: Target, reach: Reach) -> list[LayerShape]:
+    """The smallest options of all menus."""
+    first, *others = target.dense_shapes
+    width = first.query_key_dim if target.config.query_key_norm else reach.widths(first.query_key_dim)[0]
+    narrow = {"kv_heads": 1, "query_heads": first.query_heads // first.kv_heads, "query_key_dim": width}
+    least = replace(first, **narrow, value_dim=reach.widths(first.value_dim)[0], **NO_FFN)
+    return [least, *(replace(shape, **NO_ATTENTION, **NO_FFN) for shape in others)]
 
 
 def ffn_costs_by_width(profile: Profile) -> Callable[[int], float]:

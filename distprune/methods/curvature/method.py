@@ -24,9 +24,17 @@ from torch import Tensor
 
 from distprune.budgets import RESOURCES, Target
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank
-from distprune.methods.base import Method, Observe, Profile
-from distprune.methods.curvature.curves import attention_curves, ffn_curve, truncations
-from distprune.methods.curvature.menus import Reach, allocate_equally, allocate_globally, check_reachable
+from distprune.errors import InputError
+from distprune.methods.base import Method, Observe, Plan, Profile
+from distprune.methods.curvature.curves import (
+    attention_curves,
+    branch_savings,
+    ffn_curve,
+    truncations,
+    truncations_bytes,
+)
+from distprune.methods.curvature.menus import Reach, allocate_globally, smallest
+from distprune.methods.curvature.stock import allocate_equally, equal_shapes
 from distprune.methods.units import (
     heads_of_groups,
     keep_heads,
@@ -37,8 +45,8 @@ from distprune.methods.units import (
     without_attention,
     without_ffn,
 )
-from distprune.solvers import ridge_towards
-from distprune.statistics import Gram, LayerStatistics, Moment, ScalingPower
+from distprune.solvers import linear_branch, output_projections, ridge_towards
+from distprune.statistics import Cross, Gram, LayerStatistics, Moment, ScalingPower
 
 
 class Curvature(Method):
@@ -51,13 +59,19 @@ class Curvature(Method):
     )
     refit_damping: float = Field(0.03, gt=0, description="penalty on moving a weight in the refit, over the same mean")
     factored: bool = Field(True, description="query, key and output projections may become products of two factors")
+    branch_damping: float = Field(0.1, gt=0, description="penalty on a weight of a branch, over the same mean")
+    calibrated: bool = Field(True, description="narrow FFNs may get a linear branch of low rank beside them")
     largest_cut: float = Field(0.8, gt=0, le=1, description="share of a width that may go where its module stays")
 
     # ---------------------------------------------------------------- the gradient pass
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
         inputs = [Gram("attention_input")] if self.factored else []
-        return [*inputs, Gram("attention_values"), Gram("ffn_neurons")]
+        return [*inputs, Gram("attention_values"), *self._ffn_moments(self.calibrated)]
+
+    def _ffn_moments(self, calibrated: bool) -> Sequence[Moment]:
+        branch = [Gram("ffn_input"), Cross("ffn_input", "ffn_neurons")] if calibrated else []
+        return [Gram("ffn_neurons"), *branch]
 
     def gradient_moments(self, shape: LayerShape) -> Sequence[Moment]:
         inner = [Gram("query_gradient"), Gram("key_gradient")] if self.factored else []
@@ -69,12 +83,16 @@ class Curvature(Method):
         ]
 
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
-        factors = truncations(layer, statistics, self.damping) if self.factored else {}
-        return {
-            **attention_curves(layer, statistics, self.damping),
-            **ffn_curve(layer, statistics, self.damping),
-            **factors,
-        }
+        profile = attention_curves(layer, statistics, self.damping) | ffn_curve(layer, statistics, self.damping)
+        if self.factored:
+            profile |= truncations(layer, statistics, self.damping)
+        if self.calibrated:
+            profile |= branch_savings(layer, statistics, profile["neuron_order"], self.damping, self.branch_damping)
+        return profile
+
+    def profile_bytes(self, hidden_size: int, shape: LayerShape) -> int:
+        factors = truncations_bytes(hidden_size, shape) if self.factored else 0
+        return factors + self.calibrated * hidden_size**2 * torch.float32.itemsize
 
     # ---------------------------------------------------------------- the budget
 
@@ -83,13 +101,13 @@ class Curvature(Method):
         if target.sparsity:
             check_reachable(target, Reach(align, 1 - self.largest_cut))
 
-    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> list[LayerShape]:
+    def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         if target.sparsity == 0:
-            return target.dense_shapes
+            return Plan(target.dense_shapes, predicted_loss=0.0, gap=0.0)
         reach = Reach(align, 1 - self.largest_cut)
         if target.stock:
             return allocate_equally(target, profiles, reach)
-        return allocate_globally(target, profiles, reach)[0]
+        return allocate_globally(target, profiles, reach)
 
     # ---------------------------------------------------------------- the pruning pass
 
@@ -106,12 +124,12 @@ class Curvature(Method):
     ) -> DecoderLayer:
         if not planned.has_attention:
             layer = without_attention(layer)
-        elif replace(planned, ffn_width=layer.shape.ffn_width) != layer.shape:
+        elif replace(planned, ffn_width=layer.shape.ffn_width, calibration_rank=None) != layer.shape:
             layer = self._prune_attention(layer, planned, profile, observe)
         if not planned.has_ffn:
             layer = without_ffn(layer)
-        elif planned.ffn_width < layer.shape.ffn_width:
-            layer = self._prune_ffn(layer, planned.ffn_width, profile, observe)
+        elif (planned.ffn_width, planned.calibration_rank) != (layer.shape.ffn_width, None):
+            layer = self._prune_ffn(layer, planned, profile, observe)
         return layer
 
     def _prune_attention(
@@ -146,15 +164,29 @@ class Curvature(Method):
         pruned = keep_values(pruned, values.expand(planned.kv_heads, -1))
         return replace(pruned, output=self._refit(layer.output, kept, gram))
 
-    def _prune_ffn(self, layer: DecoderLayer, width: int, profile: Profile, observe: Observe) -> DecoderLayer:
-        gram = observe(layer, [Gram("ffn_neurons")]).gram("ffn_neurons")
-        kept = profile["neuron_order"][layer.shape.ffn_width - width :].sort().values
-        return replace(keep_neurons(layer, kept), down=self._refit(layer.down, kept, gram))
+    def _prune_ffn(self, layer: DecoderLayer, planned: LayerShape, profile: Profile, observe: Observe) -> DecoderLayer:
+        statistics = observe(layer, self._ffn_moments(planned.calibration_rank is not None))
+        gram = statistics.gram("ffn_neurons")
+        kept = profile["neuron_order"][layer.shape.ffn_width - planned.ffn_width :].sort().values
+        pruned = keep_neurons(layer, kept)
+        if planned.calibration_rank is None:
+            return replace(pruned, down=self._refit(layer.down, kept, gram))
+        input_gram, cross = statistics.gram("ffn_input"), statistics.cross("ffn_input", "ffn_neurons")
+        whole, unknown = linear_branch(layer.down.weight.float(), kept, gram, input_gram, cross, self.branch_damping)
+        left, right, _ = output_projections(whole, unknown, profile["ffn_metric_root"].double())
+        branch = projected(Linear(whole), left, right, planned.calibration_rank)
+        given = branch.left @ (branch.right @ cross[:, kept])
+        return replace(pruned, down=self._refit(layer.down, kept, gram, given), calibration=branch)
 
-    def _refit(self, projection: Linear, kept: Tensor, gram: Tensor) -> Linear:
-        """The projection of the ``kept`` input channels that best gives what all of them gave."""
+    def _refit(self, projection: Linear, kept: Tensor, gram: Tensor, given: Tensor | float = 0.0) -> Linear:
+        """The projection of the ``kept`` input channels that best gives what all of them gave.
+
+        Args:
+            given: what is given by something else of it, E[yᵀz] with the kept input channels z, (out, kept).
+        """
         weight = projection.weight.float()
-        refitted = ridge_towards(weight[:, kept], gram[kept][:, kept], weight @ gram[:, kept], self.refit_damping)
+        wanted = weight @ gram[:, kept] - given
+        refitted = ridge_towards(weight[:, kept], gram[kept][:, kept], wanted, self.refit_damping)
         return Linear(refitted, projection.bias)
 
 
@@ -162,5 +194,27 @@ def truncated(projection: Linear, rank: int | None, profile: Profile, name: str)
     """The projection at that rank, its output projected on what matters most; or as it is, for None."""
     if rank is None:
         return projection
-    left, right = profile[f"{name}_left"][:, :rank], profile[f"{name}_right"][:rank]
-    return LowRank((right @ projection.weight.float()), left.contiguous(), projection.bias)
+    return projected(projection, profile[f"{name}_left"], profile[f"{name}_right"], rank)
+
+
+def projected(projection: Linear, left: Tensor, right: Tensor, rank: int) -> LowRank:
+    """Its output on the first of nested subspaces, see :func:`distprune.solvers.output_projections`."""
+    return LowRank(right[:rank] @ projection.weight.float(), left[:, :rank].contiguous(), projection.bias)
+
+
+def check_reachable(target: Target, reach: Reach) -> None:
+    """See that the smallest layers there can be meet the target.
+
+    Raises:
+        InputError: they don't.
+    """
+    if target.stock:
+        reachable = bool(equal_shapes(target, reach))
+    else:
+        reachable = target.amount(smallest(target, reach)) <= target.remaining
+    if not reachable:
+        raise InputError(
+            f"sparsity {target.sparsity:g} can't be reached"
+            + (" with the same widths in every layer. Leave --layout out, or ask" if target.stock else ". Ask")
+            + " for a lower --sparsity."
+        )
