@@ -133,7 +133,7 @@ class RunLog(Progress):
         self.tell("call started", stage=self._stage, **call(assignment), **place(worker))
 
     def ended(self, worker: WorkerName, assignment: Assignment, seconds: float) -> None:
-        self.tell("call ended", stage=self._stage, **call(assignment), **place(worker), seconds=round(seconds, 3))
+        self.tell("call ended", stage=self._stage, **call(assignment), **place(worker), seconds=round(seconds, 6))
 
     def lost(self, worker: WorkerName, assignment: Assignment | None) -> None:
         self.tell("worker lost", logging.WARNING, **(call(assignment) if assignment else {}), **place(worker))
