@@ -87,7 +87,7 @@ class Race:
 
     def distprune(self, propagation: str) -> Measurement:
         output = self.scratch / f"distprune-{propagation}"
-        command = ["-m", "distprune.cli", "prune", self.model, "--workers", str(self.arguments.workers)]
+        command = ["-m", "distprune.cli", "prune", self.model, "--method=olica", f"--workers={self.arguments.workers}"]
         wall = self._time(command, output, propagation, 1)
         return Measurement(wall, distprune.inspect(output).seconds, self._perplexity(output))
 
