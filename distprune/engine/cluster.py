@@ -21,11 +21,18 @@ from distprune.errors import InputError
 
 # Ray itself takes minutes to give up on an address where nothing listens.
 CONNECT_SECONDS = 10
+# What ends a run that can be gone on with.
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def connected(config: PruneConfig) -> Iterator[None]:
-    """Inside, Ray is up: the one already joined, the cluster at the address, or one started here for this run."""
+    """Inside, Ray is up: the one already joined, the cluster at the address, or one started here for this run.
+
+    Raises:
+        InputError: no cluster answers at the address.
+        KeyboardInterrupt: a signal came while Ray was starting or shutting down.
+    """
     if ray.is_initialized():
         yield
         return
@@ -42,10 +49,15 @@ def connected(config: PruneConfig) -> Iterator[None]:
                 ray.init(address=address, **quiet)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"no Ray cluster answers at {address}: {reason_of(error)}") from None
+    except SystemExit:  # what Ray makes of SIGTERM while it starts
+        raise KeyboardInterrupt from None
     try:
         yield
     finally:
-        ray.shutdown()
+        # Broken off halfway, Ray takes the next object reference that dies to a worker that is gone, and ends the
+        # process with status 1 and without a word.
+        with interruptions_held_back():
+            ray.shutdown()
 
 
 def reason_of(error: BaseException) -> str:
@@ -80,6 +92,26 @@ def sigterm_as_it_was() -> Iterator[None]:
     finally:
         if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def interruptions_held_back() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM wait; at the end they do what they would have done before."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that signals interrupt
+        yield
+        return
+    came: list[int] = []
+    # A handler that Python doesn't know can't be put back.
+    before = {number: handler for number in INTERRUPTIONS if (handler := signal.getsignal(number)) is not None}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def check_listens(address: str) -> None:

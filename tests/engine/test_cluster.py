@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -179,6 +180,43 @@ def test_sigterm_interrupts_also_while_ray_shuts_down(monkeypatch):
     with pytest.raises(KeyboardInterrupt), sigterm_interrupts(), connected(PruneConfig(model="m", output="o")):
         pass
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_interrupts_also_while_ray_starts(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: sys.exit(1))  # as Ray's own handler does
+    with pytest.raises(KeyboardInterrupt), connected(PruneConfig(model="m", output="o")):
+        pass
+
+
+LEAVES_RAY = """
+import os, signal, sys, threading, time
+import ray
+from distprune.config import PruneConfig
+from distprune.engine.cluster import connected, sigterm_interrupts
+
+def interrupt_halfway():
+    while ray.is_initialized():
+        time.sleep(0.001)
+    os.kill(os.getpid(), int(sys.argv[2]))
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    with sigterm_interrupts(), connected(PruneConfig(model="m", output="o", address=sys.argv[1])):
+        held = ray.put("something")
+        threading.Thread(target=interrupt_halfway).start()
+except KeyboardInterrupt:
+    del held
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_halfway_through_leaving_ray_does_not_end_the_process(run, sent):
+    """Ray would end it, at the next object reference that dies, where it had not shut down altogether."""
+    address = ray.get_runtime_context().gcs_address
+    ended = subprocess.run([sys.executable, "-c", LEAVES_RAY, address, str(int(sent))], check=False)
+    assert ended.returncode == 130
 
 
 def test_an_address_that_is_none_is_bad_input(monkeypatch):
