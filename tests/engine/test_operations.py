@@ -42,6 +42,7 @@ class Head:
     def submit(self, model: Path, calibration: Path, output: Path, shell: str = "{}", **options: Any) -> str:
         """Submit a pruning job, as a part of what the shell is to do. Returns its id."""
         given = {"output": output, "calibration": calibration, "device": "cpu", "sparsity": 0.3, "micro_batch": 3}
+        given["method"] = "olica"  # as in the runs that results are compared with
         words = [sys.executable, "-m", "distprune.cli", "prune", str(model)]
         for name, value in {**given, **options}.items():
             words += [f"--{name.replace('_', '-')}", str(value)]
