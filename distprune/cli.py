@@ -167,7 +167,7 @@ def prune(
     model: OptionalModel = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="folder of the pruned checkpoint")] = None,
     config: Config = None,
-    method: Annotated[Optional[str], typer.Option(help="pruning method [olica]")] = None,
+    method: Annotated[Optional[str], typer.Option(help="pruning method [curvature]")] = None,
     option: Annotated[
         Optional[list[str]],
         typer.Option(metavar="NAME=VALUE", help="hyperparameter of the method; repeatable"),
@@ -238,7 +238,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
     config: Config = None,
-    method: Annotated[Optional[str], typer.Option(help="pruning method [olica]")] = None,
+    method: Annotated[Optional[str], typer.Option(help="pruning method [curvature]")] = None,
     option: Annotated[
         Optional[list[str]],
         typer.Option(metavar="NAME=VALUE", help="hyperparameter of the method; repeatable"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from distprune import api
 from distprune.calibration import CalibrationMetadata, open_calibration, write_calibration
 from distprune.cli import app
+from distprune.config import DistillConfig, PruneConfig
 
 GIB = 2**30
 
@@ -350,3 +353,17 @@ def test_the_installed_command_answers_in_a_process_of_its_own(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"distprune: {tmp_path / 'none'} does not exist.")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["prune", "plan", "compare"])
+def test_help_tells_the_defaults_that_the_configuration_has(command):
+    fields = {name: field.default for name, field in PruneConfig.model_fields.items()}
+    fields |= {f"distill_{name}": field.default for name, field in DistillConfig.model_fields.items()}
+    # Defaults that are None, or switches, are told in words.
+    plain = {name: default for name, default in fields.items() if type(default) in (int, float, str)}
+    told = {}
+    for option in get_command(app).commands[command].params:
+        if option.name in plain and option.default is None and (shown := re.search(r"\[(.+)\]$", option.help or "")):
+            told[option.name] = shown[1]
+    assert told.keys() >= {"align", "propagation", "micro_batch", "distill_epochs"}
+    assert told == {name: str(plain[name]) for name in told}
