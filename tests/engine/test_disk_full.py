@@ -207,7 +207,9 @@ def test_while_a_write_stalls_workers_go_on_and_the_log_tells(run, digests, monk
     with caplog.at_level(logging.WARNING, logger="distprune"):
         stalled, _ = run(**options)
     assert ended
-    assert [record.getMessage() for record in caplog.records if "stalls" in record.getMessage()] == [
+    # A busy machine may take long to write the others too.
+    told = [record.getMessage() for record in caplog.records if "pruned-layer-00001" in record.getMessage()]
+    assert told == [
         f"Writing {stalled}.partial/parts/pruned-layer-00001.safetensors has taken 0 s so far: its file system stalls. "
         "The run waits for it and goes on."
     ]
