@@ -185,9 +185,9 @@ def kind_of(process: psutil.Process, root: psutil.Process) -> str:
     if process == root:
         return "driver"
     title = " ".join(process.cmdline()[:1])
-    if title.startswith("ray::"):
-        return "worker" if "Worker" in title else "idle workers"
-    return "Ray's own"
+    if title.startswith("ray::Worker"):
+        return "worker"
+    return "idle workers" if title == "ray::IDLE" else "Ray's own"
 
 
 def report(peaks: Peaks, output: Path) -> None:
