@@ -59,7 +59,7 @@ class DensePass(Relay):
             self.pool.submit(self._embedded, "embed", self.pool.put(self.tokens))
         elif done < self.layers:
             self.begin(done, load_states(self.journal, DENSE, done))
-        self.pool.run()
+        self.carry_through()
         return [self.journal.stored_tensors(entry) for entry in entries]
 
     def _embedded(self, hidden_states: Parcel) -> None:

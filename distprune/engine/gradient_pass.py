@@ -69,7 +69,7 @@ class GradientPass(Relay):
             self.begin(HEAD, Parcel(self.tokens, torch.int32))
         elif done < self.stations:
             self.begin(done, load_states(self.journal, GRADIENT, self._layer(done)))
-        self.pool.run()
+        self.carry_through()
         return [self.journal.stored_tensors(entry_of(PROFILE, index)) for index in range(self.layers)]
 
     def opening(self, station: int) -> Order:

@@ -14,6 +14,7 @@ from typing import Any
 
 from distprune.engine.pool import Call, WorkerPool
 from distprune.engine.transport import Parcel
+from distprune.engine.write_behind import write_behind
 
 # Pieces for every worker: the more, the sooner all of them are at work, and the more calls.
 PIECES_PER_WORKER = 4
@@ -68,6 +69,11 @@ class Relay(ABC):
 
     # ---------------------------------------------------------------- how the samples get there
 
+    def carry_through(self) -> None:
+        """Wait until all stations are closed. What :meth:`reached` and :meth:`closed` write is written behind."""
+        with write_behind() as self._write:
+            self.pool.run()
+
     def begin(self, first: int, samples: Parcel) -> None:
         """Give a station all that it gets at once, in the pieces that the stations after it will get."""
         workers = len(self.pool.workers)
@@ -109,12 +115,12 @@ class Relay(ABC):
         else:
             return
         if len(given) == len(self._pieces):
-            self.reached(following, self.pool.get(given))
+            self._write(partial(self.reached, following, self.pool.get(given)))
 
     def _close(self, station: int, *results: Any) -> None:
         del self._open[station]
         self._open_until(station + 1 + len(self.pool.workers))
-        self.closed(station, *results)
+        self._write(partial(self.closed, station, *results))
 
 
 def split(samples: int, micro_batch: int, most: int) -> list[slice]:

@@ -19,6 +19,7 @@ from distprune.engine.progress import Progress
 from distprune.engine.report import Report
 from distprune.engine.states import DENSE, MOMENTS, PRUNED, load_states, save_states
 from distprune.engine.transport import Parcel, pack_all, unpack_all
+from distprune.engine.write_behind import write_behind
 from distprune.methods import Profile
 
 #: Called with each pruned layer as soon as it is back: index, layer, and what its task tells.
@@ -70,9 +71,9 @@ def prune_blocks(
 ) -> None:
     """The pruning pass: blocks in parallel, and inside a block each layer on its pruned predecessors' output.
 
-    A call is one layer, so a lost worker costs no more than that. Each pruned layer goes to ``sink`` before the next
-    result is fetched: one at a time is held here. What waits in the journal is read when its layer's turn comes.
-    Layers that are ``done`` are passed over.
+    A call is one layer, so a lost worker costs no more than that. Pruned layers go to ``sink`` while the workers go on:
+    two at a time are held here, at most. What waits in the journal is read when its layer's turn comes. Layers that are
+    ``done`` are passed over.
     """
     progress.stage("Pruning", len(plan), len(done))
 
@@ -93,6 +94,10 @@ def prune_blocks(
     def receive(index: int, tensors: dict[str, Parcel], output: Parcel | None, report: Report) -> None:
         if not ends_block(index):
             submit(index + 1, pool.put(output), {})
+        write(partial(keep, index, tensors, output, report))
+
+    def keep(index: int, tensors: dict[str, Parcel], output: Parcel | None, report: Report) -> None:
+        if output is not None:
             save_states(journal, PRUNED, index + 1, [output])
         sink(index, layer_from_state(unpack_all(tensors), plan[index]), report)
         for kind in (DENSE, PRUNED, MOMENTS):
@@ -105,7 +110,8 @@ def prune_blocks(
         if index is not None:
             kind, carried = (DENSE, Later(partial(stored_moments, index))) if index == start else (PRUNED, {})
             submit(index, Later(partial(stored_states, kind, index)), carried)
-    pool.run()
+    with write_behind() as write:
+        pool.run()
 
 
 def distill_layers(

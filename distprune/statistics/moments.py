@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distprune.statistics.products import add_gram, add_product, mirror
+from distprune.statistics.products import add_gram, add_head_grams, add_product, mirror
 
 Activations = Mapping[str, Tensor]
 
@@ -96,8 +96,7 @@ class HeadGram(Summed):
         return self.heads, width, width
 
     def add(self, total: Tensor, activations: Activations) -> None:
-        x = activations[self.tap].unflatten(1, (self.heads, -1)).transpose(0, 1)
-        add_product(total, x, x)
+        add_head_grams(total, activations[self.tap])
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,19 @@ TILE = 256
 
 
 def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """Add xᵀy to ``total``, (.., width of x, width of y), in place; x and y are (.., tokens, width)."""
+    """Add xᵀy to ``total``, (width of x, width of y), in place; x and y are (tokens, width)."""
     with as_exact_as_its(x):
-        if total.ndim == 2:
-            total.addmm_(x.float().mT, y.float())
-        else:
-            total.baddbmm_(x.float().mT, y.float())
+        total.addmm_(x.float().mT, y.float())
+
+
+def add_head_grams(total: Tensor, x: Tensor) -> None:
+    """Add xᵢᵀxᵢ of every head's slice xᵢ of x, (tokens, heads * width), to ``total``, (heads, width, width), in place.
+
+    Head by head: a product of all at once would copy x to bring each head's tokens together.
+    """
+    with as_exact_as_its(x):
+        for gram, of_head in zip(total, x.float().chunk(len(total), dim=1), strict=True):
+            gram.addmm_(of_head.mT, of_head)
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
@@ -43,12 +50,16 @@ def mirror(total: Tensor) -> Tensor:
 
 @contextmanager
 def as_exact_as_its(activations: Tensor) -> Iterator[None]:
-    """While open, GPUs take products in TF32 where that loses nothing: it holds every bit of a 16-bit number."""
+    """While open, products of float32 are taken in the narrowest format that holds every bit of the activations.
+
+    Of bfloat16 that is bfloat16 itself, which CPUs with matrix units multiply some times as fast and sum in float32 all
+    the same; of float16 it is TF32, which GPUs have.
+    """
     if activations.dtype.itemsize > 2:
         yield
         return
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("medium" if activations.dtype == torch.bfloat16 else "high")
     try:
         yield
     finally:

@@ -146,13 +146,34 @@ def test_what_is_collected_in_inference_mode_can_be_read_outside(activations, sa
     assert_equal(statistics.gram(X), samples[X].T @ samples[X] / 50)
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "high"), (torch.float32, "highest")], ids=str)
-def test_gpus_may_round_to_tf32_only_what_has_no_more_bits(dtype, precision):
-    """Also that TF32's ten bits of mantissa hold bfloat16's seven and float16's ten."""
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "medium"), (torch.float16, "high"), (torch.float32, "highest")], ids=str
+)
+def test_products_are_rounded_only_where_that_loses_nothing(dtype, precision):
+    """Medium is bfloat16, or TF32 on GPUs; high is TF32, whose ten bits of mantissa hold both narrow types'."""
     with as_exact_as_its(torch.ones(1, dtype=dtype)):
         assert torch.get_float32_matmul_precision() == precision
     assert torch.get_float32_matmul_precision() == "highest"
     assert all(torch.finfo(narrow).eps >= 2**-10 for narrow in (torch.bfloat16, torch.float16))
+
+
+@pytest.mark.parametrize("moment", [Gram(X), Cross(X, Y), HeadGram(X, 4)], ids=repr)
+def test_products_of_many_tokens_are_as_exact_in_bfloat16_as_in_float64(moment):
+    """Wide and long enough for the CPU's matrix units, where it has any."""
+    generator = torch.Generator().manual_seed(0)
+    activations = {tap: (torch.randn(2048, 256, generator=generator) + 0.5).bfloat16() for tap in (X, Y)}
+    x, y = (activations[tap].double().numpy() for tap in (X, Y))
+    product = x.T @ (x if moment.tap == getattr(moment, "other", X) else y) / 2048
+    if isinstance(moment, HeadGram):
+        product = np.stack([product[start : start + 64, start : start + 64] for start in range(0, 256, 64)])
+    actual = collect_whole(moment, activations)
+    np.testing.assert_allclose(actual.double().numpy(), product, rtol=0, atol=2e-6 * np.abs(product).max())
+
+
+def collect_whole(moment, activations: dict[str, torch.Tensor]) -> torch.Tensor:
+    statistics = LayerStatistics([moment])
+    statistics.update(activations)
+    return statistics._average(moment)
 
 
 def test_the_taps_of_moments_are_those_they_are_of_each_once():
