@@ -62,12 +62,18 @@ def widened(states: torch.Tensor, width: int) -> torch.Tensor:
 def one_token_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Attention of one new token, as SDPA gives it: (batch, 1, heads, value width).
+    """Attention of one new token on a CPU, as SDPA gives it: (batch, 1, heads, value width).
 
-    On a CPU two products for all query heads of a KV group are faster than the fused kernel, which takes the heads one
-    by one, hardly gains from narrower ones and needs a copy of narrow values. `query` is (batch, heads, 1, w), `key`
-    (batch, groups, tokens, w), `value` (batch, groups, tokens, value width), `mask` as SDPA takes it.
+    `query` is (batch, heads, 1, w), `key` (batch, groups, tokens, w), `value` (batch, groups, tokens, value width),
+    `mask` as SDPA takes it. The fused kernel can read the keys and values of a group for all of its heads, where
+    transformers would copy the whole cache for each. Narrow values it could only read from a wider copy: for these, two
+    products for all query heads of a group are faster.
     """
+    if value.shape[-1] == key.shape[-1]:
+        attended = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+        )
+        return attended.transpose(1, 2)
     query = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
     scores = (query * scaling) @ key.mT  # (batch, groups, heads of a group, tokens)
     if mask is not None:
