@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from distprune.errors import InputError
 
@@ -19,11 +19,21 @@ PLACEMENT = ("output", "overwrite", "restart", "workers", "gpus_per_worker", "ad
 Way = Literal["auto", "shared", "served", "hub"]
 
 
+#: In how many parts the samples of a step go through the model in end-to-end distillation, at least.
+PARTS = 4
+#: Other defaults of the objective "logits": a model that is trained whole forgets what the text is not about.
+END_TO_END = {"train": "lora", "rank": 8, "learning_rate": 1e-3, "batch": 16}
+
+
 class DistillConfig(BaseModel):
-    """Every option of layer-wise distillation."""
+    """Every option of distillation, layer-wise or end to end."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    objective: Literal["layers", "logits"] = Field(
+        "layers",
+        description="each layer alone learns its dense outputs, or all together the dense model's predictions",
+    )
     calibration: Path | None = Field(None, description="calibration set to learn from; by default the pruning's own")
     epochs: int = Field(1, ge=1, description="how often each sample is learnt from")
     learning_rate: float = Field(5e-4, gt=0, description="at its highest; AdamW with warmup and cosine decay")
@@ -33,6 +43,17 @@ class DistillConfig(BaseModel):
     batch: int = Field(8, ge=1, description="samples a step")
     held_out: float = Field(1 / 16, gt=0, lt=1, description="share of the samples that decides what is kept")
     seed: int = Field(0, ge=0, description="seed of the samples' order and of the low-rank updates")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_objective(cls, options: Any) -> Any:
+        is_end_to_end = isinstance(options, Mapping) and options.get("objective") == "logits"
+        return {**END_TO_END, **options} if is_end_to_end else options
+
+    def micro_batch(self, most: int) -> int:
+        """Samples in one forward pass of end-to-end distillation: a step's go from layer to layer in parts, so that
+        several workers have something to do."""
+        return min(most, -(-self.batch // PARTS))
 
     def end_of_look_ahead(self, index: int, layers: int) -> int:
         """The first layer whose dense form no longer judges the output of layer ``index``."""
@@ -77,7 +98,7 @@ class PruneConfig(BaseModel):
     seed: int = Field(0, ge=0, description="seed of the own samples")
 
     distill: Annotated[DistillConfig | None, BeforeValidator(switch)] = Field(
-        None, description="layer-wise distillation after pruning: its options, or true for their defaults"
+        None, description="distillation after pruning: its options, or true for their defaults"
     )
 
     propagation: Annotated[int, Field(ge=1)] | Literal["full"] = Field(

@@ -14,27 +14,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 from distprune.config import DistillConfig
-from distprune.decoder_layer import DecoderLayer, layer_from_state
+from distprune.decoder_layer import DecoderLayer
 from distprune.forward import LayerRunner
+from distprune.trainable_layer import BETAS, TrainableLayer
 
 # Points of the loss curve in a run's record.
 CURVE_POINTS = 20
-BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
 class Lesson:
     """How a layer's distillation went. Losses are the :func:`relative_error` of the layer's output, plus that of what
-    the dense layers after it make of it.
+    the dense layers after it make of it; end to end, that of :mod:`distprune.logit_distillation`, one for all layers.
 
     Attributes:
         training: mean loss over equal stretches of the steps, in their order.
-        held_out_before, held_out_after: loss on samples that the layer is not trained on.
-        kept: whether the layer was changed: only if its loss on held-out samples fell.
+        held_out_before, held_out_after: loss on samples that nothing is trained on.
+        kept: whether the layer was changed: only if the loss on held-out samples fell.
     """
 
     training: list[float]
@@ -100,7 +99,7 @@ def distill(
 
 
 class Student:
-    """A pruned layer as a module that trains: weights in float32, all else in bfloat16 where the run is in bfloat16."""
+    """A pruned layer that trains, and the dense layers after it that judge its output."""
 
     def __init__(
         self,
@@ -110,28 +109,17 @@ class Student:
         runner: LayerRunner,
         options: DistillConfig,
     ):
-        self._pruned, self._index, self._runner, self._options = layer, index, runner, options
-        # Copied, so that the layer itself stays as it is.
-        self._module = runner.build(layer.to(torch.float32, copy=True), index, torch.float32)
-        self._module.requires_grad_(options.train == "full")
-        self._dtype = runner.gradient_dtype
+        self._runner, self._options = runner, options
+        self._trainable = TrainableLayer(layer, index, runner, options)
         self._following = {
-            number: runner.build(dense, number, self._dtype).requires_grad_(False)
+            number: runner.build(dense, number, runner.gradient_dtype).requires_grad_(False)
             for number, dense in enumerate(following, index + 1)
         }
-        if options.train == "lora":
-            self._add_low_rank_updates()
-
-    def _add_low_rank_updates(self) -> None:
-        generator = torch.Generator().manual_seed(self._options.seed)
-        for linear in [module for module in self._module.modules() if isinstance(module, nn.Linear)]:
-            update = LowRankUpdate(linear.weight, self._options.rank, generator)
-            parametrize.register_parametrization(linear, "weight", update)
 
     def train(self, exercise: Exercise) -> list[float]:
         """Run the optimizer over all epochs. Returns the loss of every step."""
         options, losses = self._options, []
-        parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+        parameters = self._trainable.parameters.values()
         optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=BETAS, weight_decay=0.0, fused=True)
         batches = list(shuffled_batches(len(exercise), options))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(len(batches)))
@@ -151,10 +139,8 @@ class Student:
         return sum(self._loss(batch).item() * len(batch) for batch in batches) / len(exercise)
 
     def _loss(self, exercise: Exercise) -> Tensor:
-        runner, dtype = self._runner, self._dtype
-        exercise = exercise.to(runner.device, dtype)
-        with torch.autocast(runner.device.type, dtype, enabled=dtype != torch.float32):
-            outputs = runner.forward(self._module, self._index, exercise.inputs)
+        exercise = exercise.to(self._runner.device, self._runner.gradient_dtype)
+        outputs = self._trainable.forward(exercise.inputs)
         loss = relative_error(outputs, exercise.outputs)
         if self._following:
             loss = loss + relative_error(self._look_ahead(outputs), exercise.ahead)
@@ -167,26 +153,8 @@ class Student:
         return hidden_states
 
     def layer(self) -> DecoderLayer:
-        """The layer as it is now, low-rank updates folded in."""
-        for linear in [module for module in self._module.modules() if parametrize.is_parametrized(module)]:
-            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
-        state = {name: tensor.detach() for name, tensor in self._module.state_dict().items()}
-        return layer_from_state(state, self._pruned.shape).to(self._pruned.dtype)
-
-
-class LowRankUpdate(nn.Module):
-    """W -> W + BA (LoRA, Hu et al., ICLR 2022), B zero at the start."""
-
-    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
-        super().__init__()
-        out_features, in_features = weight.shape
-        rank = min(rank, *weight.shape)
-        start = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
-        self.right = nn.Parameter(start.to(weight))
-        self.left = nn.Parameter(weight.new_zeros(out_features, rank))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.left @ self.right
+        """The layer as it is now."""
+        return self._trainable.layer()
 
 
 def relative_error(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint, copy_side_files, failures_explained, hold_lock, partial_directory, publish
 from distprune.config import PruneConfig
 from distprune.engine.assembly import assemble
 from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers, sigterm_interrupts
 from distprune.engine.dense_pass import DensePass
+from distprune.engine.end_to_end import EndToEnd
 from distprune.engine.gradient_pass import GradientPass
-from distprune.engine.journal import fingerprint
+from distprune.engine.journal import Journal, fingerprint
 from distprune.engine.layer_files import LayerFiles
 from distprune.engine.log import RunLog, json_file
 from distprune.engine.memory import peak_memory
@@ -41,6 +44,7 @@ from distprune.engine.stages import check_weights, distill_layers, prune_blocks,
 from distprune.engine.weights import WeightAccess, weight_access
 from distprune.engine.work import CHECK, PUBLISHING, Outline, Work
 from distprune.errors import InputError, Unreachable
+from distprune.methods import Plan
 
 #: What a worker of a run needs on a kind of device.
 NeedsOf = Callable[[PruneConfig, Checkpoint, str], Needs]
@@ -156,10 +160,7 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
             prune_blocks(pool, plan, profiles, block_length, done, journal, files.keep_pruned, progress)
         if config.distill:
             with work.timed("distill"):
-                options, most, done = config.distill, 2 * workers.count, files.distilled()
-                if options.calibration is not None:
-                    tokens = open_calibration(options.calibration).tokens
-                distill_layers(pool, tokens, layers, options, most, done, files.read, files.keep_distilled, progress)
+                distill(job, pool, tokens, plan, files, journal, progress)
         peaks = pool.peak_memory()
 
     progress.stage("Assembling", 1)
@@ -183,6 +184,27 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
         seconds=work.seconds(),
         layers=layer_records(job.dense, plan, files.reports(), files.lessons()),
     )
+
+
+def distill(
+    job: Job,
+    pool: WorkerPool,
+    tokens: np.ndarray,
+    plan: Plan,
+    files: LayerFiles,
+    journal: Journal,
+    progress: Progress,
+) -> None:
+    """The pruned layers learn, each alone or all together, from the pruning's tokens or from more of them."""
+    options, layers, done = job.config.distill, files.read, files.distilled()
+    if options.calibration is not None:
+        tokens = open_calibration(options.calibration).tokens
+    if options.objective == "logits":
+        sizes = options, job.config.micro_batch
+        EndToEnd(pool, tokens, plan, *sizes, layers, files.keep_distilled, journal, progress).run(done)
+    else:
+        most = 2 * len(pool.workers)
+        distill_layers(pool, tokens, len(plan), options, most, done, layers, files.keep_distilled, progress)
 
 
 def copy_model_files(job: Job, folder: Path) -> None:

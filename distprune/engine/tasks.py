@@ -123,7 +123,7 @@ class LayerTasks:
 
     def open_layer(self, index: int) -> None:
         """Begin the dense pass of a layer, which :meth:`sweep` goes on with and :meth:`profile` ends."""
-        layer = self._read_layer(index).to(self.device)
+        layer = self.read_layer(index).to(self.device)
         # Where there is a gradient pass, it collects all that the profile needs.
         moments = None if self.method.gradient_moments(layer.shape) else self.method.dense_moments(layer.shape)
         self._open = OpenLayer(index, layer, moments, self._carried_moments(index, layer.shape))
@@ -170,10 +170,14 @@ class LayerTasks:
     def open_head(self) -> None:
         """Begin the gradient pass at the model's end; :meth:`loss_gradient` goes on with it, :meth:`losses` ends it."""
         self._open = None
+        self._open = OpenHead(self.loss_head(self.runner))
+
+    def loss_head(self, runner: LayerRunner) -> LossHead:
+        """What follows the last layer."""
         names = self.family.final_norm, self.family.head_of(self.dense)
         tensors = self.checkpoint.read(names)
         norm, weight = (tensors[name].to(self.device) for name in names)
-        self._open = OpenHead(LossHead(norm, weight, self.runner))
+        return LossHead(norm, weight, runner)
 
     def loss_gradient(self, hidden_states: Tensor, tokens: np.ndarray) -> Tensor:
         """The loss's gradient at the last layer's output for one piece of the samples; the pieces come in their order.
@@ -203,7 +207,7 @@ class LayerTasks:
 
     def open_backward(self, index: int) -> None:
         """Begin the gradient pass of a layer, which :meth:`backward` goes on with and :meth:`profile` ends."""
-        layer = self._read_layer(index).to(self.device)
+        layer = self.read_layer(index).to(self.device)
         moments = (*self.method.dense_moments(layer.shape), *self.method.gradient_moments(layer.shape))
         self._open = OpenLayer(index, layer, moments)
 
@@ -226,7 +230,7 @@ class LayerTasks:
         Raises:
             InputError: the model's activations exceed the range of the dtype.
         """
-        output = self.runner.run(self._read_layer(index), index, hidden_states)
+        output = self.runner.run(self.read_layer(index), index, hidden_states)
         check_hidden_states(output, index)
         return output
 
@@ -257,7 +261,7 @@ class LayerTasks:
             return statistics
 
         clock = Stopwatch()
-        layer = self._read_layer(index)
+        layer = self.read_layer(index)
         clock.lap("read")
         moments = self.method.pruning_moments(layer.shape, planned)
         statistics = LayerStatistics.from_tensors(moved(carried, self.device), moments) or observe(layer, moments)
@@ -278,12 +282,13 @@ class LayerTasks:
         """The pruned layer after learning to do what the dense layer does, and how that went."""
         options = self.config.distill
         end = options.end_of_look_ahead(index, self.dense.num_hidden_layers)
-        following = [self._read_layer(number) for number in range(index + 1, end)]
+        following = [self.read_layer(number) for number in range(index + 1, end)]
         learnt, lesson = distill(layer, index, following, exercise, self.runner, options)
         check_solution(learnt, index)
         return learnt.to("cpu"), lesson
 
-    def _read_layer(self, index: int) -> DecoderLayer:
+    def read_layer(self, index: int) -> DecoderLayer:
+        """A layer of the dense model, on the CPU."""
         self._open = None  # given up for whatever this is for
         tensors = self.checkpoint.read(self.family.layer_shapes(self.dense, index))
         return self.family.layer_from_checkpoint(tensors, self.dense, index)

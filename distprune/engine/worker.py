@@ -13,6 +13,7 @@ from distprune.calibration import CalibrationMetadata
 from distprune.config import PruneConfig
 from distprune.decoder_layer import LayerShape, layer_from_state, state_of
 from distprune.distillation import Exercise, Lesson
+from distprune.engine.lessons import Lessons
 from distprune.engine.memory import PeakMemory, peak_memory
 from distprune.engine.metrics import MemoryMetrics
 from distprune.engine.report import Report
@@ -41,6 +42,7 @@ class Worker:
         self.model: WeightAccess = model
         self.device: str = device
         self._tasks: LayerTasks | None = None
+        self._lessons: Lessons | None = None
         MemoryMetrics(self, str(config.output), number).start()
 
     @property
@@ -139,6 +141,43 @@ class Worker:
         exercise = Exercise(unpack(inputs), unpack(outputs), unpack(ahead))
         learnt, lesson = self.tasks.distill(index, layer, exercise)
         return pack_all(state_of(learnt)), lesson
+
+    @property
+    def lessons(self) -> Lessons:
+        if self._lessons is None:
+            self._lessons = Lessons(self.tasks)
+        return self._lessons
+
+    def open_dense(self, index: int) -> None:
+        self.lessons.open_dense(index)
+
+    def open_pupil(self, index: int, shape: LayerShape, tensors: Parcels, learnt: Parcels) -> None:
+        self.lessons.open_pupil(index, layer_from_state(unpack_all(tensors), shape), unpack_all(learnt))
+
+    def listen(self, index: int, piece: int, hidden_states: Parcel) -> Parcel:
+        return pack(self.lessons.listen(index, piece, unpack(hidden_states)))
+
+    def leave(self, index: int, pieces: int) -> None:
+        self.lessons.leave(index, pieces)
+
+    def open_end(self) -> None:
+        self.lessons.open_end()
+
+    def diverge(self, hidden_states: Parcel, dense: Parcel) -> Parcel:
+        return pack(self.lessons.diverge(unpack(hidden_states), unpack(dense)))
+
+    def divergences(self) -> Parcel:
+        return pack(self.lessons.divergences())
+
+    def learn(self, index: int, piece: int, hidden_states: Parcel, gradient: Parcel) -> Parcel:
+        return pack(self.lessons.learn(index, piece, unpack(hidden_states), unpack(gradient)))
+
+    def step(self, index: int, pieces: int, rate: float) -> Parcels:
+        return pack_all(self.lessons.step(index, pieces, rate))
+
+    def graduate(self, index: int, shape: LayerShape, tensors: Parcels, learnt: Parcels) -> Parcels:
+        layer = layer_from_state(unpack_all(tensors), shape)
+        return pack_all(state_of(self.lessons.graduate(index, layer, unpack_all(learnt))))
 
     def peak_memory(self) -> PeakMemory:
         return peak_memory()

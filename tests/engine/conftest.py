@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distprune import prune
-from distprune.engine import RunRecord, driver, weights
+from distprune.engine import RunRecord, driver, pool, weights
 from distprune.engine.runtime import RayRuntime
 from distprune.engine.worker import Worker
 
@@ -69,3 +71,23 @@ def prune_here(monkeypatch, save_model, calibrate) -> Callable[..., RunRecord]:
         return prune(str(model), output, **options | changes)
 
     return prune_one
+
+
+@pytest.fixture
+def lose(new_workers, calls, monkeypatch):
+    """Lets the worker that is given one of the chosen calls die before it gets to it. Gives the calls."""
+    lost = []
+
+    def choose(is_chosen) -> list[pool.Call]:
+        start = pool.WorkerPool._start
+
+        def kill_and_start(self, share):
+            if is_chosen(share):
+                share.worker.__ray_call__.remote(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+                lost.append(share.call)
+            start(self, share)
+
+        monkeypatch.setattr(pool.WorkerPool, "_start", kill_and_start)
+        return lost
+
+    return choose

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from interruptions import first_of
 
 from distprune.engine import pool
 from distprune.errors import WorkersLost
@@ -61,31 +60,6 @@ def test_distillation_gives_the_same_bytes_by_any_number_of_workers(
     folder, _ = run(workers=workers, **DISTILLED)
     assert digests(folder) == distilled_by_one_worker
     assert len({worker for method, worker in calls if method == "distill"}) == workers
-
-
-@pytest.fixture
-def lose(new_workers, calls, monkeypatch):
-    """Lets the worker that is given one of the chosen calls die before it gets to it. Gives the calls."""
-    lost = []
-
-    def choose(is_chosen) -> list[pool.Call]:
-        start = pool.WorkerPool._start
-
-        def kill_and_start(self, share):
-            if is_chosen(share):
-                share.worker.__ray_call__.remote(lambda _: os.kill(os.getpid(), signal.SIGKILL))
-                lost.append(share.call)
-            start(self, share)
-
-        monkeypatch.setattr(pool.WorkerPool, "_start", kill_and_start)
-        return lost
-
-    return choose
-
-
-def first_of(chosen):
-    """Whether a share is one of the chosen steps, as (method, layer), of a call that has lost no worker yet."""
-    return lambda share: (share.step.method, *share.step.arguments[:1]) in chosen and not share.call.losses
 
 
 def test_losing_workers_in_the_middle_of_calls_gives_the_same_bytes(by_one_worker, run, lose, digests):

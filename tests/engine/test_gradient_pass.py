@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gradients import by_transformers
+from interruptions import Stops
 from transformers import AutoModelForCausalLM
 
 from distprune import status
@@ -13,7 +14,6 @@ from distprune.checkpoint import partial_directory
 from distprune.engine import load_record
 from distprune.engine.dense_pass import PASSED, PROFILE
 from distprune.engine.journal import Journal, entry_of
-from distprune.engine.progress import Progress
 from distprune.engine.states import DENSE, GRADIENT
 from distprune.engine.status import stages_of
 
@@ -24,28 +24,6 @@ LAYERS = 4
 @pytest.fixture(scope="module")
 def by_one_worker(run, digests) -> dict[str, str]:
     return digests(run(**OPTIONS)[0])
-
-
-class Stops(Progress):
-    """Interrupts a run after a number of steps of a stage, and notes what it is told."""
-
-    def __init__(self, stage: str, steps: int):
-        self.wanted, self.steps, self.notes = stage, steps, []
-
-    def stage(self, name, total, done=0):
-        self.name, self.done = name, 0
-        self._stop_if_there()
-
-    def advance(self):
-        self.done += 1
-        self._stop_if_there()
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def _stop_if_there(self):
-        if self.name == self.wanted and self.done == self.steps:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("workers", [2, 3])

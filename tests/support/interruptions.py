@@ -1,0 +1,32 @@
+"""Runs that end early, and workers that are lost at chosen moments."""
+
+from __future__ import annotations
+
+from distprune.engine.progress import Progress
+
+
+class Stops(Progress):
+    """Interrupts a run after a number of steps of a stage, and notes what it is told."""
+
+    def __init__(self, stage: str, steps: int):
+        self.wanted, self.steps, self.notes = stage, steps, []
+
+    def stage(self, name, total, done=0):
+        self.name, self.done = name, 0
+        self._stop_if_there()
+
+    def advance(self):
+        self.done += 1
+        self._stop_if_there()
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def _stop_if_there(self):
+        if self.name == self.wanted and self.done == self.steps:
+            raise KeyboardInterrupt
+
+
+def first_of(chosen):
+    """Whether a share is one of the chosen steps, as (method, layer), of a call that has lost no worker yet."""
+    return lambda share: (share.step.method, *share.step.arguments[:1]) in chosen and not share.call.losses
