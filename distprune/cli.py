@@ -57,15 +57,19 @@ Samples = Annotated[Optional[int], typer.Option(help="own samples to generate [1
 SequenceLength = Annotated[Optional[int], typer.Option(help="tokens of each own sample [128]")]
 Seed = Annotated[Optional[int], typer.Option(help="seed of the own samples [0]")]
 Distill = Annotated[
-    Optional[bool], typer.Option("--distill/--no-distill", help="train each pruned layer on its dense outputs [no]")
+    Optional[bool], typer.Option("--distill/--no-distill", help="let the pruned layers learn from the dense model [no]")
+]
+DistillObjective = Annotated[
+    Optional[str],
+    typer.Option(metavar="layers|logits", help="each layer alone, or all together by the model's predictions [layers]"),
 ]
 DistillCalibration = Annotated[
     Optional[Path], typer.Option(help="calibration set to distil on, which may be larger [that of --calibration]")
 ]
 DistillEpochs = Annotated[Optional[int], typer.Option(help="how often each sample is learnt from [1]")]
-DistillLearningRate = Annotated[Optional[float], typer.Option(help="of AdamW, at its highest [0.0005]")]
+DistillLearningRate = Annotated[Optional[float], typer.Option(help="of AdamW, at its highest [0.0005; logits: 0.001]")]
 DistillTrain = Annotated[
-    Optional[str], typer.Option(metavar="full|lora", help="all weights, or low-rank updates [full]")
+    Optional[str], typer.Option(metavar="full|lora", help="all weights, or low-rank updates [full; logits: lora]")
 ]
 DistillLookAhead = Annotated[Optional[int], typer.Option(help="next layers that also judge a layer's output [1]")]
 Propagation = Annotated[
@@ -182,6 +186,7 @@ def prune(
     sequence_length: SequenceLength = None,
     seed: Seed = None,
     distill: Distill = None,
+    distill_objective: DistillObjective = None,
     distill_calibration: DistillCalibration = None,
     distill_epochs: DistillEpochs = None,
     distill_learning_rate: DistillLearningRate = None,
@@ -252,6 +257,7 @@ def plan(
     samples: Samples = None,
     sequence_length: SequenceLength = None,
     distill: Distill = None,
+    distill_objective: DistillObjective = None,
     distill_calibration: DistillCalibration = None,
     distill_epochs: DistillEpochs = None,
     distill_train: DistillTrain = None,
@@ -315,6 +321,7 @@ def compare(
     samples: Samples = None,
     sequence_length: SequenceLength = None,
     seed: Seed = None,
+    distill_objective: DistillObjective = None,
     distill_calibration: DistillCalibration = None,
     distill_epochs: DistillEpochs = None,
     distill_learning_rate: DistillLearningRate = None,

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 from distprune import api
 from distprune.calibration import CalibrationMetadata, open_calibration, write_calibration
 from distprune.cli import app
-from distprune.config import DistillConfig, PruneConfig
+from distprune.config import END_TO_END, DistillConfig, PruneConfig
 
 GIB = 2**30
 
@@ -291,6 +291,7 @@ def test_options_reach_the_run_under_their_names(distprune, monkeypatch):
         (("--no-distill",), False),
         (("--distill-epochs", "3", "--distill-train", "lora"), {"epochs": 3, "train": "lora"}),
         (("--distill", "--distill-calibration", "c"), {"calibration": Path("c")}),
+        (("--distill-objective", "logits"), {"objective": "logits"}),
         (("--no-distill", "--distill-learning-rate", "0.1"), False),
     ],
 )
@@ -361,9 +362,11 @@ def test_help_tells_the_defaults_that_the_configuration_has(command):
     fields |= {f"distill_{name}": field.default for name, field in DistillConfig.model_fields.items()}
     # Defaults that are None, or switches, are told in words.
     plain = {name: default for name, default in fields.items() if type(default) in (int, float, str)}
+    # What else they are with another objective.
+    others = {f"distill_{name}": f"; logits: {value}" for name, value in END_TO_END.items()}
     told = {}
     for option in get_command(app).commands[command].params:
         if option.name in plain and option.default is None and (shown := re.search(r"\[(.+)\]$", option.help or "")):
-            told[option.name] = shown[1]
+            told[option.name] = shown[1].removesuffix(others.get(option.name, ""))
     assert told.keys() >= {"align", "propagation", "micro_batch", "distill_epochs"}
     assert told == {name: str(plain[name]) for name in told}

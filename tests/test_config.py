@@ -27,6 +27,7 @@ VALUES = {
     "sequence_length": 9,
     "seed": 3,
     "distill": {
+        "objective": "layers",
         "calibration": "more.arrow",
         "epochs": 2,
         "learning_rate": 1e-4,
@@ -131,7 +132,7 @@ def test_distillation_is_a_switch_or_options_overridden_one_by_one(yaml_file, in
         ("options: [k, 2]", r"option 'options' is \['k', 2\]: .*dictionary"),
         ("propagation: 0", "option 'propagation' is 0: give a number of layers from 1, or 'full'"),
         ("propagation: some", "option 'propagation' is 'some': give a number of layers from 1, or 'full'"),
-        ("distill: {epoch: 2}", "'distill.epoch' is not an option. Options: calibration, epochs, "),
+        ("distill: {epoch: 2}", "'distill.epoch' is not an option. Options: objective, calibration, epochs, "),
         ("distill: {epochs: 0}", "option 'distill.epochs' is 0: .*greater than or equal to 1"),
         ("distill: {train: half}", "option 'distill.train' is 'half': .*'full' or 'lora'"),
         ("workers: 0", "option 'workers' is 0: give a number from 1, or 'MIN:MAX'"),

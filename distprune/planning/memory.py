@@ -88,13 +88,16 @@ def _task_peaks(scenario: Scenario) -> dict[str, float]:
     if scenario.needs_gradients:
         peaks = {
             "dense pass": max(_carrying(scenario, index) for index in layers),
-            "gradient pass": max(profiling, _loss_peak(scenario)),
+            "gradient pass": max(profiling, _loss_peak(scenario, _micro_batch_tokens(scenario))),
         }
     else:
         peaks = {"dense pass": profiling}
     peaks["prune"] = max(_peak(scenario, index, pruning=True) for index in layers)
     if scenario.config.distill:
         peaks["distill"] = max(_distill_peak(scenario, index) for index in layers)
+        if scenario.is_end_to_end:
+            tokens = min(scenario.config.distill.batch, scenario.lessons.samples) * scenario.lessons.length
+            peaks["distill"] = max(peaks["distill"], _loss_peak(scenario, tokens, tables=4))
     return peaks
 
 
@@ -151,13 +154,12 @@ def _running_back(scenario: Scenario, index: int, moments: Sequence[Moment]) -> 
     return _running_weights(scenario, index, itemsize) + max(passing, measuring)
 
 
-def _loss_peak(scenario: Scenario) -> int:
-    """At the model's end: the head, some tokens' logits twice, and a micro-batch in its norm, which is in float32."""
+def _loss_peak(scenario: Scenario, tokens: int, tables: int = 2) -> int:
+    """At the model's end: the head, ``tables`` of some logits, and ``tokens`` in its norm, which is in float32."""
     dtype, vocabulary, on_gpu = scenario.gradient_dtype, scenario.dense.vocab_size, scenario.placement.device == "cuda"
     shares = not on_gpu and dtype == scenario.stored_dtype
     head = (scenario.head_bytes if on_gpu else 0) + (0 if shares else dtype.itemsize * vocabulary * scenario.hidden)
-    tokens = _micro_batch_tokens(scenario)
-    return head + FLOAT32 * (2 * min(TOKENS_AT_ONCE, tokens) * vocabulary + 3 * tokens * scenario.hidden)
+    return head + FLOAT32 * (tables * min(TOKENS_AT_ONCE, tokens) * vocabulary + 3 * tokens * scenario.hidden)
 
 
 def _parameters(scenario: Scenario, index: int) -> int:
@@ -220,15 +222,21 @@ def _distill_peak(scenario: Scenario, index: int) -> float:
     temporary = FLOAT32 if on_gpu else 0  # all parameters are stepped at once there
     parameter = scenario.dtype.itemsize + (4 * FLOAT32 + temporary if options.train == "full" else 1.5 * FLOAT32)
     saved = 3 * shape.ffn_width + 4 * hidden + 2 * shape.query_heads * (shape.query_key_dim + shape.value_dim)
-    batch = min(options.batch, lessons.samples) * lessons.length
+    samples = options.micro_batch(scenario.config.micro_batch) if scenario.is_end_to_end else options.batch
+    batch = min(samples, lessons.samples) * lessons.length
     judges = _judges(scenario)
     weights = judges * scenario.dtype.itemsize * _parameters(scenario, index) if on_gpu else 0
-    return parameter * _pruned_parameters(scenario, index) + (1 + judges / 2) * FLOAT32 * batch * saved + weights
+    parameters, activations = _pruned_parameters(scenario, index), (1 + judges / 2) * FLOAT32 * batch * saved
+    if scenario.is_end_to_end and options.train == "full":
+        # The optimizer's moments are there only when activations have gone.
+        passing = (scenario.dtype.itemsize + 2 * FLOAT32) * parameters + activations
+        return max(passing, (4 * FLOAT32 + temporary) * parameters)
+    return parameter * parameters + activations + weights
 
 
 def _judges(scenario: Scenario) -> int:
     """Dense layers that a layer looks ahead to; fewer for the last ones."""
-    return min(scenario.config.distill.look_ahead, scenario.layers - 1)
+    return 0 if scenario.is_end_to_end else min(scenario.config.distill.look_ahead, scenario.layers - 1)
 
 
 # ---------------------------------------------------------------- the host's side
@@ -242,6 +250,8 @@ def _host_of_tasks(scenario: Scenario) -> float:
     if scenario.lessons:
         judges = _judges(scenario)
         learnt_from = (3 if judges else 2) * scenario.hidden_states(scenario.lessons) + judges * layer
+        if scenario.is_end_to_end:
+            learnt_from = 3 * scenario.step_states
     return max(largest, layer + max(scenario.hidden_states(scenario.calibration), learnt_from))
 
 
@@ -277,7 +287,10 @@ def _store_peak(scenario: Scenario) -> int:
     if scenario.needs_gradients:
         # The same of gradients, and the hidden states that go with the pieces at work.
         peak = max(peak, (open_layers + 2) * scenario.gradients + states)
-    if scenario.lessons:
+    if scenario.is_end_to_end:
+        # Both models' hidden states of a step, and the layers that are open.
+        peak = max(peak, (2 * scenario.layers + 1) * scenario.step_states + 2 * workers * layer)
+    elif scenario.lessons:
         # Distillation runs so many layers ahead, each with its input and its target.
         ahead = 2 * workers + 2
         peak = max(peak, ahead * scenario.hidden_states(scenario.lessons) + 2 * workers * layer)

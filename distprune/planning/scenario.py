@@ -111,6 +111,29 @@ class Scenario:
         workers = self.placement.workers
         return min(batches, PIECES_PER_WORKER * workers) if workers > 1 else 1
 
+    # ---------------------------------------------------------------- distillation
+
+    @property
+    def is_end_to_end(self) -> bool:
+        return self.config.distill is not None and self.config.distill.objective == "logits"
+
+    @property
+    def held_out(self) -> int:
+        """Samples that nothing is learnt from."""
+        samples = self.lessons.samples
+        return min(max(1, round(self.config.distill.held_out * samples)), samples - 1)
+
+    @property
+    def steps(self) -> int:
+        """Of the optimizer."""
+        options = self.config.distill
+        return options.epochs * -(-(self.lessons.samples - self.held_out) // options.batch)
+
+    @property
+    def step_states(self) -> int:
+        """Bytes of the hidden states between two layers in a step of end-to-end distillation."""
+        return self.hidden_states(TokenSet(min(self.config.distill.batch, self.lessons.samples), self.lessons.length))
+
     # ---------------------------------------------------------------- bytes
 
     def hidden_states(self, texts: TokenSet) -> int:

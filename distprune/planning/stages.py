@@ -36,7 +36,7 @@ def plan_stages(scenario: Scenario) -> list[StagePlan]:
         stages.append(_gradient_pass(scenario))
     stages.append(_prune(scenario))
     if scenario.config.distill:
-        stages.append(_distill(scenario))
+        stages.append(_end_to_end(scenario) if scenario.is_end_to_end else _distill(scenario))
     return [*stages, _assemble(scenario)]
 
 
@@ -181,9 +181,8 @@ def _learn(scenario: Scenario, index: int) -> Work:
     The dense layers that judge the output run forward on it and backward, for its gradient.
     """
     options, lessons, shape = scenario.config.distill, scenario.lessons, scenario.shapes[index]
-    held_out = min(max(1, round(options.held_out * lessons.samples)), lessons.samples - 1)
-    training = options.epochs * (lessons.samples - held_out)
-    steps = options.epochs * -(-(lessons.samples - held_out) // options.batch)
+    held_out = scenario.held_out
+    training, steps = options.epochs * (lessons.samples - held_out), scenario.steps
     one = TokenSet(1, lessons.length)
     work = scenario.forward(shape, one) * (3.0 * training + 2.0 * held_out)
     for judge in range(index + 1, min(index + 1 + options.look_ahead, scenario.layers)):
@@ -194,6 +193,33 @@ def _learn(scenario: Scenario, index: int) -> Work:
     exercise = 3.0 if options.look_ahead else 2.0
     lesson = scenario.moved(exercise * options.epochs * scenario.hidden_states(lessons))
     return work + optimizer + lesson + Work(stored=2.0 * scenario.pruned_bytes[index])
+
+
+def _end_to_end(scenario: Scenario) -> StagePlan:
+    """Every step is a relay: dense layers, pruned ones, the model's end, and the pruned ones backwards."""
+    options, lessons, workers = scenario.config.distill, scenario.lessons, scenario.placement.workers
+    held_out = scenario.held_out
+    training, steps = options.epochs * (lessons.samples - held_out), scenario.steps
+    looks = 2 * -(-held_out // options.batch)
+    pieces = min(-(-options.batch // options.micro_batch(scenario.config.micro_batch)), 4 * workers)
+    one = TokenSet(1, lessons.length)
+    work = Work()
+    for index in range(scenario.layers):
+        dense, pruned = scenario.forward(scenario.shape(index), one), scenario.forward(scenario.shapes[index], one)
+        work += (dense + pruned) * (training + 2.0 * held_out) + pruned * (3.0 * training)
+        work += Work(read=(steps + looks) * float(scenario.stored_bytes[index] + scenario.pruned_bytes[index]))
+        # A pupil is made in float32, twice a step, and its weights with their gradients are gone over as it learns.
+        passed = matrix_parameters(scenario.shapes[index], scenario.hidden) * 8.0 * FLOAT32
+        work += Work(passed=(2 * steps + looks) * passed, read=steps * float(scenario.pruned_bytes[index]))
+    logits = lessons.length * (training + 2.0 * held_out) * scenario.dense.vocab_size
+    work += Work(forward=6 * logits * scenario.hidden, passed=8 * FLOAT32 * logits)
+    states = 2.0 * scenario.hidden_states(TokenSet(training, lessons.length)) * (3 * scenario.layers + 1)
+    work += Work(stored=states) + scenario.moved(states)
+    calls = (steps * (3 * scenario.layers + 1) + looks * (2 * scenario.layers + 1)) * (pieces + 2)
+    at_once = min(workers, scenario.layers, pieces)
+    seconds = _seconds(scenario, work) / at_once + calls * scenario.rates.call_seconds
+    parts = Work(written=float(scenario.bytes_after))
+    return _stage("distill", work + parts, seconds)
 
 
 # ---------------------------------------------------------------- after the layers

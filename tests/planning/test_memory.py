@@ -15,6 +15,7 @@ from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer, layer_from_state
 from distprune.distillation import Exercise, distill
 from distprune.forward import TAPS, LayerRunner
+from distprune.logit_distillation import Pupil
 from distprune.loss import LossHead
 from distprune.methods import METHODS
 from distprune.modeling import PrunedDecoderLayer
@@ -149,7 +150,9 @@ def test_the_peak_at_the_models_end_is_foretold(scenario, dtype):
     head, tokens = LossHead(norm, weight.bfloat16(), run), torch.zeros(32, 64, dtype=torch.int64)
     with live_tensors() as counted:
         head.gradient(inputs, tokens)
-    assert planned_memory._loss_peak(scenario) == pytest.approx(counted.peak - inputs.nbytes, rel=0.25)
+    assert planned_memory._loss_peak(scenario, planned_memory._micro_batch_tokens(scenario)) == pytest.approx(
+        counted.peak - inputs.nbytes, rel=0.25
+    )
 
 
 @pytest.mark.parametrize("look_ahead", [0, 1, 2])
@@ -165,6 +168,19 @@ def test_the_peak_of_distillation_is_foretold(scenario, train, look_ahead):
         distill(layer, 0, following, exercise, runner(scenario), scenario.config.distill)
     copies = inputs.nbytes + targets.nbytes  # which the plan counts with the host's memory
     assert planned_memory._distill_peak(scenario, 0) == pytest.approx(counted.peak - copies, rel=0.2)
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_the_peak_of_learning_end_to_end_is_foretold(scenario, train):
+    options = {"objective": "logits", "train": train}
+    scenario = scenario("grouped heads", method="magnitude", distill=options)
+    run = LayerRunner(scenario.dense, torch.device("cpu"), scenario.dtype, scenario.config.distill.micro_batch(16))
+    layer, states = random_layer(scenario, pruned=True), hidden_states(scenario, scenario.lessons)[:16]
+    with live_tensors() as counted:
+        pupil = Pupil(layer, 0, run, scenario.config.distill, {})
+        pupil.backward(states, torch.ones_like(states))
+        pupil.step(1e-3)
+    assert planned_memory._distill_peak(scenario, 0) == pytest.approx(counted.peak, rel=0.25)
 
 
 def test_a_smaller_micro_batch_needs_less(scenario):

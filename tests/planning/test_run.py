@@ -93,6 +93,13 @@ def test_layers_distil_side_by_side(plan):
     assert stage(four, "distill").forward_flops == stage(alone, "distill").forward_flops > 0
 
 
+def test_layers_that_learn_end_to_end_hand_a_step_on_in_parts(plan):
+    distill = {"objective": "logits", "batch": 8}
+    alone, four = (plan(cluster=Cluster(cpus=count), distill=distill, method="flap") for count in (1, 4))
+    assert stage(four, "distill").seconds < stage(alone, "distill").seconds
+    assert stage(four, "distill").forward_flops == stage(alone, "distill").forward_flops > 0
+
+
 def test_a_faster_disk_shortens_what_waits_for_it(plan):
     slow, fast = (stage(plan(rates={"write": rate}), "assemble").seconds for rate in (1e6, 2e6))
     assert slow == pytest.approx(2 * fast, rel=0.01)
