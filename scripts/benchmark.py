@@ -25,8 +25,6 @@ import distprune
 from distprune.checkpoint import resolve_model
 
 SPARSITIES = (0.2, 0.3, 0.4, 0.5)
-ABLATED = 0.3
-DISTILLED = (128, 256, 640)  # windows to distil on
 DISTILLATION_SEED = 1000
 ABLATIONS = {
     "curvature": {
@@ -63,27 +61,33 @@ def main() -> None:
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     with TemporaryDirectory() as scratch:
         bench = Bench(model, arguments, Path(scratch))
-        console.print(f"dense: {bench.perplexity(model):.2f}", highlight=False)
+        console.print(f"dense: {listed(bench.perplexities(model))}", highlight=False)
         for table in arguments.table or TABLES:
             TABLES[table](bench, arguments.method)
 
 
 def sparsity_table(bench: Bench, method: str) -> None:
-    show(method, "sparsity", {f"{sparsity:.0%}": bench.measure(sparsity=sparsity) for sparsity in SPARSITIES})
+    rows = {f"{sparsity:.0%}": bench.measure(sparsity=sparsity) for sparsity in SPARSITIES}
+    show(method, "sparsity", bench.arguments.evaluate, rows)
 
 
 def ablation_table(bench: Bench, method: str) -> None:
     variants = {"all parts": {}, **ABLATIONS[method]}
-    rows = {name: bench.measure(sparsity=ABLATED, **change) for name, change in variants.items()}
-    show(f"Ablation at {ABLATED:.0%}", "variant", rows)
+    rows = {name: bench.measure(sparsity=bench.arguments.sparsity, **change) for name, change in variants.items()}
+    show(f"Ablation at {bench.arguments.sparsity:.0%}", "variant", bench.arguments.evaluate, rows)
 
 
 def distillation_table(bench: Bench, method: str) -> None:
     rows = {}
-    for windows in DISTILLED:
-        texts = {"calibration": bench.calibrate(windows, DISTILLATION_SEED)}
-        rows[str(windows)] = bench.measure(sparsity=ABLATED, distill=texts)
-    show(f"Distillation at {ABLATED:.0%}", "windows", rows)
+    for windows in bench.arguments.windows or (128, 256, 640):
+        texts = {"calibration": bench.calibrate(windows, DISTILLATION_SEED), "objective": bench.arguments.objective}
+        rows[str(windows)] = bench.measure(sparsity=bench.arguments.sparsity, distill=texts)
+    show(
+        f"Distillation of {bench.arguments.objective} at {bench.arguments.sparsity:.0%}",
+        "windows",
+        bench.arguments.evaluate,
+        rows,
+    )
 
 
 TABLES = {"sparsity": sparsity_table, "ablation": ablation_table, "distillation": distillation_table}
@@ -95,7 +99,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--table", action="append", choices=TABLES, help="repeatable; all by default")
     parser.add_argument("--model", help="folder, hub id or .gguf file")
     parser.add_argument("--text", action="append", required=True, help="calibration text; repeatable")
-    parser.add_argument("--evaluate", required=True, help="evaluation text")
+    parser.add_argument("--evaluate", action="append", required=True, help="evaluation text; repeatable")
+    parser.add_argument("--sparsity", type=float, default=0.3, help="of the ablation and of distillation")
+    parser.add_argument("--objective", choices=("layers", "logits"), default="layers", help="of distillation")
+    parser.add_argument("--windows", type=int, action="append", help="to distil on; repeatable; 128, 256 and 640")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=30_000)
@@ -111,9 +118,9 @@ def bundled_smollm2() -> str:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one run: its result's perplexity, and the seconds that pruning and distilling took."""
+    """Of one run: its result's perplexity on every text, and the seconds that pruning and distilling took."""
 
-    perplexity: float
+    perplexities: list[float]
     pruning: float
     distilling: float
 
@@ -138,7 +145,7 @@ class Bench:
     def measure(self, **options: object) -> list[Measurement]:
         """One configuration with every calibration seed."""
         made = [self._measure(calibration, options) for calibration in self.calibrations]
-        console.print(f"{options}: {', '.join(f'{one.perplexity:.2f}' for one in made)}", highlight=False)
+        console.print(f"{options}: {'; '.join(listed(one.perplexities) for one in made)}", highlight=False)
         return made
 
     def _measure(self, calibration: Path, options: dict[str, object]) -> Measurement:
@@ -154,23 +161,28 @@ class Bench:
             **options,
         )
         distilling = record.seconds.get("distill", 0.0)
-        return Measurement(self.perplexity(str(output)), sum(record.seconds.values()) - distilling, distilling)
+        return Measurement(self.perplexities(str(output)), sum(record.seconds.values()) - distilling, distilling)
 
-    def perplexity(self, model: str) -> float:
+    def perplexities(self, model: str) -> list[float]:
         sizes = {"sequence_length": self.arguments.sequence_length, "max_tokens": self.arguments.max_tokens}
-        return distprune.evaluate(model, self.arguments.evaluate, **sizes).perplexity
+        return [distprune.evaluate(model, text, **sizes).perplexity for text in self.arguments.evaluate]
 
 
-def show(title: str, key: str, rows: dict[str, list[Measurement]]) -> None:
+def listed(perplexities: list[float]) -> str:
+    return ", ".join(f"{perplexity:.2f}" for perplexity in perplexities)
+
+
+def show(title: str, key: str, texts: list[str], rows: dict[str, list[Measurement]]) -> None:
+    """Of every text the mean perplexity over the seeds and, in brackets, the highest less the lowest."""
     table = Table(title=title, title_justify="left")
     table.add_column(key)
-    for column in ("perplexity", "spread", "pruning, s", "distilling, s"):
+    for column in (*(Path(text).stem for text in texts), "pruning, s", "distilling, s"):
         table.add_column(column, justify="right")
     for name, made in rows.items():
-        values = [one.perplexity for one in made]
-        pruning, distilling = fmean(one.pruning for one in made), fmean(one.distilling for one in made)
-        row = f"{fmean(values):.1f}", f"{max(values) - min(values):.1f}", f"{pruning:.0f}", f"{distilling:.0f}"
-        table.add_row(name, *row)
+        by_text = zip(*(one.perplexities for one in made), strict=True)
+        values = [f"{fmean(found):.1f} ({max(found) - min(found):.1f})" for found in by_text]
+        seconds = fmean(one.pruning for one in made), fmean(one.distilling for one in made)
+        table.add_row(name, *values, *(f"{taken:.0f}" for taken in seconds))
     console.print(table)
 
 

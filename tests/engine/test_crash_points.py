@@ -77,9 +77,20 @@ class Disk:
         return torn
 
 
-@pytest.mark.parametrize("method", ["olica", pytest.param("llm-pruner", marks=pytest.mark.slow)])
-def test_a_driver_killed_at_any_change_of_a_file_goes_on_to_the_same_bytes(prune_here, digests, tmp_path, method):
-    prune_here, disk = partial(prune_here, method=method), Disk(tmp_path)
+LOGITS = {"objective": "logits", "batch": 2, "epochs": 3}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "olica"},
+        pytest.param({"method": "llm-pruner"}, marks=pytest.mark.slow),
+        pytest.param({"method": "olica", "distill": LOGITS}, marks=pytest.mark.slow),
+    ],
+    ids=["olica", "gradients", "end to end"],
+)
+def test_a_driver_killed_at_any_change_of_a_file_goes_on_to_the_same_bytes(prune_here, digests, tmp_path, changes):
+    prune_here, disk = partial(prune_here, **changes), Disk(tmp_path)
     changes = disk.watch(lambda: prune_here(tmp_path / "undisturbed"))
     undisturbed = digests(tmp_path / "undisturbed")
     assert changes > 200
