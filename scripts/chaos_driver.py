@@ -34,23 +34,27 @@ class Setting:
 
     method: str
     propagation: str
-    distill: bool
+    distill: str | None
 
     def __str__(self) -> str:
-        return f"{self.method}, propagation {self.propagation}" + (", distilled" if self.distill else "")
+        distilled = f", distilled by {self.distill}" if self.distill else ""
+        return f"{self.method}, propagation {self.propagation}{distilled}"
 
     @property
     def arguments(self) -> list[str]:
-        distill = ["--distill", "--distill-learning-rate", "0.001"] if self.distill else []
+        distill = []
+        if self.distill:
+            distill = ["--distill-objective", self.distill, "--distill-learning-rate", "0.001"]
         return ["--method", self.method, "--propagation", self.propagation, *distill]
 
     @property
     def steps(self) -> int:
         """Layers in all stages."""
-        return LAYERS * (3 if self.distill else 2)
+        return LAYERS * (2 + (self.method == "curvature") + bool(self.distill))
 
 
-SETTINGS = [Setting(*choice) for choice in itertools.product(("olica", "oops"), ("1", "2", "full"), (False, True))]
+METHODS, OBJECTIVES = ("curvature", "olica", "oops"), (None, "layers", "logits")
+SETTINGS = [Setting(*choice) for choice in itertools.product(METHODS, ("1", "2", "full"), OBJECTIVES)]
 
 
 class Driver:
