@@ -7,7 +7,7 @@ learning. So no worker holds more than one layer, and a lost one costs one layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from math import fsum
 from typing import Any
@@ -16,20 +16,19 @@ import numpy as np
 import torch
 
 from distprune.config import DistillConfig
-from distprune.decoder_layer import DecoderLayer, LayerShape, layer_from_state, state_of
+from distprune.decoder_layer import LayerShape, layer_from_state, state_of
 from distprune.distillation import CURVE_POINTS, Lesson, averaged, shuffled_batches, split, warmup_and_cosine
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.pool import Later, WorkerPool
 from distprune.engine.progress import Progress
 from distprune.engine.relay import Order, Relay
+from distprune.engine.stages import DistilledSink, LayerSource
 from distprune.engine.transport import Parcel, pack_all, unpack, unpack_all
 
 #: Journal entries of what all layers have learnt after a number of steps; and how many steps a crash may cost.
 LEARNT = "learnt"
 KEPT_EVERY = 10
 
-LayerSource = Callable[[int], DecoderLayer]
-Sink = Callable[[int, DecoderLayer, Lesson], None]
 #: What each layer has learnt so far.
 Class = list[dict[str, Parcel]]
 
@@ -38,22 +37,16 @@ class Step(Relay):
     """One step, or without a learning rate only a look at how far the predictions differ.
 
     Args:
-        pupil: the arguments that open a pruned layer with what it has learnt.
-        layers: of the model.
+        pupils: for every layer the arguments that open it with what it has learnt.
+        micro_batch: samples that are never parted.
         rate: of learning.
     """
 
-    def __init__(
-        self,
-        pool: WorkerPool,
-        layers: int,
-        micro_batch: int,
-        pupil: Callable[[int], tuple],
-        rate: float | None = None,
-    ):
+    def __init__(self, pool: WorkerPool, pupils: Sequence[tuple], micro_batch: int, rate: float | None = None):
+        layers = len(pupils)
         self.end = 2 * layers
         super().__init__(pool, self.end + 1 + (layers if rate is not None else 0), micro_batch)
-        self.layers, self.rate, self._pupil = layers, rate, pupil
+        self.layers, self.rate, self._pupils = layers, rate, pupils
         self._inputs: dict[int, list[Any]] = {}  # of each station on the way to the end
         self.learnt: dict[int, dict[str, Parcel]] = {}
 
@@ -70,7 +63,7 @@ class Step(Relay):
         if station == self.end:
             return "open_end", ()
         index = self._layer(station)
-        return ("open_dense", (index,)) if station < self.layers else ("open_pupil", self._pupil(index))
+        return ("open_dense", (index,)) if station < self.layers else ("open_pupil", self._pupils[index])
 
     def handing(self, station: int, number: int, samples: slice, piece: Any) -> Order:
         index = self._layer(station)
@@ -122,7 +115,7 @@ class EndToEnd:
         options: DistillConfig,
         micro_batch: int,
         source: LayerSource,
-        sink: Sink,
+        sink: DistilledSink,
         journal: Journal,
         progress: Progress,
     ):
@@ -169,11 +162,12 @@ class EndToEnd:
 
     def _step(self, rate: float | None = None) -> Step:
         learnt = [self.pool.put(one) for one in self.learnt]
+        pupils = [self._pupil(index, of_layer) for index, of_layer in enumerate(learnt)]
+        return Step(self.pool, pupils, self.options.micro_batch(self.micro_batch), rate)
 
-        def pupil(index: int) -> tuple:
-            return index, self.shapes[index], Later(lambda: pack_all(state_of(self.source(index)))), learnt[index]
-
-        return Step(self.pool, len(self.shapes), self.options.micro_batch(self.micro_batch), pupil, rate)
+    def _pupil(self, index: int, learnt: Any) -> tuple:
+        """A pruned layer, which is read when its turn comes, and what it has learnt."""
+        return index, self.shapes[index], Later(lambda: pack_all(state_of(self.source(index)))), learnt
 
     # ---------------------------------------------------------------- the journal
 
@@ -206,6 +200,5 @@ class EndToEnd:
 
         for index in layers:
             learnt = self.learnt[index] if lesson.kept else {}
-            layer = Later(partial(lambda index: pack_all(state_of(self.source(index))), index))
-            self.pool.submit(partial(receive, index), "graduate", index, self.shapes[index], layer, learnt)
+            self.pool.submit(partial(receive, index), "graduate", *self._pupil(index, learnt))
         self.pool.run()

@@ -266,9 +266,11 @@ def _own_samples(scenario: Scenario) -> float:
 
 
 def _driver(scenario: Scenario) -> float:
-    """Hidden states on their way through the journal, or a shard as it is made of parts: mapped from their files."""
+    """Hidden states on their way through the journal, a shard as it is made of parts, mapped from their files, or what
+    layers learn end to end."""
     after = scenario.bytes_after + scenario.outer_bytes
-    return max(scenario.hidden_states(scenario.calibration), min(after, _largest_shard(scenario)))
+    learnt = scenario.learnt_bytes if scenario.is_end_to_end else 0
+    return max(scenario.hidden_states(scenario.calibration), min(after, _largest_shard(scenario)), learnt)
 
 
 def _largest_shard(scenario: Scenario) -> int:
@@ -288,8 +290,9 @@ def _store_peak(scenario: Scenario) -> int:
         # The same of gradients, and the hidden states that go with the pieces at work.
         peak = max(peak, (open_layers + 2) * scenario.gradients + states)
     if scenario.is_end_to_end:
-        # Both models' hidden states of a step, and the layers that are open.
-        peak = max(peak, (2 * scenario.layers + 1) * scenario.step_states + 2 * workers * layer)
+        # Both models' hidden states of a step, what was learnt before and is learnt now, and the layers that are open.
+        states = (2 * scenario.layers + 1) * scenario.step_states
+        peak = max(peak, states + 2 * scenario.learnt_bytes + 2 * workers * layer)
     elif scenario.lessons:
         # Distillation runs so many layers ahead, each with its input and its target.
         ahead = 2 * workers + 2

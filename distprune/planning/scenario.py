@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -23,7 +23,17 @@ from distprune.planning.headers import dense_model
 from distprune.planning.rates import Rates, rates_of
 from distprune.planning.shapes import expected_shapes
 from distprune.planning.solves import Problem, Solve, solve_of
-from distprune.planning.work import Work, backward_flops, forward_flops, moment_work, tap_widths, total
+from distprune.planning.work import (
+    FLOAT32,
+    Work,
+    backward_flops,
+    forward_flops,
+    matrix_parameters,
+    moment_work,
+    tap_widths,
+    total,
+    update_parameters,
+)
 from distprune.statistics import Moment, taps_of
 
 # As the engine's relay has it.
@@ -133,6 +143,13 @@ class Scenario:
     def step_states(self) -> int:
         """Bytes of the hidden states between two layers in a step of end-to-end distillation."""
         return self.hidden_states(TokenSet(min(self.config.distill.batch, self.lessons.samples), self.lessons.length))
+
+    @property
+    def learnt_bytes(self) -> int:
+        """Of all that trains in end-to-end distillation, with the optimizer's two moments."""
+        options = self.config.distill
+        count = matrix_parameters if options.train == "full" else partial(update_parameters, rank=options.rank)
+        return 3 * FLOAT32 * sum(count(shape, self.hidden) for shape in self.shapes)
 
     # ---------------------------------------------------------------- bytes
 

@@ -89,6 +89,28 @@ def matrix_parameters(shape: LayerShape, hidden: int) -> int:
     )
 
 
+def update_parameters(shape: LayerShape, hidden: int, rank: int) -> int:
+    """Of low-rank updates to all projections, those of factored ones included."""
+
+    def update(out: int, inputs: int) -> int:
+        return min(rank, out, inputs) * (out + inputs)
+
+    def projection(out: int, inputs: int, factors: int | None) -> int:
+        return update(out, inputs) if factors is None else update(out, factors) + update(factors, inputs)
+
+    queries, keys = shape.query_heads * shape.query_key_dim, shape.kv_heads * shape.query_key_dim
+    values, groups_values = shape.query_heads * shape.value_dim, shape.kv_heads * shape.value_dim
+    branch = projection(hidden, hidden, shape.calibration_rank) if shape.calibration_rank else 0
+    return (
+        projection(queries, hidden, shape.query_rank)
+        + projection(keys, hidden, shape.key_rank)
+        + update(groups_values, hidden)
+        + projection(hidden, values, shape.output_rank)
+        + 3 * update(shape.ffn_width, hidden)
+        + branch
+    )
+
+
 def tap_widths(shape: LayerShape, hidden: int) -> dict[str, int]:
     """The width of every activation that can be observed, and of every gradient."""
     narrow = ("attention_input", "attention_output", "ffn_input", "ffn_output")

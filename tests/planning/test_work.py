@@ -10,15 +10,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distprune.backward import ALL_TAPS, backward
+from distprune.config import DistillConfig
 from distprune.decoder_layer import LayerShape, layer_from_state
 from distprune.engine import relay
 from distprune.forward import LayerRunner
 from distprune.modeling import PrunedConfig, PrunedDecoderLayer
 from distprune.planning import scenario
 from distprune.planning.rates import RATES
-from distprune.planning.work import Work, backward_flops, forward_flops, moment_size, moment_work, tap_widths
+from distprune.planning.work import (
+    Work,
+    backward_flops,
+    forward_flops,
+    moment_size,
+    moment_work,
+    tap_widths,
+    update_parameters,
+)
 from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power, ScalingPower
 from distprune.statistics.products import TILE
+from distprune.trainable_layer import TrainableLayer
 
 CONFIG = PrunedConfig(
     hidden_size=32,
@@ -131,3 +141,13 @@ def test_work_adds_up_and_takes_as_long_as_its_rates_say():
 
 def test_a_relay_is_parted_as_the_engine_does():
     assert scenario.PIECES_PER_WORKER == relay.PIECES_PER_WORKER
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rank", [3, 1000])
+def test_low_rank_updates_have_the_parameters_that_train(shape, rank):
+    state = PrunedDecoderLayer(CONFIG, 0, shape).state_dict()
+    runner = LayerRunner(CONFIG, torch.device("cpu"), torch.float32, micro_batch=2)
+    trainable = TrainableLayer(layer_from_state(state, shape), 0, runner, DistillConfig(train="lora", rank=rank))
+    trained = sum(parameter.numel() for parameter in trainable.parameters.values())
+    assert update_parameters(shape, CONFIG.hidden_size, rank) == trained

@@ -30,3 +30,17 @@ class Stops(Progress):
 def first_of(chosen):
     """Whether a share is one of the chosen steps, as (method, layer), of a call that has lost no worker yet."""
     return lambda share: (share.step.method, *share.step.arguments[:1]) in chosen and not share.call.losses
+
+
+def first_time_of(chosen):
+    """Whether a share is one of the chosen steps, as (method, layer), that none has been before."""
+    left = set(chosen)
+
+    def is_chosen(share) -> bool:
+        step = share.step.method, *share.step.arguments[:1]
+        if step not in left:
+            return False
+        left.remove(step)
+        return True
+
+    return is_chosen
