@@ -15,7 +15,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from distprune.config import DistillConfig
 from distprune.decoder_layer import DecoderLayer
@@ -50,9 +49,7 @@ class Pupil:
     @torch.no_grad()
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Output hidden states for those at the input, (samples, length, d) each, in the dtype of gradients."""
-        with parametrize.cached():
-            batches = [self._trainable.forward(self._to_run(batch)) for batch in self._split(hidden_states)]
-        return torch.cat(batches)
+        return torch.cat([self._trainable.forward(self._to_run(batch)) for batch in self._split(hidden_states)])
 
     def backward(self, hidden_states: Tensor, gradient: Tensor) -> Tensor:
         """The loss's gradient at the input, for that at the output; what trains keeps its own for :meth:`step`."""

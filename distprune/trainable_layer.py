@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from distprune.config import DistillConfig
-from distprune.decoder_layer import DecoderLayer, layer_from_state
+from distprune.decoder_layer import DecoderLayer, layer_from_state, state_of
 from distprune.forward import LayerRunner
 
 BETAS = (0.9, 0.95)
@@ -27,14 +27,17 @@ class TrainableLayer:
 
     def __init__(self, layer: DecoderLayer, index: int, runner: LayerRunner, options: DistillConfig):
         self._pruned, self._index, self._runner = layer, index, runner
-        # Copied, so that the layer itself stays as it is.
-        self._module = runner.build(layer.to(torch.float32, copy=True), index, torch.float32)
-        self._module.requires_grad_(options.train == "full")
-        if options.train == "lora":
-            generator = torch.Generator().manual_seed(options.seed)
-            for linear in [module for module in self._module.modules() if isinstance(module, nn.Linear)]:
-                update = LowRankUpdate(linear.weight, options.rank, generator)
-                parametrize.register_parametrization(linear, "weight", update)
+        if options.train == "full":
+            # Copied, so that the layer itself stays as it is.
+            self._module = runner.build(layer.to(torch.float32, copy=True), index, torch.float32).requires_grad_(True)
+        else:
+            self._module = runner.build(layer, index, runner.gradient_dtype).requires_grad_(False)
+            self._add_updates(options.rank, torch.Generator().manual_seed(options.seed))
+
+    def _add_updates(self, rank: int, generator: torch.Generator) -> None:
+        for name, module in list(self._module.named_modules()):
+            if isinstance(module, nn.Linear):
+                self._module.set_submodule(name, UpdatedLinear(module, rank, generator))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -48,23 +51,32 @@ class TrainableLayer:
             return self._runner.forward(self._module, self._index, hidden_states)
 
     def layer(self) -> DecoderLayer:
-        """The layer as it is now in the given one's dtype, low-rank updates folded in; nothing trains after that."""
-        for linear in [module for module in self._module.modules() if parametrize.is_parametrized(module)]:
-            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
-        state = {name: tensor.detach() for name, tensor in self._module.state_dict().items()}
+        """The layer as it is now in the given one's dtype, low-rank updates folded in."""
+        updated = {name: module for name, module in self._module.named_modules() if isinstance(module, UpdatedLinear)}
+        if updated:
+            state = state_of(self._pruned.to(self._runner.device))
+            state |= {f"{name}.weight": module.folded(state[f"{name}.weight"]) for name, module in updated.items()}
+        else:
+            state = {name: tensor.detach() for name, tensor in self._module.state_dict().items()}
         return layer_from_state(state, self._pruned.shape).to(self._pruned.dtype)
 
 
-class LowRankUpdate(nn.Module):
-    """W -> W + BA (LoRA, Hu et al., ICLR 2022), B zero at the start."""
+class UpdatedLinear(nn.Module):
+    """A linear map of W + BA (LoRA, Hu et al., ICLR 2022), B zero at the start. W gets no gradient, which would cost as
+    much as that of its input."""
 
-    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
         super().__init__()
-        out_features, in_features = weight.shape
-        rank = min(rank, *weight.shape)
+        self.linear = linear
+        out_features, in_features = linear.weight.shape
+        rank, device = min(rank, out_features, in_features), linear.weight.device
         start = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
-        self.right = nn.Parameter(start.to(weight))
-        self.left = nn.Parameter(weight.new_zeros(out_features, rank))
+        self.right = nn.Parameter(start.to(device))
+        self.left = nn.Parameter(torch.zeros(out_features, rank, device=device))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.left @ self.right
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + F.linear(F.linear(x, self.right), self.left)
+
+    def folded(self, weight: Tensor) -> Tensor:
+        """W + BA of a weight W, (out, in) in its dtype."""
+        return (weight.float() + self.left.detach() @ self.right.detach()).to(weight.dtype)

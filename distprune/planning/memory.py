@@ -220,7 +220,10 @@ def _distill_peak(scenario: Scenario, index: int) -> float:
     options, lessons, on_gpu = scenario.config.distill, scenario.lessons, scenario.placement.device == "cuda"
     shape, hidden = scenario.shapes[index], scenario.hidden
     temporary = FLOAT32 if on_gpu else 0  # all parameters are stepped at once there
-    parameter = scenario.dtype.itemsize + (4 * FLOAT32 + temporary if options.train == "full" else 1.5 * FLOAT32)
+    if options.train == "full":
+        parameter = scenario.dtype.itemsize + 4 * FLOAT32 + temporary
+    else:  # what doesn't train is the layer's own, and updated once
+        parameter = scenario.stored_dtype.itemsize * (2 if on_gpu else 1)
     saved = 3 * shape.ffn_width + 4 * hidden + 2 * shape.query_heads * (shape.query_key_dim + shape.value_dim)
     samples = options.micro_batch(scenario.config.micro_batch) if scenario.is_end_to_end else options.batch
     batch = min(samples, lessons.samples) * lessons.length
