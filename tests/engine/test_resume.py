@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import ray
+from interruptions import Stops
 
 from distprune import InputError, status
-from distprune.engine.progress import Progress
 from distprune.errors import WorkersLost
 
 OPTIONS = {"sparsity": 0.3, "max_shard_size": 60_000, "propagation": 2, "distill": {"learning_rate": 1e-3, "batch": 2}}
@@ -30,26 +30,6 @@ def output(tmp_path) -> Path:
     return tmp_path / "pruned"
 
 
-class Stops(Progress):
-    """Stops a run after a number of steps of a stage."""
-
-    def __init__(self, stage: str, steps: int, error: BaseException):
-        self.wanted, self.steps, self.error = stage, steps, error
-        self.notes = []
-
-    def stage(self, name, total, done=0):
-        self.name, self.done = name, 0
-        self._stop_if_there()
-
-    def advance(self):
-        self.done += 1
-        self._stop_if_there()
-
-    def _stop_if_there(self):
-        if self.name == self.wanted and self.done == self.steps:
-            raise self.error
-
-
 @pytest.mark.parametrize(
     ("stage", "steps", "repeated"),
     [
@@ -62,7 +42,7 @@ class Stops(Progress):
 )
 def test_nothing_that_is_done_is_done_again(run, undisturbed, digests, calls, output, stage, steps, repeated):
     with pytest.raises(KeyboardInterrupt):
-        run(output=output, progress=Stops(stage, steps, KeyboardInterrupt()), **OPTIONS)
+        run(output=output, progress=Stops(stage, steps), **OPTIONS)
     calls.clear()
     folder, record = run(output=output, **OPTIONS)
     assert digests(folder) == undisturbed

@@ -8,8 +8,9 @@ from distprune.engine.progress import Progress
 class Stops(Progress):
     """Interrupts a run after a number of steps of a stage, and notes what it is told."""
 
-    def __init__(self, stage: str, steps: int):
+    def __init__(self, stage: str, steps: int, error: BaseException | None = None):
         self.wanted, self.steps, self.notes = stage, steps, []
+        self.error = error or KeyboardInterrupt()
 
     def stage(self, name, total, done=0):
         self.name, self.done = name, 0
@@ -24,7 +25,7 @@ class Stops(Progress):
 
     def _stop_if_there(self):
         if self.name == self.wanted and self.done == self.steps:
-            raise KeyboardInterrupt
+            raise self.error
 
 
 def first_of(chosen):
