@@ -123,8 +123,18 @@ def test_a_run_waits_for_the_fewest_workers_and_takes_those_that_join(run, new_w
     assert len(set(employed)) > 2
 
 
+def free_cpus() -> float:
+    """Of the cluster, when those of workers that were just killed are free again."""
+    free, since = None, time.monotonic()
+    while not free or time.monotonic() < since + 2:
+        if (now := ray.available_resources().get("CPU", 0)) != free:
+            free, since = now, time.monotonic()
+        time.sleep(0.1)
+    return free
+
+
 def test_a_run_says_that_it_waits_while_others_have_the_cluster(run, new_workers, monkeypatch):
-    holder = ray.remote(num_cpus=ray.available_resources()["CPU"])(Holder).remote()
+    holder = ray.remote(num_cpus=free_cpus())(Holder).remote()
     ray.get(holder.ready.remote())
     notes = []
 
