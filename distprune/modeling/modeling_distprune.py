@@ -62,25 +62,16 @@ def widened(states: torch.Tensor, width: int) -> torch.Tensor:
 def one_token_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Attention of one new token on a CPU, as SDPA gives it: (batch, 1, heads, value width).
+    """Attention of one new token on a CPU, as SDPA gives it: (batch, 1, heads, width).
 
-    `query` is (batch, heads, 1, w), `key` (batch, groups, tokens, w), `value` (batch, groups, tokens, value width),
-    `mask` as SDPA takes it. The fused kernel can read the keys and values of a group for all of its heads, where
-    transformers would copy the whole cache for each. Narrow values it could only read from a wider copy: for these, two
-    products for all query heads of a group are faster.
+    `query` is (batch, heads, 1, width), `key` and `value` (batch, groups, tokens, width), `mask` as SDPA takes it. The
+    fused kernel can read the keys and values of a group for all of its heads, where transformers would copy the whole
+    cache for each.
     """
-    if value.shape[-1] == key.shape[-1]:
-        attended = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
-        )
-        return attended.transpose(1, 2)
-    query = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
-    scores = (query * scaling) @ key.mT  # (batch, groups, heads of a group, tokens)
-    if mask is not None:
-        lowest = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).flatten(1, 2).unsqueeze(1)
+    attended = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+    )
+    return attended.transpose(1, 2)
 
 
 class PrunedAttention(nn.Module):
@@ -162,13 +153,13 @@ class PrunedAttention(nn.Module):
     def _attend(self, query, key, value, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The configured kernel's output (batch, tokens, heads, value_dim), and its weights if any."""
         implementation = self.config._attn_implementation
-        if implementation == "sdpa" and query.shape[2] == 1 and query.device.type == "cpu" and not self.training:
-            return one_token_attention(query, key, value, mask, self.scaling), None
         # Fused kernels, SDPA's among them, want values as wide as keys (or take a path several times slower): zero
         # columns change nothing, and those of the values are cut off again.
         if implementation != "eager":
             width = max(self.query_key_dim, self.value_dim)
             query, key, value = (widened(states, width) for states in (query, key, value))
+        if implementation == "sdpa" and query.shape[2] == 1 and query.device.type == "cpu" and not self.training:
+            return one_token_attention(query, key, value, mask, self.scaling)[..., : self.value_dim], None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,

@@ -111,12 +111,11 @@ def test_sampling_repeats_under_one_seed(pruned_model, tokens):
     assert model.generate(tokens, max_new_tokens=8, do_sample=True).tolist() == first.tolist()
 
 
-@pytest.mark.parametrize("value_width", [4, 10])
 @pytest.mark.parametrize("mask", [None, "which", "how much"])
-def test_attention_of_one_new_token_is_that_of_every_head_by_itself(mask, value_width):
+def test_attention_of_one_new_token_is_that_of_every_head_by_itself(mask):
     generator = torch.Generator().manual_seed(0)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-    query, key, value = draw(2, 6, 1, 10), draw(2, 3, 7, 10), draw(2, 3, 7, value_width)
+    query, key, value = draw(2, 6, 1, 10), draw(2, 3, 7, 10), draw(2, 3, 7, 10)
     allowed = torch.arange(7) >= torch.tensor([3, 0])[:, None, None, None]
     mask = {None: None, "which": allowed, "how much": draw(2, 1, 1, 7)}[mask]
     expected = F.scaled_dot_product_attention(
