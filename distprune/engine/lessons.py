@@ -12,6 +12,7 @@ from distprune.engine.checks import check_gradient, check_hidden_states, check_s
 from distprune.engine.tasks import ForgottenError, LayerTasks
 from distprune.forward import LayerRunner
 from distprune.logit_distillation import Learnt, Pupil
+from distprune.loss import LossHead
 
 
 @dataclass
@@ -27,6 +28,7 @@ class OpenPupil:
 class OpenEnd:
     """The model's end, and what each sample diverges by so far."""
 
+    head: LossHead
     divergences: list[Tensor] = field(default_factory=list)
 
 
@@ -71,7 +73,7 @@ class Lessons:
 
     def open_end(self) -> None:
         """Begin at the model's end; :meth:`diverge` goes on with it, :meth:`divergences` ends it."""
-        self._head, self._open = self._tasks.loss_head(self._runner), OpenEnd()
+        self._open = OpenEnd(self._tasks.loss_head(self._runner))
 
     def diverge(self, hidden_states: Tensor, dense: Tensor) -> Tensor:
         """The divergence's gradient at the last layer's output, for one piece of the samples.
@@ -80,14 +82,14 @@ class Lessons:
             ForgottenError: the model's end is not open here.
         """
         end = self._opened_end()
-        gradient, divergences = self._head.divergence(hidden_states, dense)
+        gradient, divergences = end.head.divergence(hidden_states, dense)
         check_gradient(gradient, "the model's end")
         end.divergences.append(divergences)
         return gradient
 
     def divergences(self) -> Tensor:
         """Every sample's divergence, (samples,) in nats, when all have been seen."""
-        end, self._open, self._head = self._opened_end(), None, None
+        end, self._open = self._opened_end(), None
         return torch.cat(end.divergences)
 
     def learn(self, index: int, piece: int, hidden_states: Tensor, gradient: Tensor) -> Tensor:
