@@ -78,6 +78,10 @@ Propagation = Annotated[
 MicroBatch = Annotated[Optional[int], typer.Option(help="samples in one forward pass [16]")]
 Dtype = Annotated[Optional[str], typer.Option(help="auto, float32, bfloat16 or float16 [auto]")]
 Device = Annotated[Optional[str], typer.Option(help="auto, cpu or cuda [auto]")]
+Offload = Annotated[
+    Optional[bool],
+    typer.Option("--offload/--no-offload", help="solve in the host's memory, for GPUs too small for it [no]"),
+]
 Workers = Annotated[
     Optional[str], typer.Option(metavar="MAX|MIN:MAX", help="worker actors [one a GPU, or a CPU share]")
 ]
@@ -196,6 +200,7 @@ def prune(
     micro_batch: MicroBatch = None,
     dtype: Dtype = None,
     device: Device = None,
+    offload: Offload = None,
     workers: Workers = None,
     threads_per_worker: ThreadsPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
@@ -266,6 +271,7 @@ def plan(
     micro_batch: MicroBatch = None,
     dtype: Dtype = None,
     device: Device = None,
+    offload: Offload = None,
     workers: Workers = None,
     threads_per_worker: ThreadsPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
@@ -331,6 +337,7 @@ def compare(
     micro_batch: MicroBatch = None,
     dtype: Dtype = None,
     device: Device = None,
+    offload: Offload = None,
     workers: Workers = None,
     threads_per_worker: ThreadsPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,

@@ -110,6 +110,9 @@ class PruneConfig(BaseModel):
         "auto", description="dtype of forward passes; auto takes the checkpoint's"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes GPUs where the cluster has any")
+    offload: bool = Field(
+        False, description="layers run on the GPU, but statistics are kept and layers solved in the host's memory"
+    )
 
     workers: Annotated[int, Field(ge=1)] | Annotated[str, AfterValidator(check_range)] | None = Field(
         None, description="worker actors, at most, or 'MIN:MAX'; by default one a GPU, or one a CPU share"

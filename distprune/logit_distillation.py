@@ -43,8 +43,12 @@ class Pupil:
         self._trainable = TrainableLayer(layer, index, runner, options)
         self._parameters = self._trainable.parameters
         if learnt:
-            for name, parameter in self._parameters.items():
-                parameter.data = learnt[name].to(parameter, copy=True)
+            self._take_up(learnt)
+
+    @torch.no_grad()
+    def _take_up(self, learnt: Learnt) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(learnt[name])
 
     @torch.no_grad()
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ VALUES = {
     "micro_batch": 5,
     "dtype": "float16",
     "device": "cuda",
+    "offload": True,
     "workers": 4,
     "threads_per_worker": 2,
     "gpus_per_worker": 0.5,

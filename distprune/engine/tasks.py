@@ -51,13 +51,14 @@ class OpenLayer:
 
     index: int
     layer: DecoderLayer
+    solve_device: torch.device
     profiled: Sequence[Moment] | None
     carried: Sequence[Moment] = ()
     pieces: int = 0
 
     def __post_init__(self):
         self.moments = *(self.profiled or ()), *self.carried
-        self.statistics = LayerStatistics(self.moments)
+        self.statistics = LayerStatistics(self.moments, self.solve_device)
 
     @property
     def observation(self) -> dict[str, Any]:
@@ -74,10 +75,14 @@ class OpenHead:
 
 
 class LayerTasks:
-    """The tasks of one run on one device. Holds the open checkpoint, and no weights but those of its open layer."""
+    """The tasks of one run on one device. Holds the open checkpoint, and no weights but those of its open layer.
+
+    Layers run on ``device``, and are solved on ``solve_device``, where their statistics are.
+    """
 
     def __init__(self, config: PruneConfig, model: Model, device: torch.device):
         self.config, self.device = config, device
+        self.solve_device = torch.device("cpu") if config.offload else device
         self.family, self.dense, self.checkpoint = model.family, model.dense, model.checkpoint
         self.method = make_method(config.method, config.options)
         self.runner = LayerRunner(self.dense, device, self._compute_dtype(), config.micro_batch)
@@ -126,7 +131,7 @@ class LayerTasks:
         layer = self.read_layer(index).to(self.device)
         # Where there is a gradient pass, it collects all that the profile needs.
         moments = None if self.method.gradient_moments(layer.shape) else self.method.dense_moments(layer.shape)
-        self._open = OpenLayer(index, layer, moments, self._carried_moments(index, layer.shape))
+        self._open = OpenLayer(index, layer, self.solve_device, moments, self._carried_moments(index, layer.shape))
 
     def sweep(self, index: int, piece: int, hidden_states: Tensor) -> Tensor:
         """The open layer's output hidden states for one piece of the samples; the pieces come in their order.
@@ -152,7 +157,8 @@ class LayerTasks:
             ForgottenError: the layer is not open here.
         """
         opened, self._open = self._opened(index, pieces), None
-        profile = {} if opened.profiled is None else self.method.profile(opened.layer, opened.statistics)
+        layer = opened.layer.to(self.solve_device)
+        profile = {} if opened.profiled is None else self.method.profile(layer, opened.statistics)
         carried = opened.statistics.to_tensors(opened.carried)
         return moved(profile, "cpu"), moved(carried, "cpu")
 
@@ -209,7 +215,7 @@ class LayerTasks:
         """Begin the gradient pass of a layer, which :meth:`backward` goes on with and :meth:`profile` ends."""
         layer = self.read_layer(index).to(self.device)
         moments = (*self.method.dense_moments(layer.shape), *self.method.gradient_moments(layer.shape))
-        self._open = OpenLayer(index, layer, moments)
+        self._open = OpenLayer(index, layer, self.solve_device, moments)
 
     def backward(self, index: int, piece: int, hidden_states: Tensor, gradient: Tensor) -> Tensor:
         """The loss's gradient at the open layer's input for one piece of the samples; the pieces come in their order.
@@ -256,7 +262,7 @@ class LayerTasks:
         """
 
         def observe(variation: DecoderLayer, moments: Sequence[Moment]) -> LayerStatistics:
-            statistics = LayerStatistics(moments)
+            statistics = LayerStatistics(moments, self.solve_device)
             self.runner.observe(variation, index, hidden_states, statistics.update, taps_of(moments))
             return statistics
 
@@ -264,11 +270,11 @@ class LayerTasks:
         layer = self.read_layer(index)
         clock.lap("read")
         moments = self.method.pruning_moments(layer.shape, planned)
-        statistics = LayerStatistics.from_tensors(moved(carried, self.device), moments) or observe(layer, moments)
+        statistics = LayerStatistics.from_tensors(moved(carried, self.solve_device), moments) or observe(layer, moments)
         clock.lap("statistics")
-        profile = moved(profile, self.device)
+        profile = moved(profile, self.solve_device)
         with convergence_warnings() as warned:
-            pruned = self.method.prune(layer.to(self.device), planned, statistics, profile, observe)
+            pruned = self.method.prune(layer.to(self.solve_device), planned, statistics, profile, observe)
         if pruned.shape != planned:
             raise AssertionError(f"{self.method.name} gave layer {index} {pruned.shape}, planned {planned}")
         pruned = pruned.to(layer.dtype)

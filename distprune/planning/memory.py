@@ -1,8 +1,9 @@
 """Peak memory of workers, driver and nodes.
 
 A worker holds one layer's weights, its statistics, one micro-batch of activations and, while it solves, a projection
-in float32 or some copies of the largest Gram matrix. What passes through the object store lies in memory that its
-node's processes share, and counts in the resident memory of each that has touched it.
+in float32 or some copies of the largest Gram matrix; statistics and what solves take are in the host's memory if they
+are offloaded. What passes through the object store lies in memory that its node's processes share, and counts in the
+resident memory of each that has touched it.
 """
 
 from __future__ import annotations
@@ -111,29 +112,37 @@ def _different_layers(scenario: Scenario) -> list[int]:
 
 
 def _peak(scenario: Scenario, index: int, *, pruning: bool) -> float:
-    """The statistics, and whichever is most of running, solving and running again."""
+    """The statistics, and whichever is most of running, solving and running again; of which all but running is on the
+    host where that is offloaded."""
     shape, moments = scenario.shape(index), scenario.moments(index, pruning=pruning)
     solve = scenario.solve(index, pruning=pruning)
     if scenario.needs_gradients and not pruning:
         running = _running_back(scenario, index, moments)
     else:
         running = _running_weights(scenario, index) + _running(scenario, shape, moments)
+    again = [_part(scenario, part) + _running(scenario, part, some) for part, some in solve.observations]
+    if scenario.offloads:
+        return max([running, *again])
     on_gpu = scenario.stored_bytes[index] if scenario.placement.device == "cuda" else 0
-    solving = on_gpu + max(solve.workspace, scenario.pruned_bytes[index] if pruning else 0)
-    again = [on_gpu + _running_again(scenario, *observation) for observation in solve.observations]
-    return _statistics(scenario, shape, moments) + max(running, solving, *again)
+    kept = [on_gpu + _statistics(scenario, *observation) for observation in solve.observations]
+    again = [beside + run for beside, run in zip(kept, again, strict=True)]
+    return _statistics(scenario, shape, moments) + max(running, on_gpu + _solving(scenario, index, pruning), *again)
 
 
-def _running_again(scenario: Scenario, shape: LayerShape, moments: Sequence[Moment]) -> float:
-    """A part of the layer, sliced from it, and the statistics of that."""
-    weights = scenario.stored_dtype.itemsize * matrix_parameters(shape, scenario.hidden)
-    return weights + _running(scenario, shape, moments) + _statistics(scenario, shape, moments)
+def _solving(scenario: Scenario, index: int, pruning: bool) -> float:
+    """What a solve takes beside the layer and its statistics."""
+    return max(scenario.solve(index, pruning=pruning).workspace, scenario.pruned_bytes[index] if pruning else 0)
+
+
+def _part(scenario: Scenario, shape: LayerShape) -> int:
+    """Weights sliced from the layer, to run again."""
+    return scenario.stored_dtype.itemsize * matrix_parameters(shape, scenario.hidden)
 
 
 def _carrying(scenario: Scenario, index: int) -> float:
     shape, carried = scenario.shape(index), scenario.carried(index)
     running = _running_weights(scenario, index) + _running(scenario, shape, carried)
-    return _statistics(scenario, shape, carried) + running
+    return running + (0 if scenario.offloads else _statistics(scenario, shape, carried))
 
 
 def _running(scenario: Scenario, shape: LayerShape, moments: Sequence[Moment]) -> float:
@@ -246,7 +255,8 @@ def _judges(scenario: Scenario) -> int:
 
 
 def _host_of_tasks(scenario: Scenario) -> float:
-    """The greatest of: a table that is checked, weights with the hidden states that leave or are learnt from."""
+    """The greatest of: a table that is checked, weights with the hidden states that leave or are learnt from, and with
+    what is offloaded."""
     largest = max(info.nbytes for info in scenario.checkpoint.tensors.values())
     layer = max(scenario.stored_bytes)
     learnt_from = 0
@@ -255,7 +265,21 @@ def _host_of_tasks(scenario: Scenario) -> float:
         learnt_from = (3 if judges else 2) * scenario.hidden_states(scenario.lessons) + judges * layer
         if scenario.is_end_to_end:
             learnt_from = 3 * scenario.step_states
-    return max(largest, layer + max(scenario.hidden_states(scenario.calibration), learnt_from))
+    leaving = scenario.hidden_states(scenario.calibration) + (_offloaded(scenario) if scenario.offloads else 0)
+    return max(largest, layer + max(leaving, learnt_from))
+
+
+def _offloaded(scenario: Scenario) -> float:
+    """Statistics, and what a solve takes or a part of the layer that runs again; the greatest layer's."""
+
+    def held(index: int, pruning: bool) -> float:
+        observations = scenario.solve(index, pruning=pruning).observations
+        again = [_part(scenario, part) + _statistics(scenario, part, some) for part, some in observations]
+        statistics = _statistics(scenario, scenario.shape(index), scenario.moments(index, pruning=pruning))
+        return statistics + max([_solving(scenario, index, pruning), *again])
+
+    layers = _different_layers(scenario)
+    return FRAGMENTATION * max(held(index, pruning) for index in layers for pruning in (False, True))
 
 
 def _own_samples(scenario: Scenario) -> float:

@@ -102,12 +102,18 @@ def plan_run(
 
 
 def _assumptions(scenario: Scenario) -> dict[str, float]:
-    """The worker's rates by their names, and the constants of memory and of solves."""
+    """The worker's rates by their names, those of offloaded solves among them, and the constants of memory and of
+    solves."""
     on_gpu = scenario.placement.device == "cuda"
     base = constants.BASE_RESIDENT_CUDA if on_gpu else constants.BASE_RESIDENT
     context = {"cuda_context": constants.CUDA_CONTEXT} if on_gpu else {}
+    rates = asdict(scenario.rates)
+    if scenario.offloads:
+        host = scenario.solve_rates
+        rates |= {"float64": host.float64, "eigen": host.eigen}
+        rates |= {"offloaded_float32": host.float32, "offloaded_memory": host.memory}
     return {
-        **asdict(scenario.rates),
+        **rates,
         "worker_base_resident": base,
         "driver_base_resident": constants.BASE_RESIDENT,
         **context,

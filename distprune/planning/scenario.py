@@ -98,6 +98,16 @@ class Scenario:
         return rates_of(self.hardware, self.config.threads_per_worker, self.rate_overrides)
 
     @property
+    def offloads(self) -> bool:
+        """Whether statistics are kept and layers solved elsewhere than where these run."""
+        return self.config.offload and self.placement.device == "cuda"
+
+    @cached_property
+    def solve_rates(self) -> Rates:
+        """Of where layers are solved."""
+        return rates_of("cpu", self.config.threads_per_worker, self.rate_overrides) if self.offloads else self.rates
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of forward passes."""
         if self.config.dtype == "auto":
@@ -251,6 +261,9 @@ class Scenario:
             moment_work(moment, widths, self.calibration.tokens, batches, self.dtype.itemsize) for moment in moments
         )
         moved = self.moved(2 * self.hidden_states(self.calibration))
+        if self.offloads:  # what a micro-batch adds comes to the host, and is read there beside the total
+            moved += Work(moved=measured.passed_in_solves / 2)
+            measured += Work(passed_in_solves=measured.passed_in_solves / 2)
         return moved + self.forward(shape, self.calibration) + measured
 
 

@@ -72,7 +72,7 @@ def _inverses(problem: Problem) -> Solve:
 
 def _weights_gone_over(problem: Problem) -> Work:
     """Scores and slices: some ten passes over the layer's weights in float32."""
-    return Work(passed=40.0 * problem.parameters)
+    return Work(passed_in_solves=40.0 * problem.parameters)
 
 
 def _scores_workspace(problem: Problem) -> float:
@@ -130,7 +130,7 @@ def _elimination_path(width: int, hidden: int, steps: int) -> Work:
     """A metric's root, the weight in it, the inverse of the Gram matrix, and what leaves it in so many steps."""
     metric = hidden**3 / 3 + 2.0 * hidden**2 * width
     updates = 2 / 3 * width**3 + hidden * width**2
-    return Work(solve_float64=metric + width**3 + updates, passed=steps * 8.0 * width**2)
+    return Work(solve_float64=metric + width**3 + updates, passed_in_solves=steps * 8.0 * width**2)
 
 
 def _elimination_path_workspace(width: int, hidden: int) -> float:
@@ -264,7 +264,7 @@ def _oops_profile(problem: Problem) -> Solve:
 
 def _selection(width: int) -> Work:
     """A quadratic program of one row: a factorization, then iterations that read the factor."""
-    return Work(solve_float64=width**3 / 3, passed=PROGRAM_ITERATIONS * 8.0 * width**2)
+    return Work(solve_float64=width**3 / 3, passed_in_solves=PROGRAM_ITERATIONS * 8.0 * width**2)
 
 
 def _refit(width: int, kept: int, hidden: int) -> Work:

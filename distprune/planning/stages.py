@@ -48,7 +48,7 @@ def _stage(name: str, work: Work, seconds: float) -> StagePlan:
 
 def _seconds(scenario: Scenario, work: Work) -> float:
     """Of one call of a worker."""
-    seconds = work.seconds(scenario.rates, float32=scenario.dtype == torch.float32)
+    seconds = work.seconds(scenario.rates, scenario.solve_rates, float32=scenario.dtype == torch.float32)
     return scenario.placement.slowdown * seconds + scenario.rates.call_seconds
 
 

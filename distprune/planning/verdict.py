@@ -64,11 +64,8 @@ def _changes(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:
     if placement.workers_per_gpu > 1:
         for workers in range(placement.workers_per_gpu - 1, 0, -1):
             yield f"--gpus-per-worker {1 / workers:.3g}", _with(scenario, gpus_per_worker=1 / workers)
-    batch = min(config.micro_batch, scenario.calibration.samples)
-    while (batch := batch // 2) >= 1:
-        yield f"--micro-batch {batch}", _with(scenario, micro_batch=batch)
-    for workers in range(placement.workers - 1, 0, -1):
-        yield f"--workers {workers}", _with(scenario, workers=workers)
+    yield from _smaller_batches(scenario)
+    yield from _fewer_workers(scenario)
     if config.calibration is None:
         # The size stays as it is; what goes is the step that loads the whole model.
         yield (
@@ -79,9 +76,25 @@ def _changes(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:
             "--calibration, a set made elsewhere, and --workers 1 --micro-batch 1",
             _with(scenario, calibration=Path("calibration.arrow"), workers=1, micro_batch=1),
         )
+    if placement.device == "cuda" and not config.offload:
+        offloaded = _with(scenario, offload=True)
+        yield "--offload", offloaded
+        for option, changed in (*_smaller_batches(offloaded), *_fewer_workers(offloaded)):
+            yield f"--offload {option}", changed
     if placement.device == "cuda":
         on_cpu = replace(_with(scenario, device="cpu"), cluster=replace(scenario.cluster, gpus=0))
         yield "--device cpu", on_cpu
+
+
+def _smaller_batches(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:
+    batch = min(scenario.config.micro_batch, scenario.calibration.samples)
+    while (batch := batch // 2) >= 1:
+        yield f"--micro-batch {batch}", _with(scenario, micro_batch=batch)
+
+
+def _fewer_workers(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:
+    for workers in range(scenario.placement.workers - 1, 0, -1):
+        yield f"--workers {workers}", _with(scenario, workers=workers)
 
 
 def _with(scenario: Scenario, **options: object) -> Scenario:

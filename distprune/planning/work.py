@@ -23,6 +23,7 @@ class Work:
     solve_float64: float = 0.0
     eigen: float = 0.0
     passed: float = 0.0  # bytes of arrays gone over
+    passed_in_solves: float = 0.0  # the same in solves, and of totals where these are
     moved: float = 0.0  # bytes between a GPU and its host
     stored: float = 0.0  # bytes through the object store
     read: float = 0.0  # bytes from the checkpoint
@@ -38,14 +39,20 @@ class Work:
     def solves(self) -> float:
         return self.solve_float32 + self.solve_float64 + self.eigen
 
-    def seconds(self, rates: Rates, *, float32: bool = False) -> float:
-        """One worker's time, one thing after the other; ``float32`` says that forward passes are in it."""
+    def seconds(self, rates: Rates, solving: Rates | None = None, *, float32: bool = False) -> float:
+        """One worker's time, one thing after the other; ``float32`` says that forward passes are in it.
+
+        ``solving`` are the rates where layers are solved, if that is elsewhere.
+        """
+        solving = solving or rates
         return (
             self.forward / (rates.forward_float32 if float32 else rates.forward)
-            + (self.statistics + self.solve_float32) / rates.float32
-            + self.solve_float64 / rates.float64
-            + self.eigen / rates.eigen
+            + self.statistics / rates.float32
+            + self.solve_float32 / solving.float32
+            + self.solve_float64 / solving.float64
+            + self.eigen / solving.eigen
             + self.passed / rates.memory
+            + self.passed_in_solves / solving.memory
             + self.moved / rates.link
             + self.stored / rates.store
             + self.read / rates.read
@@ -152,5 +159,5 @@ def moment_work(moment: Moment, widths: dict[str, int], tokens: int, batches: in
         case _:
             computed = 0
     # Read, cast to float32 and gone over once more; a total is read and written with every micro-batch.
-    passed = tokens * width * (itemsize + 2.0 * FLOAT32) + 2.0 * FLOAT32 * max(computed, width) * batches
-    return Work(statistics=2.0 * tokens * computed, passed=passed)
+    passed, grown = tokens * width * (itemsize + 2.0 * FLOAT32), 2.0 * FLOAT32 * max(computed, width) * batches
+    return Work(statistics=2.0 * tokens * computed, passed=passed, passed_in_solves=grown)

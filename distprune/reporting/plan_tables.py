@@ -10,7 +10,7 @@ from distprune.planning import RunPlan
 GIB = 2**30
 BYTES = {"worker_base_resident", "driver_base_resident", "cuda_context"}
 SECONDS = {"call_seconds", "start_seconds"}
-BYTES_A_SECOND = {"memory", "link", "store", "read", "write"}
+BYTES_A_SECOND = {"memory", "offloaded_memory", "link", "store", "read", "write"}
 PURE_NUMBERS = {"fragmentation", "qp_iterations"}
 
 

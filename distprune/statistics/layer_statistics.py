@@ -14,16 +14,21 @@ TOKENS = "tokens"
 
 
 class LayerStatistics:
-    """Running totals of the asked-for moments, in float32 on the layer's device; nothing else is computed or kept.
+    """Running totals of the asked-for moments, in float32; nothing else is computed or kept.
 
     Each is held once: it becomes its average in place when it is first read, and after that nothing can be added.
     What is read is not to be changed. Asking for a moment that was not collected is a mistake in the method and raises
     ``KeyError``.
+
+    Args:
+        moments: what to collect.
+        device: where totals are kept; by default where the activations are.
     """
 
-    def __init__(self, moments: Iterable[Moment]):
+    def __init__(self, moments: Iterable[Moment], device: torch.device | None = None):
         self._totals: dict[Moment, Tensor | None] = dict.fromkeys(moments)
         self._averages: dict[Moment, Tensor] = {}
+        self._device = device
         self.tokens = 0
 
     def update(self, activations: Activations) -> None:
@@ -36,7 +41,7 @@ class LayerStatistics:
             raise RuntimeError("statistics that have been read can't be added to")
         for moment, total in self._totals.items():
             if total is None:
-                total = self._totals[moment] = zeros(moment, activations)
+                total = self._totals[moment] = zeros(moment, activations, self._device)
             moment.add(total, activations)
         self.tokens += len(next(iter(activations.values())))
 
@@ -87,8 +92,8 @@ class LayerStatistics:
         return self._average(ScalingPower(tap, other, groups, pairs))
 
 
-def zeros(moment: Moment, activations: Activations) -> Tensor:
+def zeros(moment: Moment, activations: Activations, device: torch.device | None) -> Tensor:
     """A total to begin with: an ordinary tensor, though layers run in inference mode, since it changes after that."""
-    device = activations[moment.tap].device
+    device = device or activations[moment.tap].device
     with torch.inference_mode(False):
         return torch.zeros(moment.size(activations), dtype=torch.float32, device=device)

@@ -36,7 +36,7 @@ class Mean(Summed):
         return activations[self.tap].shape[1:]
 
     def add(self, total: Tensor, activations: Activations) -> None:
-        total.add_(activations[self.tap].sum(dim=0, dtype=torch.float32))
+        add(total, activations[self.tap].sum(dim=0, dtype=torch.float32))
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Power(Summed):
         return activations[self.tap].shape[1:]
 
     def add(self, total: Tensor, activations: Activations) -> None:
-        total.add_(activations[self.tap].to(torch.float32, copy=True).square_().sum(dim=0))
+        add(total, activations[self.tap].to(torch.float32, copy=True).square_().sum(dim=0))
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Peak:
         return activations[self.tap].shape[1:]
 
     def add(self, total: Tensor, activations: Activations) -> None:
-        torch.maximum(total, activations[self.tap].abs().amax(dim=0).float(), out=total)
+        torch.maximum(total, activations[self.tap].abs().amax(dim=0).float().to(total.device), out=total)
 
     @staticmethod
     def average(total: Tensor, tokens: int) -> Tensor:
@@ -135,7 +135,12 @@ class ScalingPower(Summed):
     def add(self, total: Tensor, activations: Activations) -> None:
         products = activations[self.tap].float() * activations[self.other].float()
         changes = products.unflatten(1, (self.groups, -1, 2, self.pairs)).sum(dim=(2, 3))
-        total.add_(changes.square_().sum(dim=0))
+        add(total, changes.square_().sum(dim=0))
+
+
+def add(total: Tensor, values: Tensor) -> None:
+    """Add to a total, on its device."""
+    total.add_(values.to(total.device))
 
 
 Moment = Mean | Power | Peak | Gram | Cross | HeadGram | ScalingPower

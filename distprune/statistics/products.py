@@ -1,4 +1,7 @@
-"""Products of activations, summed in float32 into a matrix that is there already."""
+"""Products of activations, summed in float32 into a matrix that is there already.
+
+To a matrix on another device, the host, they are added some rows at a time, so that it may be larger than theirs.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-#: Rows of a Gram matrix that are computed at once: few, so that little of what symmetry gives is computed.
+#: Rows of a Gram matrix that are computed at once: few, so that little of what symmetry gives is computed. So many rows
+#: of any product go to the host at once.
 TILE = 256
 
 
 def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
     """Add xᵀy to ``total``, (width of x, width of y), in place; x and y are (tokens, width)."""
+    step = len(total) if total.device == x.device else TILE
     with as_exact_as_its(x):
-        total.addmm_(x.float().mT, y.float())
+        x, y = x.float(), y.float()
+        for rows, columns in zip(total.split(step), x.split(step, dim=1), strict=True):
+            _accumulate(rows, columns.mT, y)
 
 
 def add_head_grams(total: Tensor, x: Tensor) -> None:
@@ -25,7 +32,7 @@ def add_head_grams(total: Tensor, x: Tensor) -> None:
     """
     with as_exact_as_its(x):
         for gram, of_head in zip(total, x.float().chunk(len(total), dim=1), strict=True):
-            gram.addmm_(of_head.mT, of_head)
+            _accumulate(gram, of_head.mT, of_head)
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
@@ -37,7 +44,14 @@ def add_gram(total: Tensor, x: Tensor) -> None:
         x = x.float()
         for start in range(0, len(total), TILE):
             rows = x[:, start : start + TILE]
-            total[start : start + TILE, start:].addmm_(rows.mT, x[:, start:])
+            _accumulate(total[start : start + TILE, start:], rows.mT, x[:, start:])
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.device == left.device:
+        total.addmm_(left, right)
+    else:
+        total.add_((left @ right).to(total.device))
 
 
 def mirror(total: Tensor) -> Tensor:

@@ -198,6 +198,20 @@ def test_on_gpus_the_layer_lies_there_and_the_whole_model_nowhere(plan, headers_
     assert gpus.worker_resident < 20e9
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_offloaded_lies_on_the_host_and_nowhere_else(plan, headers_70b, method):
+    """On the host what a CPU's worker holds but the running layer's weights and activations, and these on the GPU."""
+    given = {"method": method, "calibration": None, "samples": 16}
+    whole, offloaded = (
+        plan(headers_70b, Cluster(gpus=1), offload=offload, **given).memory for offload in (False, True)
+    )
+    gone = whole.worker_device - offloaded.worker_device
+    come = offloaded.worker_resident - whole.worker_resident
+    assert gone >= 0 < come
+    assert offloaded.worker_device < 4 * 855_654_400 * 2
+    assert offloaded.worker_device + come >= whole.worker_device
+
+
 def test_workers_that_share_a_gpu_add_up(plan, headers_70b):
     alone = plan(headers_70b, Cluster(gpus=1), method="magnitude").memory
     shared = plan(headers_70b, Cluster(gpus=1), method="magnitude", gpus_per_worker=0.5).memory

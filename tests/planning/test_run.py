@@ -147,11 +147,34 @@ def test_the_mend_names_an_option_that_makes_it_fit(plan, headers_70b, options, 
     assert plan(headers_70b, cluster, **mended).verdict.fits
 
 
-def test_a_matrix_that_fits_on_no_gpu_asks_for_larger_ones(plan, headers_70b):
-    cluster = Cluster(gpus=8, gpu_memory=16 * 10**9, host_memory=10**11)
+@pytest.mark.parametrize(
+    "nodes, options, mend",
+    [
+        (8, {}, "--offload"),
+        (1, {}, "--offload --workers 1"),
+        (8, {"sequence_length": 2048}, "--offload --micro-batch 8"),
+    ],
+)
+def test_a_gpu_that_holds_a_layer_but_not_what_its_solve_takes_has_it_offloaded(
+    plan, headers_70b, nodes, options, mend
+):
+    cluster = Cluster(gpus=8, nodes=nodes, gpu_memory=12 * 10**9, host_memory=10**11)
+    verdict = plan(headers_70b, cluster, method="oops", **options).verdict
+    assert "a GPU's 11.2 GiB" in verdict.problem
+    assert verdict.mend == f"Give {mend}."
+
+
+def test_a_layer_that_fits_on_no_gpu_asks_for_larger_ones(plan, headers_70b):
+    cluster = Cluster(gpus=8, gpu_memory=2 * 10**9, host_memory=10**11)
     verdict = plan(headers_70b, cluster, method="oops").verdict
-    assert "a GPU's 14.9 GiB" in verdict.problem
+    assert "a GPU's 1.9 GiB" in verdict.problem
     assert "Ask for GPUs of" in verdict.mend
+
+
+def test_offloaded_solves_take_the_hosts_time(plan, headers_70b):
+    here, there = (plan(headers_70b, Cluster(gpus=1), method="slimgpt", offload=given) for given in (False, True))
+    assert stage(there, "prune").seconds > 2 * stage(here, "prune").seconds
+    assert stage(there, "prune").solve_flops == stage(here, "prune").solve_flops
 
 
 def test_planning_imports_no_ray():

@@ -1,0 +1,69 @@
+"""Whole runs on a GPU that is only pretended: whatever meets there must have been moved there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pretend_gpu import NAME, pretend_gpu
+from transformers import AutoModelForCausalLM
+
+from distprune.engine import worker
+from distprune.engine.tasks import LayerTasks
+from distprune.forward import LayerRunner
+from distprune.methods import METHODS
+
+IDS = torch.arange(24).reshape(2, 12)
+
+
+@pytest.fixture
+def prune_on_gpu(prune_here, monkeypatch):
+    def prune(output: Path, **changes) -> None:
+        with pretend_gpu() as gpu, monkeypatch.context() as patched:
+            patched.setattr(worker, "LayerTasks", lambda config, model, _: LayerTasks(config, model, gpu))
+            for name in ("run", "observe"):  # such tensors know no inference mode
+                patched.setattr(LayerRunner, name, torch.no_grad()(getattr(LayerRunner, name).__wrapped__))
+            prune_here(output, **changes)
+
+    return prune
+
+
+@pytest.fixture
+def solved_on(monkeypatch) -> set[str]:
+    """The devices that layers and their statistics are on when they are pruned."""
+    devices = set()
+    for method in METHODS.values():
+
+        def prune(self, layer, planned, statistics, *rest, original=method.prune):
+            tensors = [layer.ffn_norm, *statistics._totals.values(), *statistics._averages.values()]
+            devices.update(tensor.device.type for tensor in tensors)
+            return original(self, layer, planned, statistics, *rest)
+
+        monkeypatch.setattr(method, "prune", prune)
+    return devices
+
+
+@torch.no_grad()
+def logits(folder: Path) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["on the GPU", "offloaded"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_there_what_it_gives_on_the_cpu(
+    prune_here, prune_on_gpu, solved_on, tmp_path, method, offload
+):
+    prune_here(tmp_path / "cpu", method=method)
+    solved_on.clear()
+    prune_on_gpu(tmp_path / "gpu", method=method, offload=offload)
+    assert solved_on == {"cpu" if offload else NAME}
+    torch.testing.assert_close(logits(tmp_path / "gpu"), logits(tmp_path / "cpu"), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_layers_learn_together_there_as_on_the_cpu(prune_here, prune_on_gpu, tmp_path, train):
+    options = {"method": "magnitude", "distill": {"objective": "logits", "train": train, "batch": 4}}
+    prune_here(tmp_path / "cpu", **options)
+    prune_on_gpu(tmp_path / "gpu", **options)
+    torch.testing.assert_close(logits(tmp_path / "gpu"), logits(tmp_path / "cpu"), rtol=1e-3, atol=1e-4)
