@@ -1,7 +1,9 @@
-"""The memory that pruning a large model takes: random weights in the shape of a 7B or 70B model, every process's peak.
+"""The memory that pruning a large model takes: random weights in the shape of a 7B, 70B or 405B model, and every
+process's peak.
 
     python scripts/scale.py --shape 7b
     python scripts/scale.py --shape 70b --layers 2
+    python scripts/scale.py --shape 405b --layers 2 --limit 24
 
 Makes the model and a calibration set in a scratch folder, runs `distprune prune` on them with one worker, and watches
 the resident memory of the driver and of every process below it, Ray's included. Resident memory counts what processes
@@ -46,6 +48,13 @@ SHAPES = {
         "num_key_value_heads": 8,
         "intermediate_size": 28672,
         "num_hidden_layers": 80,
+    },
+    "405b": {
+        "hidden_size": 16384,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
     },
 }
 VOCABULARY = 32000

@@ -14,7 +14,7 @@ from distprune.config import PruneConfig
 from distprune.decoder_layer import LayerShape, layer_from_state, state_of
 from distprune.distillation import Exercise, Lesson
 from distprune.engine.lessons import Lessons
-from distprune.engine.memory import PeakMemory, peak_memory
+from distprune.engine.memory import PeakMemory, keep_freed_memory, peak_memory
 from distprune.engine.metrics import MemoryMetrics
 from distprune.engine.report import Report
 from distprune.engine.sites import Site, this_site
@@ -34,6 +34,7 @@ class Worker:
         config, model, device = whole_of(told)
         # Threads are set, not taken from the machine: results may change in the last bit with their number.
         torch.set_num_threads(config.threads_per_worker)
+        keep_freed_memory()
         if device == "cuda":
             # Attention's backward pass adds up in any order unless told not to.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -16,7 +16,8 @@ from distprune.forward import TAPS
 from distprune.loss import TOKENS_AT_ONCE
 from distprune.planning.scenario import Scenario
 from distprune.planning.work import FLOAT32, matrix_parameters, moment_size, tap_widths
-from distprune.statistics import Cross, HeadGram, Moment, ScalingPower, taps_of
+from distprune.statistics import Cross, Moment, Power, ScalingPower, taps_of
+from distprune.statistics.moments import ROWS
 
 MIB, GIB = 2**20, 2**30
 
@@ -193,19 +194,20 @@ def _statistics(scenario: Scenario, shape: LayerShape, moments: Sequence[Moment]
 
 def _measuring(scenario: Scenario, shape: LayerShape, moments: Sequence[Moment]) -> int:
     """One micro-batch's activations in float32, for the moment that takes most; a product takes both of its sides."""
-    widths = tap_widths(shape, scenario.hidden)
+    widths, tokens = tap_widths(shape, scenario.hidden), _micro_batch_tokens(scenario)
+    squared = tokens if scenario.placement.device == "cuda" else min(ROWS, tokens)
 
     def copied(moment: Moment) -> int:
         match moment:
             case Cross(tap, other):
-                return widths[tap] + widths[other]
-            case HeadGram(tap):
-                return 2 * widths[tap]
+                return tokens * (widths[tap] + widths[other])
+            case Power(tap):
+                return squared * widths[tap]
             case ScalingPower(tap):
-                return 3 * widths[tap]
-        return widths[moment.tap]
+                return squared * 3 * widths[tap]
+        return tokens * widths[moment.tap]
 
-    return FLOAT32 * _micro_batch_tokens(scenario) * max(map(copied, moments), default=0)
+    return FLOAT32 * max(map(copied, moments), default=0)
 
 
 def _micro_batch_tokens(scenario: Scenario) -> int:
