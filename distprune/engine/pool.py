@@ -7,7 +7,8 @@ than its like is also given to an idle worker; calls are pure, so whichever ends
 would.
 
 A call may have several steps, all by the one worker that has begun it and each as soon as it is known. Of two such
-calls the second can live on what the first gives step by step, so that both go on at once: a pipeline.
+calls the second can live on what the first gives step by step, so that both go on at once: a pipeline. A step is handed
+over while the one before it runs, so that its arguments are there when its turn comes.
 """
 
 from __future__ import annotations
@@ -99,8 +100,17 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Handed:
+    """A share that its worker has been told, with the arguments and the results to be."""
+
+    share: Share
+    arguments: list[Any]
+    results: list[Any]
+
+
+@dataclass(frozen=True)
 class Running:
-    """A share at work: since when, and its results to be."""
+    """A share at work, and since when."""
 
     share: Share
     results: list[Any]
@@ -116,6 +126,7 @@ class WorkerPool:
         self._orders = itertools.count()
         self._queue: list[Call] = []
         self._running: dict[Any, Running] = {}
+        self._ahead: dict[Any, Handed] = {}  # by worker, the step after the running one
         self._waiting: list[Share] = []  # workers whose call's next step is not known yet
         self._took: dict[str, list[float]] = {}
         self._starting: dict[Any, Any] = {}
@@ -156,6 +167,8 @@ class WorkerPool:
         for share in [share for share in self._waiting if share.call is call]:
             self._waiting.remove(share)
             self._go_on(share)
+        for running in [running for running in self._running.values() if running.share.call is call]:
+            self._hand_next(running.share)
 
     def put(self, value: Any) -> Any:
         """A value as an argument that many calls can share."""
@@ -190,6 +203,7 @@ class WorkerPool:
             values = self._runtime.fetch(running.results)
         except self._runtime.lost as error:
             call.copies -= 1
+            self._ahead.pop(share.worker, None)
             self._crew.lose(share.worker)
             self._await(share.worker)
             if not call.done and not call.copies:
@@ -218,6 +232,7 @@ class WorkerPool:
     def _leave(self, share: Share) -> None:
         """A worker ends its part in a call; so do others that wait to go on with it, once it is done."""
         share.call.copies -= 1
+        self._ahead.pop(share.worker, None)
         self._employ(share.worker)
         if share.call.done:
             for other in [other for other in self._waiting if other.call is share.call]:
@@ -280,11 +295,21 @@ class WorkerPool:
         self._go_on(Share(worker, call))
 
     def _start(self, share: Share) -> None:
+        handed = self._ahead.pop(share.worker, None) or self._hand(share)
+        self._crew.begins(share.worker, share.step.method, handed.arguments)
+        self._running[handed.results[0]] = Running(share, handed.results, self._runtime.now())
+        self._hand_next(share)
+
+    def _hand(self, share: Share) -> Handed:
         given = share.step.arguments
         arguments = [argument.make() if isinstance(argument, Later) else argument for argument in given]
-        self._crew.begins(share.worker, share.step.method, arguments)
-        results = self._runtime.call(share.worker, share.step.method, arguments)
-        self._running[results[0]] = Running(share, results, self._runtime.now())
+        return Handed(share, arguments, self._runtime.call(share.worker, share.step.method, arguments))
+
+    def _hand_next(self, running: Share) -> None:
+        """Hand over the step that follows a running one, if it is known; the worker takes it when it has ended that."""
+        share = Share(running.worker, running.call, running.number + 1)
+        if share.is_known and share.worker not in self._ahead:
+            self._ahead[share.worker] = self._hand(share)
 
     def _put_back(self, share: Share, error: Exception) -> None:
         share.call.losses += 1

@@ -96,10 +96,12 @@ class Vanished(Exception):
 
 @dataclass(eq=False)
 class SimulatedWorker:
-    """Up or on its way until ``dies``; ``began`` counts the processes it has had, one after the other."""
+    """Up or on its way until ``dies``, and at work until ``free``; ``process`` counts those it has had, one after the
+    other."""
 
     up: float
     dies: float
+    free: float = 0.0
     process: int = 0
     opened: tuple[int, int] | None = None  # by which process which layer
 
@@ -132,13 +134,15 @@ class SimulatedRuntime:
 
     def call(self, worker: SimulatedWorker, method: str, arguments: Sequence[Any] = ()) -> list[Result]:
         self._replace_if_dead(worker)
-        begins = max(self.clock, worker.up)
+        begins = max(self.clock, worker.up, worker.free)
         values, seconds, moved = getattr(self, f"_{method}")(worker, *arguments)
         ends = begins + seconds + moved / self.machines.transfer
         if worker.dies < ends:
-            self.losses += 1
+            self.losses += begins < worker.dies  # what waited behind a lost call is not another one
+            worker.free = worker.dies
             return [Result(worker.dies, Vanished())]
         self.busy += ends - begins
+        worker.free = ends
         return [Result(ends, value, moved) for value in values]
 
     def _replace_if_dead(self, worker: SimulatedWorker) -> None:

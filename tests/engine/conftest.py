@@ -79,15 +79,15 @@ def lose(new_workers, calls, monkeypatch):
     lost = []
 
     def choose(is_chosen) -> list[pool.Call]:
-        start = pool.WorkerPool._start
+        hand = pool.WorkerPool._hand
 
-        def kill_and_start(self, share):
+        def kill_and_hand(self, share):
             if is_chosen(share):
                 share.worker.__ray_call__.remote(lambda _: os.kill(os.getpid(), signal.SIGKILL))
                 lost.append(share.call)
-            start(self, share)
+            return hand(self, share)
 
-        monkeypatch.setattr(pool.WorkerPool, "_start", kill_and_start)
+        monkeypatch.setattr(pool.WorkerPool, "_hand", kill_and_hand)
         return lost
 
     return choose

@@ -101,6 +101,27 @@ def test_runs_end_however_many_workers_are_lost(workers, seed, monkeypatch):
         assert all(fetched["sweep", index, piece] >= 1 for piece in range(pieces))
 
 
+def test_a_piece_is_handed_over_while_the_one_before_it_is_at_work(monkeypatch):
+    """So that its worker need not wait for it to come."""
+    handed, ended = {}, {}
+
+    class Timed(SimulatedRuntime):
+        def call(self, worker, method, arguments=()):
+            [result, *_] = results = super().call(worker, method, arguments)
+            if method == "sweep":
+                index, piece, _ = arguments
+                handed[index, piece], ended[index, piece] = self.clock, result.at
+            return results
+
+    monkeypatch.setattr("distprune.engine.simulation.SimulatedRuntime", Timed)
+    simulate(COSTS, replace(STEADY, workers=2), Pass(layers=4, block_length=1, samples=16, micro_batch=2))
+    # All of the first layer's pieces are known from the start; one at most waits behind another.
+    for piece in range(1, 8):
+        assert handed[0, piece] < ended[0, piece - 1]
+    for piece in range(2, 8):
+        assert handed[0, piece] >= ended[0, piece - 2]
+
+
 @pytest.mark.parametrize(
     ("samples", "micro_batch", "most", "lengths"),
     [(10, 3, 1, [10]), (10, 3, 2, [6, 4]), (10, 3, 9, [3, 3, 3, 1]), (2, 16, 8, [2]), (64, 4, 8, [8] * 8)],

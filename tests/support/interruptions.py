@@ -29,8 +29,16 @@ class Stops(Progress):
 
 
 def first_of(chosen):
-    """Whether a share is one of the chosen steps, as (method, layer), of a call that has lost no worker yet."""
-    return lambda share: (share.step.method, *share.step.arguments[:1]) in chosen and not share.call.losses
+    """Whether a share is the first of the chosen steps, as (method, layer), of its call."""
+    begun = set()
+
+    def is_chosen(share) -> bool:
+        if (share.step.method, *share.step.arguments[:1]) not in chosen or share.call in begun:
+            return False
+        begun.add(share.call)
+        return True
+
+    return is_chosen
 
 
 def first_time_of(chosen):
