@@ -123,6 +123,7 @@ class SimulatedRuntime:
     def __init__(self, costs: Costs, machines: Machines, run: Pass, seed: int = 0):
         self.costs, self.machines, self.run = costs, machines, run
         self.clock, self.losses, self.busy = 0.0, 0, 0.0
+        self.written = 0.0  # when all that has come so far is on disk
         self._random = random.Random(seed)
 
     def start_worker(self, number: int, avoided: Collection[str] = ()) -> SimulatedWorker:
@@ -157,10 +158,12 @@ class SimulatedRuntime:
         return [result for result in ended if result.at <= self.clock]
 
     def fetch(self, results: Sequence[Result]) -> list[Any]:
-        """Also writes what came to disk, while the workers go on."""
+        """Also writes what came to disk, behind: as soon as what came before has been written, which it waits for."""
         if isinstance(results[0].value, Vanished):
             raise results[0].value
-        self.clock += results[0].moved / self.machines.disk
+        if results[0].moved:
+            self.clock = max(self.clock, self.written)
+            self.written = self.clock + results[0].moved / self.machines.disk
         return [result.value for result in results]
 
     def put(self, value: Any) -> Any:
@@ -265,4 +268,4 @@ def simulate(costs: Costs, machines: Machines, run: Pass, seed: int = 0) -> Outc
     profiles = DensePass(pool, tokens, run.layers, run.block_length, run.micro_batch, journal, progress).run()
     shapes = [LayerShape(1, 1, 1, 1, 1)] * run.layers
     prune_blocks(pool, shapes, profiles, run.block_length, (), journal, lambda *_: None, progress)
-    return Outcome(runtime.clock, runtime.busy, runtime.losses)
+    return Outcome(max(runtime.clock, runtime.written), runtime.busy, runtime.losses)
