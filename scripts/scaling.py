@@ -68,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=1, help="samples of 128 tokens that are never parted")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--losses", type=float, default=0.05, help="workers lost in an hour, of each")
+    parser.add_argument("--disk", type=float, default=1.0, help="GB a second that the driver writes")
     parser.add_argument("--plot", type=Path, help="HTML file")
     parser.add_argument("--scratch", help="folder with room for one layer")
     return parser.parse_args()
@@ -139,14 +140,16 @@ class Curve:
 
 
 def curves_of(layers: int, costs: Costs, arguments: argparse.Namespace) -> Iterator[Curve]:
-    samples = arguments.tokens // WINDOW
+    samples, disk = arguments.tokens // WINDOW, 1e9 * arguments.disk
     for name, length in {"1": 1, "4": 4, "full": layers}.items():
         run = Pass(layers, length, samples, arguments.micro_batch)
-        alone = simulate(costs, Machines(1), run).seconds
+        alone = simulate(costs, Machines(1, disk=disk), run).seconds
         for losses in (0.0, arguments.losses):
             seeds = SEEDS if losses else SEEDS[:1]
             seconds = {
-                workers: fmean(simulate(costs, Machines(workers, losses), run, seed).seconds for seed in seeds)
+                workers: fmean(
+                    simulate(costs, Machines(workers, losses, disk=disk), run, seed).seconds for seed in seeds
+                )
                 for workers in WORKERS
             }
             efficiency = {workers: alone / (workers * took) for workers, took in seconds.items()}
