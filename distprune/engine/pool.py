@@ -101,9 +101,8 @@ class Share:
 
 @dataclass(frozen=True)
 class Handed:
-    """A share that its worker has been told, with the arguments and the results to be."""
+    """A step that its worker has been told: its arguments, and its results to be."""
 
-    share: Share
     arguments: list[Any]
     results: list[Any]
 
@@ -303,7 +302,7 @@ class WorkerPool:
     def _hand(self, share: Share) -> Handed:
         given = share.step.arguments
         arguments = [argument.make() if isinstance(argument, Later) else argument for argument in given]
-        return Handed(share, arguments, self._runtime.call(share.worker, share.step.method, arguments))
+        return Handed(arguments, self._runtime.call(share.worker, share.step.method, arguments))
 
     def _hand_next(self, running: Share) -> None:
         """Hand over the step that follows a running one, if it is known; the worker takes it when it has ended that."""
