@@ -121,18 +121,23 @@ def _peak(scenario: Scenario, index: int, *, pruning: bool) -> float:
         running = _running_back(scenario, index, moments)
     else:
         running = _running_weights(scenario, index) + _running(scenario, shape, moments)
-    again = [_part(scenario, part) + _running(scenario, part, some) for part, some in solve.observations]
     if scenario.offloads:
-        return max([running, *again])
+        return max([running, *(_running_again(scenario, *observation) for observation in solve.observations)])
     on_gpu = scenario.stored_bytes[index] if scenario.placement.device == "cuda" else 0
-    kept = [on_gpu + _statistics(scenario, *observation) for observation in solve.observations]
-    again = [beside + run for beside, run in zip(kept, again, strict=True)]
+    again = [
+        on_gpu + _running_again(scenario, *observation) + _statistics(scenario, *observation)
+        for observation in solve.observations
+    ]
     return _statistics(scenario, shape, moments) + max(running, on_gpu + _solving(scenario, index, pruning), *again)
 
 
 def _solving(scenario: Scenario, index: int, pruning: bool) -> float:
     """What a solve takes beside the layer and its statistics."""
     return max(scenario.solve(index, pruning=pruning).workspace, scenario.pruned_bytes[index] if pruning else 0)
+
+
+def _running_again(scenario: Scenario, shape: LayerShape, moments: Sequence[Moment]) -> float:
+    return _part(scenario, shape) + _running(scenario, shape, moments)
 
 
 def _part(scenario: Scenario, shape: LayerShape) -> int:
