@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from distprune.checks import check_gradient
 from distprune.decoder_layer import DecoderLayer
 from distprune.forward import TAPS, LayerRunner, Observer, tapped
 from distprune.modeling import PrunedDecoderLayer
@@ -52,6 +53,9 @@ def backward(
         gradient: at its output, (samples, length, d).
         observe: called once a micro-batch with the activations and gradients at each of ``taps``.
         taps: of :data:`distprune.forward.TAPS` and of :data:`GRADIENT_TAPS`.
+
+    Raises:
+        InputError: the gradients exceed the range of the dtype.
     """
     module = runner.build(layer, index, runner.gradient_dtype).requires_grad_(False)
     result = torch.empty_like(gradient)
@@ -63,7 +67,9 @@ def backward(
             given = hidden_states[batch].to(runner.device, runner.gradient_dtype, copy=True).requires_grad_()
             with torch.enable_grad():
                 output = runner.forward(module, index, given)
-            [result[batch]] = torch.autograd.grad(output, given, gradient[batch].to(output))
+            [at_input] = torch.autograd.grad(output, given, gradient[batch].to(output))
+            check_gradient(at_input, f"layer {index}")
+            result[batch] = at_input
             if observe:
                 observe(activations | gradients)
             activations.clear()

@@ -13,6 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
+from distprune.checks import check_gradient
 from distprune.forward import LayerRunner
 from distprune.modeling import RMSNorm
 
@@ -82,7 +83,9 @@ class LossHead:
             with torch.enable_grad():
                 output = norm(given)
             at_output, losses[batch] = of_output(output.detach(), batch)
-            [gradient[batch]] = torch.autograd.grad(output, given, at_output)
+            [at_input] = torch.autograd.grad(output, given, at_output)
+            check_gradient(at_input, "the model's end")
+            gradient[batch] = at_input
         return gradient, losses
 
     def _weight(self) -> Tensor:

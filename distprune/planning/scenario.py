@@ -128,8 +128,7 @@ class Scenario:
     def pieces(self) -> int:
         """In how many pieces the samples go through the dense pass, and the gradient pass."""
         batches = -(-self.calibration.samples // self.config.micro_batch)
-        workers = self.placement.workers
-        return min(batches, PIECES_PER_WORKER * workers) if workers > 1 else 1
+        return min(batches, PIECES_PER_WORKER * self.placement.workers)
 
     # ---------------------------------------------------------------- distillation
 
@@ -258,7 +257,8 @@ class Scenario:
         widths = tap_widths(shape, self.hidden)
         batches = -(-self.calibration.samples // self.config.micro_batch)
         measured = total(
-            moment_work(moment, widths, self.calibration.tokens, batches, self.dtype.itemsize) for moment in moments
+            moment_work(moment, widths, self.calibration.tokens, batches, self.dtype.itemsize, self.placement.device)
+            for moment in moments
         )
         moved = self.moved(2 * self.hidden_states(self.calibration))
         if self.offloads:  # what a micro-batch adds comes to the host, and is read there beside the total
