@@ -63,7 +63,7 @@ def plan_memory(scenario: Scenario) -> MemoryPlan:
     placement, on_gpu = scenario.placement, scenario.placement.device == "cuda"
     store = _store_peak(scenario)
     shared = store if scenario.cluster.host_memory is None else min(store, STORE_SHARE * scenario.cluster.host_memory)
-    task = FRAGMENTATION * max(_task_peaks(scenario).values())
+    task = FRAGMENTATION * max(task_peaks(scenario).values())
     device = task if on_gpu else 0.0
     private = (BASE_RESIDENT_CUDA if on_gpu else BASE_RESIDENT) + max(
         _host_of_tasks(scenario) + (0.0 if on_gpu else task), _own_samples(scenario)
@@ -83,7 +83,7 @@ def plan_memory(scenario: Scenario) -> MemoryPlan:
 # ---------------------------------------------------------------- where the layer is
 
 
-def _task_peaks(scenario: Scenario) -> dict[str, float]:
+def task_peaks(scenario: Scenario) -> dict[str, float]:
     """Bytes on the device where layers run, by task: the greatest layer's."""
     layers = _different_layers(scenario)
     profiling = max(_peak(scenario, index, pruning=False) for index in layers)
