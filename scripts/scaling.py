@@ -34,6 +34,7 @@ from distprune.engine.simulation import Costs, Machines, Pass, simulate
 from distprune.engine.tasks import LayerTasks
 from distprune.engine.weights import Model
 from distprune.families import family_of
+from distprune.hardware import compute_dtype
 
 WINDOW = 128  # tokens
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -87,7 +88,8 @@ def measure(arguments: argparse.Namespace) -> Costs:
         make_calibration(calibration, model, arguments.tokens // WINDOW, WINDOW)
         checkpoint = Checkpoint.open(model)
         family = family_of(checkpoint.config)
-        config = PruneConfig(model=str(model), output="none", method=arguments.method)
+        dtype = compute_dtype(checkpoint.tensors[family.embedding].dtype, "cpu").name
+        config = PruneConfig(model=str(model), output="none", method=arguments.method, dtype=dtype)
         opened = Model(family, family.dense_config(checkpoint.config), checkpoint)
         return time_tasks(LayerTasks(config, opened, torch.device("cpu")), open_calibration(calibration).tokens)
 

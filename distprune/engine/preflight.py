@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from distprune.budgets import Target, target_of
@@ -24,6 +25,7 @@ from distprune.checkpoint import (
 from distprune.config import PruneConfig
 from distprune.errors import InputError
 from distprune.families import Family, family_of
+from distprune.hardware import ComputeDtype
 from distprune.methods import Method, make_method
 from distprune.modeling import PrunedConfig
 from distprune.version import __version__
@@ -51,12 +53,24 @@ class Job:
         """Whether there is a gradient pass."""
         return needs_gradients(self.method, self.dense)
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the checkpoint's weights."""
+        return self.checkpoint.tensors[self.family.embedding].dtype
+
+    def computed_in(self, dtype: ComputeDtype) -> Job:
+        """The same run, its configuration's dtype settled."""
+        return replace(self, config=self.config.model_copy(update={"dtype": dtype.name}))
+
     def whole_folder(self) -> Path:
         """The model's folder with its weights, which a hub model's are fetched into."""
         return self.hub.fetch_all() if self.hub else self.model_path
 
     def identity(self, device: str) -> dict[str, Any]:
-        """All that decides the bytes of the result on one kind of device, as JSON would give it back."""
+        """All that decides the bytes of the result on one kind of device, as JSON would give it back.
+
+        The dtype is among it, so it has to be settled: a run never resumes in another one.
+        """
         texts = self.config.calibration, self.config.distill and self.config.distill.calibration
         calibration, distillation = (path and open_calibration(path).fingerprint for path in texts)
         return self.config.decisive() | {

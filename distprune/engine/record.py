@@ -43,6 +43,7 @@ class RunRecord:
     """Parameters are counts, memory is in bytes, times are in seconds.
 
     Attributes:
+        dtype: that of forward passes.
         predicted_loss, gap: what the plan says of itself, see :class:`distprune.methods.Plan`; None of most methods.
     """
 
@@ -60,6 +61,7 @@ class RunRecord:
     fingerprint: str
     workers: int
     device: str
+    dtype: str
     peak_memory_driver: PeakMemory
     peak_memory_workers: list[PeakMemory]
     seconds: Mapping[str, float]
@@ -132,6 +134,7 @@ def load_record(folder: Path) -> RunRecord:
         layers = [read_layer(layer) for layer in stored.pop("layers")]
         driver = PeakMemory(**stored.pop("peak_memory_driver"))
         workers = [PeakMemory(**peak) for peak in stored.pop("peak_memory_workers")]
+        stored.setdefault("dtype", "not recorded")  # as it was before dtypes were settled
         return RunRecord(**stored, layers=layers, peak_memory_driver=driver, peak_memory_workers=workers)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file}: is not a run's record ({error}). Prune the model again.") from None

@@ -77,7 +77,8 @@ class OpenHead:
 class LayerTasks:
     """The tasks of one run on one device. Holds the open checkpoint, and no weights but those of its open layer.
 
-    Layers run on ``device``, and are solved on ``solve_device``, where their statistics are.
+    Layers run on ``device`` in the configuration's dtype, which the driver has settled, and are solved on
+    ``solve_device``, where their statistics are.
     """
 
     def __init__(self, config: PruneConfig, model: Model, device: torch.device):
@@ -85,13 +86,8 @@ class LayerTasks:
         self.solve_device = torch.device("cpu") if config.offload else device
         self.family, self.dense, self.checkpoint = model.family, model.dense, model.checkpoint
         self.method = make_method(config.method, config.options)
-        self.runner = LayerRunner(self.dense, device, self._compute_dtype(), config.micro_batch)
+        self.runner = LayerRunner(self.dense, device, getattr(torch, config.dtype), config.micro_batch)
         self._open: OpenLayer | OpenHead | None = None
-
-    def _compute_dtype(self) -> torch.dtype:
-        if self.config.dtype == "auto":
-            return self.checkpoint.tensors[self.family.embedding].dtype
-        return getattr(torch, self.config.dtype)
 
     def check_layer(self, index: int) -> None:
         """Read a layer's weights and see that they are finite numbers.
@@ -117,6 +113,7 @@ class LayerTasks:
             sequence_length=self.config.sequence_length,
             seed=self.config.seed,
             device=self.device.type,
+            dtype=self.runner.dtype,
             trust_remote_code=self.config.trust_remote_code,
         )
 

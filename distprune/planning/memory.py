@@ -296,7 +296,8 @@ def _own_samples(scenario: Scenario) -> float:
     dense, rows = scenario.dense, min(OWN_SAMPLES_BATCH, scenario.config.samples)
     cached = 2 * dense.num_key_value_heads * dense.head_dim * scenario.layers * scenario.config.sequence_length
     logits = rows * dense.vocab_size * (FLOAT32 + FLOAT32 + 8)
-    return scenario.bytes_before + scenario.outer_bytes + rows * cached * scenario.dtype.itemsize + logits
+    weights = (scenario.bytes_before + scenario.outer_bytes) * scenario.dtype.itemsize // scenario.stored_dtype.itemsize
+    return weights + rows * cached * scenario.dtype.itemsize + logits
 
 
 def _driver(scenario: Scenario) -> float:

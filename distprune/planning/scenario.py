@@ -110,8 +110,6 @@ class Scenario:
     @property
     def dtype(self) -> torch.dtype:
         """Of forward passes."""
-        if self.config.dtype == "auto":
-            return self.checkpoint.tensors[self.family.embedding].dtype
         return getattr(torch, self.config.dtype)
 
     @property
@@ -270,7 +268,15 @@ class Scenario:
 def make_scenario(
     config: PruneConfig, checkpoint: Checkpoint, cluster: Cluster, hardware: str, rate_overrides: Mapping[str, float]
 ) -> Scenario:
-    """
+    """A run to plan for.
+
+    Args:
+        config: with its dtype settled.
+        checkpoint: its headers.
+        cluster: what the run would be on.
+        hardware: a key of :data:`distprune.planning.RATES`.
+        rate_overrides: rates by name that replace those.
+
     Raises:
         InputError: the checkpoint can't be pruned, or not so far, or a calibration set doesn't fit it.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distprune import prune
-from distprune.engine import RunRecord, driver, pool, weights
+from distprune.engine import RunRecord, driver, pool, run_dtype, weights
 from distprune.engine.runtime import RayRuntime
 from distprune.engine.worker import Worker
 
@@ -64,6 +64,7 @@ def prune_here(monkeypatch, save_model, calibrate) -> Callable[..., RunRecord]:
     monkeypatch.setattr(driver, "connected", nullcontext)
     for module in (driver, weights):
         monkeypatch.setattr(module, "alive_nodes", lambda: [{"CPU": 1.0}])
+    monkeypatch.setattr(run_dtype, "nodes_with_room", lambda _: [])
     llama = save_model(num_hidden_layers=3)
 
     def prune_one(output: Path, model: Path = llama, **changes) -> RunRecord:
