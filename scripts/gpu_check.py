@@ -63,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: everything at a small size")
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder of logs, results and models")
+    parser.add_argument("--layers", type=int, help="of the 8B-shaped model, for a quicker look")
     parser.add_argument("--limit", type=float, default=1.0, help="multiplies the time limits of all parts")
     return parser.parse_args()
 
@@ -72,6 +73,7 @@ def run(part: Part, arguments: argparse.Namespace) -> dict:
     rows, log = (arguments.out / f"{part.name}{suffix}" for suffix in (".jsonl", ".log"))
     rows.unlink(missing_ok=True)
     command = [sys.executable, part.script, "--device", arguments.device, "--out", arguments.out, "--rows", rows]
+    command += ["--layers", str(arguments.layers)] if arguments.layers else []
     start, ended = time.perf_counter(), "done"
     with log.open("w") as output:
         try:

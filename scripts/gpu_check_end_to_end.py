@@ -42,7 +42,8 @@ def main() -> None:
     model = arguments.out / "model"
     shutil.rmtree(model, ignore_errors=True)
     start = time.perf_counter()
-    make_model(model, config_of(size.shape), device=arguments.device)
+    changes = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
+    make_model(model, config_of(size.shape, **changes), device=arguments.device)
     written = sum(file.stat().st_size for file in model.iterdir())
     seconds = time.perf_counter() - start
     rows.add("model made", f"{written / 1e9:.1f} GB in {seconds:.0f} s", bytes=written, seconds=seconds)

@@ -33,6 +33,7 @@ from distprune.solvers import (
     relaxed_selection,
     ridge,
 )
+from distprune.solvers.elimination import damped_inverse
 from distprune.solvers.low_rank import factor_input_scaled
 
 METHODS = ("curvature", "olica", "oops")
@@ -139,7 +140,7 @@ def measure_method(
 ) -> None:
     config = PruneConfig(
         model=str(folder), output=folder / "none", method=method, sparsity=0.3, micro_batch=size.micro_batch,
-        device=device.type, workers=1, samples=size.windows, sequence_length=size.length,
+        device=device.type, dtype="bfloat16", workers=1, samples=size.windows, sequence_length=size.length,
     )  # fmt: skip
     InProcess(config, folder, device).prune(tokens[: size.micro_batch])  # what is first of its kind is slow
     tasks = InProcess(config, folder, device).prune(tokens).tasks
@@ -225,12 +226,7 @@ def solves(size: Size, device: torch.device) -> Iterator[tuple[str, torch.dtype,
     order = torch.arange(f, device=device)
     single, double = torch.float32, torch.float64
     path = f**3 * (1 + 2 / 3) + d * f**2
-    yield (
-        "Cholesky factor and inverse, f x f",
-        double,
-        f**3,
-        lambda: torch.cholesky_inverse(torch.linalg.cholesky(gram.double())),
-    )
+    yield "Cholesky factor and inverse, f x f", double, f**3, lambda: damped_inverse(gram, 0.01)
     yield "eigenvectors, d x d", double, 9 * d**3, lambda: torch.linalg.eigh(narrow.double())
     yield "eigenvectors, d x d, float32", single, 9 * d**3, lambda: torch.linalg.eigh(narrow)
     yield "elimination path (FFN)", double, path, lambda: elimination_path(weight, gram, 0.01, batch=-(-f // 64))

@@ -42,6 +42,7 @@ def part_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--layers", type=int, help="of the model that is pruned end to end, and served")
     return parser.parse_args()
 
 

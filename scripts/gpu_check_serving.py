@@ -47,7 +47,8 @@ def main() -> None:
 
 
 def models(arguments, device: torch.device) -> Iterator[tuple[str, PreTrainedModel]]:
-    config = config_of(SHAPE[arguments.device])
+    changes = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
+    config = config_of(SHAPE[arguments.device], **changes)
     family = family_of(config)
     target = Target(family.dense_config(config), SPARSITY)
     yield "dense", build(LlamaForCausalLM, config, device)

@@ -20,6 +20,7 @@ from distprune.engine.determinism import make_cuda_deterministic
 from distprune.engine.tasks import LayerTasks
 from distprune.engine.weights import Model
 from distprune.families import family_of
+from distprune.hardware import AUTO, compute_dtype
 
 
 @dataclass
@@ -55,6 +56,9 @@ class InProcess:
         checkpoint = Checkpoint.open(folder)
         family = family_of(checkpoint.config)
         self.model = Model(family, family.dense_config(checkpoint.config), checkpoint)
+        if config.dtype == AUTO:
+            dtype = compute_dtype(checkpoint.tensors[family.embedding].dtype, device)
+            config = config.model_copy(update={"dtype": dtype.name})
         self.config, self.device = config, device
         self.tasks = LayerTasks(config, self.model, device)
         self.measured: dict[str, Measured] = {}
