@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from gpu_check_report import Rows, print_rows
 from rich.console import Console
@@ -76,17 +79,34 @@ def run(part: Part, arguments: argparse.Namespace) -> dict:
     command += ["--layers", str(arguments.layers)] if arguments.layers else []
     start, ended = time.perf_counter(), "done"
     with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         try:
-            subprocess.run(command, stdout=output, stderr=output, timeout=part.limit * arguments.limit, check=True)
+            if status := process.wait(part.limit * arguments.limit):
+                ended = f"failed with status {status}"
         except subprocess.TimeoutExpired:
             ended = "ran out of time"
-        except subprocess.CalledProcessError as error:
-            ended = f"failed with status {error.returncode}"
+        finally:
+            end_session(process.pid)
     seconds = time.perf_counter() - start
     console.print(f"{part.name}: {ended}, {seconds:.0f} s")
     if ended != "done":
         console.print("\n".join(log.read_text(errors="replace").splitlines()[-15:]))
     return {"ended": ended, "seconds": round(seconds, 1), "rows": Rows.read(rows)}
+
+
+def end_session(leader: int) -> None:
+    """End a process and all that it has started, Ray's processes too: they would disturb the next part."""
+    of_session = [process for process in psutil.process_iter() if session_of(process) == leader]
+    for process in of_session:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(of_session, timeout=10)
+
+
+def session_of(process: psutil.Process) -> int | None:
+    with suppress(OSError):
+        return os.getsid(process.pid)
+    return None
 
 
 def describe_machine(device: str) -> str:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -65,13 +66,29 @@ def prune(rows: Rows, method: str, model: Path, size: Size, device: str, out: Pa
     start = time.perf_counter()
     with Watch(device) as watch:
         command = [sys.executable, "-m", "distprune.cli", "prune", *options, "--output", str(output)]
-        done = subprocess.run([*command, "--log-format", "json"], capture_output=True, text=True, check=False)
+        log = out / f"{method}-run.jsonl"
+        with log.open("w") as lines:
+            done = subprocess.run(
+                [*command, "--log-format", "json"], stdout=lines, stderr=subprocess.PIPE, text=True, check=False
+            )
     seconds = time.perf_counter() - start
     if done.returncode:
         rows.add(f"{method}, {windows} windows", f"status {done.returncode}: {done.stderr.strip()[-400:]}", False)
         return
+    tell_calls(rows, method, log)
     record = json.loads((output / "distprune_run.json").read_text())
     tell(rows, method, windows, seconds, record, planned, watch, size)
+
+
+def tell_calls(rows: Rows, method: str, log: Path) -> None:
+    """How long each kind of call took a worker, waiting for the driver in between left out."""
+    seconds = defaultdict(list)
+    for line in log.read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "call ended":
+            seconds[event["call"]].append(event["seconds"])
+    found = ", ".join(f"{len(taken)} x {call} {fmean(taken):.2f} s" for call, taken in seconds.items())
+    rows.add(f"{method}, calls", found, **{call: fmean(taken) for call, taken in seconds.items()})
 
 
 def windows_that_fit(size: Size, method: str, folder: Path) -> int:

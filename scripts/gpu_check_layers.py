@@ -86,13 +86,13 @@ def main() -> None:
         "ceilings", ", ".join(f"{name} {value:.3g}" for name, value in asdict(ceilings).items()), **asdict(ceilings)
     )
     for size in SIZES[arguments.device]:
+        measure_solves(rows, size, device, ceilings)
         with TemporaryDirectory(dir=arguments.out) as scratch:
             folder = Path(scratch, "model")
             make_model(folder, config_of(size.shape, num_hidden_layers=size.layers), device=device)
             tokens = make_calibration(Path(scratch, "calibration.arrow"), folder, size.windows, size.length)
             for method in METHODS:
                 measure_method(rows, method, size, folder, tokens, device, ceilings)
-        measure_solves(rows, size, device, ceilings)
 
 
 # ---------------------------------------------------------------- ceilings
@@ -228,6 +228,7 @@ def solves(size: Size, device: torch.device) -> Iterator[tuple[str, torch.dtype,
     path = f**3 * (1 + 2 / 3) + d * f**2
     yield "Cholesky factor and inverse, f x f", double, f**3, lambda: damped_inverse(gram, 0.01)
     yield "eigenvectors, d x d", double, 9 * d**3, lambda: torch.linalg.eigh(narrow.double())
+    yield "eigenvalues alone, d x d", double, 4 / 3 * d**3, lambda: torch.linalg.eigvalsh(narrow.double())
     yield "eigenvectors, d x d, float32", single, 9 * d**3, lambda: torch.linalg.eigh(narrow)
     yield "elimination path (FFN)", double, path, lambda: elimination_path(weight, gram, 0.01, batch=-(-f // 64))
     yield "elimination (SlimGPT)", double, path * 0.6, lambda: eliminate(weight, gram, kept, 0.01, largest_batch=512)

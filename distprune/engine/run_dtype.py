@@ -43,7 +43,8 @@ def ask_nodes(nodes: Sequence[str], stored: torch.dtype, device: str) -> list[Co
     """What each of the nodes, by Ray's ids, computes in at speed; of those that answer."""
     answers, asked = [], []
     for node in nodes:
-        if device == "cpu" and node == ray.get_runtime_context().get_node_id():
+        here = node == ray.get_runtime_context().get_node_id()
+        if here and (device == "cpu" or torch.cuda.is_available()):
             answers.append(compute_dtype(stored, device))  # a process of its own would take seconds to find out
         else:
             there = NodeAffinitySchedulingStrategy(node, soft=False)

@@ -37,6 +37,9 @@ class InlineRuntime(RayRuntime):
     def wait(self, results, count=1, timeout=None):
         return list(results)[:count]
 
+    def holds_results_of(self, site):
+        return False
+
     def fetch(self, results):
         return [result.value for result in results]
 
