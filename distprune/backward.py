@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distprune.checks import check_gradient
 from distprune.decoder_layer import DecoderLayer
+from distprune.determinism import deterministic_attention
 from distprune.forward import TAPS, LayerRunner, Observer, tapped
 from distprune.modeling import PrunedDecoderLayer
 
@@ -58,7 +59,7 @@ def backward(
         InputError: the gradients exceed the range of the dtype.
     """
     module = runner.build(layer, index, runner.gradient_dtype).requires_grad_(False)
-    result = torch.empty_like(gradient)
+    result = runner.empty_like(gradient)
     taps = taps if observe else ()
     with tapped(module, taps) as activations, gradients_tapped(module, taps) as gradients:
         for start in range(0, len(hidden_states), runner.micro_batch):
@@ -67,7 +68,8 @@ def backward(
             given = hidden_states[batch].to(runner.device, runner.gradient_dtype, copy=True).requires_grad_()
             with torch.enable_grad():
                 output = runner.forward(module, index, given)
-            [at_input] = torch.autograd.grad(output, given, gradient[batch].to(output))
+            with deterministic_attention():
+                [at_input] = torch.autograd.grad(output, given, gradient[batch].to(output))
             check_gradient(at_input, f"layer {index}")
             result[batch] = at_input
             if observe:

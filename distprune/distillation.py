@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distprune.config import DistillConfig
 from distprune.decoder_layer import DecoderLayer
+from distprune.determinism import deterministic_attention
 from distprune.forward import LayerRunner
 from distprune.trainable_layer import BETAS, TrainableLayer
 
@@ -126,7 +127,8 @@ class Student:
         for batch in batches:
             loss = self._loss(exercise[batch])
             optimizer.zero_grad()
-            loss.backward()
+            with deterministic_attention():
+                loss.backward()
             optimizer.step()
             schedule.step()
             losses.append(loss.item())

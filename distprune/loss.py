@@ -75,7 +75,7 @@ class LossHead:
     ) -> tuple[Tensor, Tensor]:
         """A gradient at the norm's output taken back to its input, a micro-batch at a time."""
         runner, dtype = self.runner, self.runner.gradient_dtype
-        gradient = torch.empty_like(hidden_states, dtype=dtype)
+        gradient = runner.empty_like(hidden_states, dtype)
         losses = torch.empty(len(hidden_states), dtype=torch.float64)
         for start in range(0, len(hidden_states), runner.micro_batch):
             batch = slice(start, start + runner.micro_batch)

@@ -16,7 +16,7 @@ from distprune.budgets import target_of
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer
-from distprune.engine.determinism import make_cuda_deterministic
+from distprune.determinism import make_cuda_deterministic
 from distprune.engine.tasks import LayerTasks
 from distprune.engine.weights import Model
 from distprune.families import family_of

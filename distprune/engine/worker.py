@@ -11,8 +11,8 @@ import torch
 from distprune.calibration import CalibrationMetadata
 from distprune.config import PruneConfig
 from distprune.decoder_layer import LayerShape, layer_from_state, state_of
+from distprune.determinism import make_cuda_deterministic
 from distprune.distillation import Exercise, Lesson
-from distprune.engine.determinism import make_cuda_deterministic
 from distprune.engine.lessons import Lessons
 from distprune.engine.memory import PeakMemory, keep_freed_memory, peak_memory
 from distprune.engine.metrics import MemoryMetrics
