@@ -83,7 +83,7 @@ def check_job(config: PruneConfig) -> Job:
     family = family_of(checkpoint.config)
     dense = family.dense_config(checkpoint.config)
     check_tensors(checkpoint, family, dense)
-    target = target_of(config, dense)
+    target = target_of(config, dense, family.stored_sizes(checkpoint.tensors, dense))
     method.check_target(target, config.align)
     texts = config.calibration, config.distill and config.distill.calibration
     for path in filter(None, texts):
