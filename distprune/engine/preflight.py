@@ -23,7 +23,7 @@ from distprune.checkpoint import (
 )
 from distprune.config import PruneConfig
 from distprune.errors import InputError
-from distprune.families import Family, family_of
+from distprune.families import UNTIED, Family, family_of, untied_where_different, with_embedding
 from distprune.methods import Method, make_method
 from distprune.modeling import PrunedConfig
 from distprune.version import __version__
@@ -45,6 +45,7 @@ class Job:
     dense: PrunedConfig
     method: Method
     target: Target
+    notes: tuple[str, ...] = ()  # what the run says of itself
 
     @property
     def needs_gradients(self) -> bool:
@@ -74,17 +75,16 @@ def check_job(config: PruneConfig) -> Job:
     """Validate a run from its configuration, the checkpoint's headers and the calibration set's metadata.
 
     Raises:
-        InputError: names what is wrong and how to mend it. Nothing has been written by then.
+        InputError: names what is wrong and how to fix it. Nothing has been written by then.
     """
+    check_apart(config)
     prepare_output(config.output, config.overwrite)
     method = make_method(config.method, config.options)
-    hub, checkpoint = open_model(config)
-    model_path = checkpoint.path
-    family = family_of(checkpoint.config)
-    dense = family.dense_config(checkpoint.config)
-    check_tensors(checkpoint, family, dense)
-    target = target_of(config, dense, family.stored_sizes(checkpoint.tensors, dense))
-    method.check_target(target, config.align)
+    hub, stored = open_model(config)
+    model_path, family = stored.path, family_of(stored.config)
+    stored = with_embedding(stored, family)
+    dense = family.dense_config(stored.config)
+    check_tensors(stored, family, dense)
     texts = config.calibration, config.distill and config.distill.calibration
     for path in filter(None, texts):
         tokenizer = load_tokenizer(model_path, config.trust_remote_code)
@@ -93,9 +93,42 @@ def check_job(config: PruneConfig) -> Job:
         check_can_be_split(config, texts)
     if needs_gradients(method, dense):
         check_has_targets(config)
+    checkpoint = untied_where_different(stored, family)  # the one check that may read weights, so after the others
+    dense = family.dense_config(checkpoint.config)
+    check_tensors(checkpoint, family, dense)
+    target = target_of(config, dense, family.stored_sizes(checkpoint.tensors, dense))
+    method.check_target(target, config.align)
     there = folder_size(partial_directory(config.output))
     check_free_space(config.output, space_needed(config, checkpoint, dense, method) - there)
-    return Job(config, model_path, hub, checkpoint, family, dense, method, target)
+    notes = (UNTIED,) if checkpoint is not stored else ()
+    return Job(config, model_path, hub, checkpoint, family, dense, method, target, notes)
+
+
+def check_apart(config: PruneConfig) -> None:
+    """See that neither the output nor the folder that it is made in is, holds or lies in something that is read.
+
+    Links are followed: what counts is where things lie.
+
+    Raises:
+        InputError: one of them does; names both.
+    """
+    model = Path(config.model).expanduser()
+    read = {"the model": None if is_hub_id(config.model) else model, "the calibration set": config.calibration}
+    if config.distill:
+        read["distillation's calibration set"] = config.distill.calibration
+    for what, path in read.items():
+        for folder in (config.output, partial_directory(config.output)):
+            if path is not None and overlap(path, folder):
+                raise InputError(
+                    f"{config.output}: a run writes there and to {partial_directory(config.output)}, and one of these "
+                    f"is, holds or lies in {what} ({path}). Choose an output elsewhere."
+                )
+
+
+def overlap(path: Path, folder: Path) -> bool:
+    """Whether one is the other or lies somewhere inside it, links followed."""
+    one, other = path.resolve(), folder.expanduser().resolve()
+    return one == other or one in other.parents or other in one.parents
 
 
 def open_model(config: PruneConfig) -> tuple[HubModel | None, Checkpoint]:
