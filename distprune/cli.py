@@ -469,6 +469,8 @@ def inspect(
     output_console.print(parameter_table(record))
     if record.predicted_loss is not None:
         output_console.print(forecast(record.predicted_loss, record.gap), highlight=False)
+    for note in record.notes:
+        output_console.print(note, highlight=False, markup=False)
     output_console.print(memory_line(record), highlight=False)
 
 

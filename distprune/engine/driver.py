@@ -91,7 +91,10 @@ def prune_job(job: Job, progress: Progress, log: RunLog, needs: NeedsOf | None) 
             with work_folder(job, workers, progress) as work, json_file(work.log), log.errors():
                 log.run_began(config, goes_on=work.goes_on, dtype_reason=dtype.reason)
                 with RunMetrics(name) as metrics:
-                    record = run_on_workers(job, workers, work, Together(progress, log, metrics))
+                    told = Together(progress, log, metrics)
+                    for note in job.notes:
+                        told.note(note)
+                    record = run_on_workers(job, workers, work, told)
                 log.run_done(record.seconds, record.decoder_sparsity, record.total_sparsity)
         record.save(work.checkpoint, config)
         shutil.copyfile(work.log, work.checkpoint / LOG_FILE)
@@ -191,6 +194,7 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
         peak_memory_workers=peaks,
         seconds=work.seconds(),
         layers=layer_records(job.dense, plan, files.reports(), files.lessons()),
+        notes=list(job.notes),
     )
 
 
@@ -217,7 +221,7 @@ def distill(
 
 def copy_model_files(job: Job, folder: Path) -> None:
     """The model's tokenizer, licence and the like; not what an earlier run left beside a model it made."""
-    copy_side_files(job.model_path, folder)
+    copy_side_files(job.model_path, folder, trust_remote_code=job.config.trust_remote_code)
     for name in OWN_FILES:
         (folder / name).unlink(missing_ok=True)
 

@@ -45,6 +45,7 @@ class RunRecord:
     Attributes:
         dtype: that of forward passes.
         predicted_loss, gap: what the plan says of itself, see :class:`distprune.methods.Plan`; None of most methods.
+        notes: what the run says of itself: where it took the model for something else than its configuration says.
     """
 
     model: str
@@ -66,6 +67,7 @@ class RunRecord:
     peak_memory_workers: list[PeakMemory]
     seconds: Mapping[str, float]
     layers: list[LayerRecord] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def decoder_sparsity(self) -> float:

@@ -18,7 +18,7 @@ from distprune.backward import backward
 from distprune.calibration import CalibrationMetadata, draw_calibration
 from distprune.checks import check_solution
 from distprune.config import PruneConfig
-from distprune.decoder_layer import DecoderLayer, LayerShape
+from distprune.decoder_layer import DecoderLayer, LayerShape, stored_like
 from distprune.distillation import Exercise, Lesson, distill
 from distprune.engine.report import Report, Stopwatch, convergence_warnings
 from distprune.engine.weights import Model
@@ -30,7 +30,7 @@ from distprune.statistics import LayerStatistics, Moment, taps_of
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """A layer after pruning: its tensors in the checkpoint's dtype, and what reaches the next layer."""
+    """A layer after pruning: its tensors in the dtypes of the checkpoint's, and what reaches the next layer."""
 
     layer: DecoderLayer
     output: Tensor | None
@@ -269,7 +269,7 @@ class LayerTasks:
             pruned = self.method.prune(layer.to(self.solve_device), planned, statistics, profile, observe)
         if pruned.shape != planned:
             raise AssertionError(f"{self.method.name} gave layer {index} {pruned.shape}, planned {planned}")
-        pruned = pruned.to(layer.dtype)
+        pruned = stored_like(pruned, layer)
         check_solution(pruned, index)
         clock.lap("solve")
         output = self.runner.run(pruned, index, hidden_states) if propagate else None

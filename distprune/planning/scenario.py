@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from distprune.budgets import Target, layer_parameters, outer_parameters, target_of
+from distprune.budgets import Target, amount, decoder_parameters, outer_parameters, target_of
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
@@ -282,7 +282,8 @@ def make_scenario(
     """
     method = make_method(config.method, config.options)
     family, dense = dense_model(checkpoint)
-    target = target_of(config, dense)
+    sizes = family.stored_sizes(checkpoint.tensors, dense)
+    target = target_of(config, dense, sizes)
     shapes = tuple(expected_shapes(method, target, config.align))
     own = TokenSet(config.samples, config.sequence_length)
     calibration = _token_set(config.calibration, dense) or own
@@ -292,8 +293,6 @@ def make_scenario(
     _check_length(calibration, dense)
     tensors, indices = checkpoint.tensors, range(dense.num_hidden_layers)
     layers = [[tensors[name] for name in family.layer_shapes(dense, index)] for index in indices]
-    dtype = layers[0][0].dtype  # a pruned layer's tensors are all of its first norm's
-    counts = (layer_parameters(dense, index, shape) for index, shape in enumerate(shapes))
     return Scenario(
         config=config,
         checkpoint=checkpoint,
@@ -306,9 +305,12 @@ def make_scenario(
         target=target,
         shapes=shapes,
         stored_bytes=tuple(sum(info.nbytes for info in layer) for layer in layers),
-        pruned_bytes=tuple(dtype.itemsize * count for count in counts),
+        pruned_bytes=tuple(
+            amount("bytes", dense, index, shape, sizes.layers[index]) for index, shape in enumerate(shapes)
+        ),
         outer_bytes=sum(tensors[name].nbytes for name in family.outer_shapes(dense)),
-        stored_dtype=dtype,
+        # Of the largest tensor, a matrix: norms may be stored in another.
+        stored_dtype=max(layers[0], key=lambda info: info.nbytes).dtype,
         calibration=calibration,
         lessons=lessons,
     )
@@ -333,7 +335,7 @@ def _check_length(texts: TokenSet, dense: PrunedConfig) -> None:
 def parameter_counts(scenario: Scenario) -> dict[str, int]:
     """Of the decoder layers and of everything, before and after."""
     before = scenario.target.dense
-    after = scenario.bytes_after // scenario.stored_dtype.itemsize
+    after = decoder_parameters(scenario.dense, scenario.shapes)
     outer = outer_parameters(scenario.dense)
     return {
         "decoder_parameters_before": before,
