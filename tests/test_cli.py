@@ -263,6 +263,7 @@ def test_the_configuration_beside_a_result_makes_the_same_bytes_elsewhere(distpr
     assert yaml.safe_load((output / "distprune_config.yaml").read_text())["workers"] == 2
 
     assert "decoder layers" in result.stdout
+    assert "forward passes in float32 on cpu" in result.stdout
     assert "peak memory: driver" in result.stdout
     lines = result.stderr.splitlines()
     assert lines[0] == "Checking weights ..."
