@@ -8,6 +8,7 @@ import platform
 import numpy as np
 import ray
 import torch
+from ray.actor import ActorHandle
 
 from distprune.calibration import CalibrationMetadata
 from distprune.config import PruneConfig
@@ -30,8 +31,9 @@ Parcels = dict[str, Parcel]
 class Worker:
     """One device and the tasks that run on it. What a restarted worker would miss is its open layer."""
 
-    def __init__(self, number: int, *told: bytes):
-        config, model, device = whole_of(told)
+    def __init__(self, number: int, weight_server: ActorHandle | None, *told: bytes):
+        said = whole_of(told)
+        config, device = PruneConfig.model_validate(said["config"]), said["device"]
         # Threads are set, not taken from the machine: results may change in the last bit with their number.
         torch.set_num_threads(config.threads_per_worker)
         keep_freed_memory()
@@ -39,8 +41,8 @@ class Worker:
             # Attention's backward pass adds up in any order unless told not to.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-        self.config: PruneConfig = config
-        self.model: WeightAccess = model
+        self.config = config
+        self.model = WeightAccess.from_json(said["model"], weight_server)
         self.device: str = device
         self._tasks: LayerTasks | None = None
         self._lessons: Lessons | None = None
