@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Install distprune with what its tests need, and run them:  scripts/test.sh [PYTEST ARGUMENTS]
-# The slow ones are left out; -m slow runs those.
+# The slow ones are left out; -m slow runs those. @tests/quick.txt runs those that meet other packages most.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
-scripts/setup.sh "$venv" dev
+scripts/setup.sh "$venv" "${EXTRA:-dev}"
 # Two at a time, but for those that need the machine to themselves; a file's tests share what takes long to make.
 run_tests() { "$venv/bin/python" -m pytest --durations=10 "$@"; }
 if [ $# -gt 0 ]; then
