@@ -27,6 +27,7 @@ def calibrate(
     sequence_length: int = 128,
     seed: int = 0,
     device: str = "auto",
+    dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Calibration:
@@ -40,6 +41,8 @@ def calibrate(
         samples: windows in all.
         sequence_length: tokens of each.
         seed: seed of the choice of windows, or of the model's own samples.
+        device: where the model writes its own samples.
+        dtype: what it computes in then; "auto" is the checkpoint's, or float32 where the device has no units for that.
 
     Raises:
         InputError: an option, file or text is unusable; names it and the mend.
@@ -56,6 +59,7 @@ def calibrate(
         seed=seed,
         output=Path(output),
         device=device,
+        dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
 

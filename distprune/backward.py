@@ -12,7 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from distprune.checks import check_gradient
 from distprune.decoder_layer import DecoderLayer
+from distprune.determinism import deterministic_attention
 from distprune.forward import TAPS, LayerRunner, Observer, tapped
 from distprune.modeling import PrunedDecoderLayer
 
@@ -52,9 +54,12 @@ def backward(
         gradient: at its output, (samples, length, d).
         observe: called once a micro-batch with the activations and gradients at each of ``taps``.
         taps: of :data:`distprune.forward.TAPS` and of :data:`GRADIENT_TAPS`.
+
+    Raises:
+        InputError: the gradients exceed the range of the dtype.
     """
     module = runner.build(layer, index, runner.gradient_dtype).requires_grad_(False)
-    result = torch.empty_like(gradient)
+    result = runner.empty_like(gradient)
     taps = taps if observe else ()
     with tapped(module, taps) as activations, gradients_tapped(module, taps) as gradients:
         for start in range(0, len(hidden_states), runner.micro_batch):
@@ -63,7 +68,10 @@ def backward(
             given = hidden_states[batch].to(runner.device, runner.gradient_dtype, copy=True).requires_grad_()
             with torch.enable_grad():
                 output = runner.forward(module, index, given)
-            [result[batch]] = torch.autograd.grad(output, given, gradient[batch].to(output))
+            with deterministic_attention():
+                [at_input] = torch.autograd.grad(output, given, gradient[batch].to(output))
+            check_gradient(at_input, f"layer {index}")
+            result[batch] = at_input
             if observe:
                 observe(activations | gradients)
             activations.clear()

@@ -76,7 +76,8 @@ Propagation = Annotated[
     Optional[str], typer.Option(help="layers pruned on each other's outputs in a row, or full [full]")
 ]
 MicroBatch = Annotated[Optional[int], typer.Option(help="samples in one forward pass [16]")]
-Dtype = Annotated[Optional[str], typer.Option(help="auto, float32, bfloat16 or float16 [auto]")]
+DTYPES = "auto (the checkpoint's if the hardware computes in it at speed), float32, bfloat16 or float16"
+Dtype = Annotated[Optional[str], typer.Option(help=f"{DTYPES} [auto]")]
 Device = Annotated[Optional[str], typer.Option(help="auto, cpu or cuda [auto]")]
 Offload = Annotated[
     Optional[bool],
@@ -149,6 +150,7 @@ def calibrate(
     sequence_length: Annotated[int, typer.Option(help="tokens of each window")] = 128,
     seed: Annotated[int, typer.Option(help="seed of the choice of windows")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; for the model's own samples")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"{DTYPES}; for the model's own samples")] = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -162,6 +164,7 @@ def calibrate(
         sequence_length=sequence_length,
         seed=seed,
         device=device,
+        dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
@@ -421,7 +424,7 @@ def evaluate(
     max_tokens: Annotated[Optional[int], typer.Option(help="use the text's first tokens only")] = None,
     batch_size: Annotated[int, typer.Option(help="windows in one forward pass")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPES)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -443,7 +446,7 @@ def evaluate(
     else:
         output_console.print(
             f"perplexity {result.perplexity:.2f} on {result.tokens} tokens "
-            f"({result.windows} windows of {result.sequence_length}, {result.seconds:.1f} s)",
+            f"({result.windows} windows of {result.sequence_length}, in {result.dtype}, {result.seconds:.1f} s)",
             highlight=False,
         )
 
@@ -466,6 +469,8 @@ def inspect(
     output_console.print(parameter_table(record))
     if record.predicted_loss is not None:
         output_console.print(forecast(record.predicted_loss, record.gap), highlight=False)
+    for note in record.notes:
+        output_console.print(note, highlight=False, markup=False)
     output_console.print(memory_line(record), highlight=False)
 
 

@@ -107,7 +107,9 @@ class PruneConfig(BaseModel):
     )
     micro_batch: int = Field(16, ge=1, description="calibration samples in one forward pass")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of forward passes; auto takes the checkpoint's"
+        "auto",
+        description="dtype of forward passes; auto takes the checkpoint's if all workers' hardware has units for it, "
+        "else float32",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes GPUs where the cluster has any")
     offload: bool = Field(

@@ -6,10 +6,9 @@ known to the model families (what a checkpoint calls them) and to :func:`state_o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, fields, replace
 
-import torch
 from torch import Tensor
 
 from distprune.modeling import ROTARY_PAIRS, LayerShape
@@ -76,12 +75,6 @@ class DecoderLayer:
             output_bias=self.output is not None and self.output.bias is not None,
             down_bias=self.down is not None and self.down.bias is not None,
         )
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """That of the weights; None where there are none."""
-        norms = (norm for norm in (self.attention_norm, self.ffn_norm) if norm is not None)
-        return next((norm.dtype for norm in norms), None)
 
     def to(self, *args, **kwargs) -> DecoderLayer:
         """The same layer with every tensor moved or cast as ``torch.Tensor.to`` does; indices are only moved."""
@@ -170,6 +163,31 @@ def layer_from_state(state: Mapping[str, Tensor], shape: LayerShape) -> DecoderL
     )
 
 
+def stored_like(layer: DecoderLayer, original: DecoderLayer) -> DecoderLayer:
+    """The layer in the dtypes of another, which it was made from: see :func:`origin_of`. Indices stay integers."""
+    dtypes = {name: tensor.dtype for name, tensor in state_of(original).items()}
+    state = {
+        name: tensor.to(dtypes[origin_of(name, dtypes)]) if tensor.is_floating_point() else tensor
+        for name, tensor in state_of(layer).items()
+    }
+    return layer_from_state(state, layer.shape)
+
+
+def origin_of(name: str, originals: Container[str]) -> str:
+    """Whose dtype a tensor of a pruned layer takes, among the names of the original layer's state.
+
+    That is its own namesake's; that of the matrix which a factor replaces, an added bias belongs to or, for the branch
+    beside the FFN, gives the FFN's output.
+    """
+    if name in originals:
+        return name
+    module, _, kind = name.rpartition(".")
+    module = module.removesuffix(".right").removesuffix(".left")
+    if module == _PROJECTIONS["calibration"]:
+        module = _PROJECTIONS["down"]
+    return f"{module}.{kind}" if f"{module}.{kind}" in originals else f"{module}.weight"
+
+
 def slice_linear(linear: Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> Linear:
     """Keep the given output ``rows`` (with their biases) and input ``columns``, each a 1-D index tensor."""
     weight, bias = linear.weight, linear.bias
@@ -188,6 +206,8 @@ __all__ = [
     "LowRank",
     "factor_names",
     "layer_from_state",
+    "origin_of",
     "slice_linear",
     "state_of",
+    "stored_like",
 ]

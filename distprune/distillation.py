@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from distprune.config import DistillConfig
-from distprune.decoder_layer import DecoderLayer
+from distprune.decoder_layer import DecoderLayer, state_of
+from distprune.determinism import deterministic_attention
 from distprune.forward import LayerRunner
 from distprune.trainable_layer import BETAS, TrainableLayer
 
@@ -85,12 +86,12 @@ def distill(
         options: epochs, learning rate and the like.
 
     Returns:
-        The layer with its tensors in the given ones' dtype, or as it was where its held-out loss did not fall.
+        The layer with its tensors in the given ones' dtypes, or as it was where its held-out loss did not fall.
     """
     student = Student(layer, index, following, runner, options)
     training, held_out = split(len(exercise), options)
     before = student.mean_loss(exercise[held_out])
-    if layer.dtype is None:  # no weights, nothing to learn
+    if not state_of(layer):  # no weights, nothing to learn
         return layer, Lesson([], before, before, kept=False)
     losses = student.train(exercise[training])
     after = student.mean_loss(exercise[held_out])
@@ -126,7 +127,8 @@ class Student:
         for batch in batches:
             loss = self._loss(exercise[batch])
             optimizer.zero_grad()
-            loss.backward()
+            with deterministic_attention():
+                loss.backward()
             optimizer.step()
             schedule.step()
             losses.append(loss.item())

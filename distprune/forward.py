@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from distprune.checks import check_hidden_states
 from distprune.decoder_layer import DecoderLayer, state_of
 from distprune.modeling import PrunedConfig, PrunedDecoderLayer, RotaryEmbedding, causal_masks
 
@@ -50,6 +51,15 @@ class LayerRunner:
         """What gradients are computed in: they would underflow in float16."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
+    def empty_like(self, states: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Room for results beside ``states``; in the host's memory such that a GPU copies there at full speed.
+
+        Memory that is new to a process takes ten times as long to write to as memory that it has written to before.
+        CUDA's page-locked memory is kept for the next results.
+        """
+        is_locked = self.device.type == "cuda" and states.device.type == "cpu"
+        return torch.empty(states.shape, dtype=dtype or states.dtype, device=states.device, pin_memory=is_locked)
+
     @torch.inference_mode()
     def run(
         self,
@@ -63,13 +73,18 @@ class LayerRunner:
         """The layer's output hidden states, of the input's shape, dtype and on its device.
 
         ``observe`` is called once a micro-batch with the activations at each of ``taps``.
+
+        Raises:
+            InputError: the activations exceed the range of the dtype.
         """
         module = self.build(layer, index, self.dtype)
-        output = torch.empty_like(hidden_states)
+        output = self.empty_like(hidden_states)
         with tapped(module, taps) if observe else ExitStack() as activations:
             for start in range(0, len(hidden_states), self.micro_batch):
                 batch = slice(start, start + self.micro_batch)
-                output[batch] = self.forward(module, index, hidden_states[batch].to(self.device, self.dtype))
+                given = self.forward(module, index, hidden_states[batch].to(self.device, self.dtype))
+                check_hidden_states(given, index)
+                output[batch] = given
                 if observe:
                     observe(activations)
                     activations.clear()  # else they would lie beside the next micro-batch's

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distprune.config import DistillConfig
 from distprune.decoder_layer import DecoderLayer
+from distprune.determinism import deterministic_attention
 from distprune.forward import LayerRunner
 from distprune.trainable_layer import BETAS, TrainableLayer
 
@@ -62,7 +63,8 @@ class Pupil:
             given = self._to_run(batch).requires_grad_()
             with torch.enable_grad():
                 output = self._trainable.forward(given)
-            torch.autograd.backward(output, at_output.to(output))
+            with deterministic_attention():
+                torch.autograd.backward(output, at_output.to(output))
             at_input.append(given.grad)
         return torch.cat(at_input)
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
+from distprune.checks import check_gradient
 from distprune.forward import LayerRunner
 from distprune.modeling import RMSNorm
 
@@ -74,7 +75,7 @@ class LossHead:
     ) -> tuple[Tensor, Tensor]:
         """A gradient at the norm's output taken back to its input, a micro-batch at a time."""
         runner, dtype = self.runner, self.runner.gradient_dtype
-        gradient = torch.empty_like(hidden_states, dtype=dtype)
+        gradient = runner.empty_like(hidden_states, dtype)
         losses = torch.empty(len(hidden_states), dtype=torch.float64)
         for start in range(0, len(hidden_states), runner.micro_batch):
             batch = slice(start, start + runner.micro_batch)
@@ -82,7 +83,9 @@ class LossHead:
             with torch.enable_grad():
                 output = norm(given)
             at_output, losses[batch] = of_output(output.detach(), batch)
-            [gradient[batch]] = torch.autograd.grad(output, given, at_output)
+            [at_input] = torch.autograd.grad(output, given, at_output)
+            check_gradient(at_input, "the model's end")
+            gradient[batch] = at_input
         return gradient, losses
 
     def _weight(self) -> Tensor:
@@ -107,9 +110,12 @@ def of_head(hidden_states: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tens
     losses, of_inputs = [], []
     for x, target in zip(inputs.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE), strict=True):
         logits, place = (x @ weight.mT).float(), target[:, None]
-        normalizer = logits.logsumexp(dim=1, keepdim=True)
-        losses.append(normalizer - logits.gather(1, place))
-        logits.sub_(normalizer).exp_().scatter_add_(1, place, torch.full_like(normalizer, -1.0))
+        # One exponential of each, which takes longer than all else here but the products.
+        logits.sub_(logits.amax(dim=1, keepdim=True))
+        of_target = logits.gather(1, place)
+        normalizer = logits.exp_().sum(dim=1, keepdim=True)
+        losses.append(normalizer.log() - of_target)
+        logits.div_(normalizer).scatter_add_(1, place, torch.full_like(normalizer, -1.0))
         of_inputs.append(logits.to(weight.dtype) @ weight)
     gradient[:, :-1] = torch.cat(of_inputs).unflatten(0, (len(tokens), -1))
     return gradient, torch.cat(losses).double().unflatten(0, (len(tokens), -1)).sum(dim=(1, 2))

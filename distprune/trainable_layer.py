@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distprune.config import DistillConfig
-from distprune.decoder_layer import DecoderLayer, layer_from_state, state_of
+from distprune.decoder_layer import DecoderLayer, layer_from_state, state_of, stored_like
 from distprune.forward import LayerRunner
 
 BETAS = (0.9, 0.95)
@@ -51,14 +51,14 @@ class TrainableLayer:
             return self._runner.forward(self._module, self._index, hidden_states)
 
     def layer(self) -> DecoderLayer:
-        """The layer as it is now in the given one's dtype, low-rank updates folded in."""
+        """The layer as it is now in the given one's dtypes, low-rank updates folded in."""
         updated = {name: module for name, module in self._module.named_modules() if isinstance(module, UpdatedLinear)}
         if updated:
             state = state_of(self._pruned.to(self._runner.device))
             state |= {f"{name}.weight": module.folded(state[f"{name}.weight"]) for name, module in updated.items()}
         else:
             state = {name: tensor.detach() for name, tensor in self._module.state_dict().items()}
-        return layer_from_state(state, self._pruned.shape).to(self._pruned.dtype)
+        return stored_like(layer_from_state(state, self._pruned.shape), self._pruned)
 
 
 class UpdatedLinear(nn.Module):

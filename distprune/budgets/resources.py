@@ -7,10 +7,13 @@ its layers'. A module takes the norm before it along.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
+from distprune.decoder_layer import origin_of
 from distprune.modeling import ROTARY_PAIRS, LayerShape, PrunedConfig, layer_tensor_shapes
 
 #: - parameters: numbers stored, norms and biases included
@@ -26,51 +29,85 @@ CONTEXT = 2048
 FFN_PREFIXES = ("mlp.", "post_attention_layernorm.")
 
 
-def amount(resource: Resource, config: PrunedConfig, index: int, shape: LayerShape) -> int:
-    """What layer ``index`` takes if it has ``shape``."""
-    return attention_amount(resource, config, index, shape) + ffn_amount(resource, config, index, shape)
+#: Bytes of one number of each tensor of a dense layer, by the tensor's name in the layer.
+ItemSizes = Mapping[str, int]
 
 
-def attention_amount(resource: Resource, config: PrunedConfig, index: int, shape: LayerShape) -> int:
+@dataclass(frozen=True)
+class StoredSizes:
+    """How large a dense checkpoint's numbers are, which may differ from tensor to tensor.
+
+    Attributes:
+        layers: of each layer.
+        outer: bytes in all outside the decoder layers.
+    """
+
+    layers: tuple[ItemSizes, ...]
+    outer: int
+
+
+def amount(
+    resource: Resource, config: PrunedConfig, index: int, shape: LayerShape, sizes: ItemSizes | None = None
+) -> int:
+    """What layer ``index`` takes if it has ``shape``.
+
+    ``sizes`` are for bytes: how the dense layer is stored; by default, all of it in the configuration's dtype.
+    """
+    parts = attention_amount, ffn_amount
+    return sum(part(resource, config, index, shape, sizes) for part in parts)
+
+
+def attention_amount(
+    resource: Resource, config: PrunedConfig, index: int, shape: LayerShape, sizes: ItemSizes | None = None
+) -> int:
     """What its attention takes, whatever the shape of its FFN."""
     if resource == "kv-cache":
         return shape.kv_heads * (shape.query_key_dim + shape.value_dim) * itemsize(config)
     tensors = layer_tensor_shapes(config, index, shape)
     # Which rotary pairs are left is told by indices, which are no parameters.
-    sizes = [size for name, size in tensors.items() if not name.startswith(FFN_PREFIXES) and name != ROTARY_PAIRS]
+    own = {name: dims for name, dims in tensors.items() if not name.startswith(FFN_PREFIXES) and name != ROTARY_PAIRS}
     if resource == "flops":
         seen = context(config, index)
-        return linear_flops(sizes) + 2 * shape.query_heads * (shape.query_key_dim + shape.value_dim) * seen
-    return stored(resource, config, sizes)
+        return linear_flops(own) + 2 * shape.query_heads * (shape.query_key_dim + shape.value_dim) * seen
+    return stored(resource, config, own, sizes)
 
 
-def ffn_amount(resource: Resource, config: PrunedConfig, index: int, shape: LayerShape) -> int:
+def ffn_amount(
+    resource: Resource, config: PrunedConfig, index: int, shape: LayerShape, sizes: ItemSizes | None = None
+) -> int:
     """What its FFN takes, with the linear branch beside it, whatever the shape of its attention."""
     if resource == "kv-cache":
         return 0
     tensors = layer_tensor_shapes(config, index, shape)
-    sizes = [size for name, size in tensors.items() if name.startswith(FFN_PREFIXES)]
-    return linear_flops(sizes) if resource == "flops" else stored(resource, config, sizes)
+    own = {name: dims for name, dims in tensors.items() if name.startswith(FFN_PREFIXES)}
+    return linear_flops(own) if resource == "flops" else stored(resource, config, own, sizes)
 
 
-def outer_amount(resource: Resource, config: PrunedConfig) -> int:
+def outer_amount(resource: Resource, config: PrunedConfig, sizes: StoredSizes | None = None) -> int:
     """What is taken outside the decoder layers: by embedding, final norm and head."""
     table = (config.vocab_size, config.hidden_size)
     if resource == "kv-cache":
         return 0
     if resource == "flops":
-        return linear_flops([table])  # of the head; an embedding is looked up
-    tables = [table] if config.tie_word_embeddings else [table, table]
-    return stored(resource, config, [*tables, (config.hidden_size,)])
+        return linear_flops({"head": table})  # an embedding is looked up
+    if resource == "bytes" and sizes:
+        return sizes.outer
+    tables = {"embedding": table} if config.tie_word_embeddings else {"embedding": table, "head": table}
+    return stored(resource, config, {**tables, "norm": (config.hidden_size,)})
 
 
-def stored(resource: Resource, config: PrunedConfig, sizes: list[tuple[int, ...]]) -> int:
-    return sum(map(math.prod, sizes)) * (itemsize(config) if resource == "bytes" else 1)
+def stored(
+    resource: Resource, config: PrunedConfig, tensors: Mapping[str, tuple[int, ...]], sizes: ItemSizes | None = None
+) -> int:
+    """Numbers in tensors of these shapes, or bytes."""
+    if resource == "bytes" and sizes:
+        return sum(math.prod(dims) * sizes[origin_of(name, sizes)] for name, dims in tensors.items())
+    return sum(map(math.prod, tensors.values())) * (itemsize(config) if resource == "bytes" else 1)
 
 
-def linear_flops(sizes: list[tuple[int, ...]]) -> int:
+def linear_flops(tensors: Mapping[str, tuple[int, ...]]) -> int:
     """Of all linear maps among tensors of these shapes, for one token."""
-    return sum(2 * math.prod(size) for size in sizes if len(size) == 2)
+    return sum(2 * math.prod(dims) for dims in tensors.values() if len(dims) == 2)
 
 
 def context(config: PrunedConfig, index: int) -> int:
@@ -80,5 +117,5 @@ def context(config: PrunedConfig, index: int) -> int:
 
 
 def itemsize(config: PrunedConfig) -> int:
-    """Bytes of a number in the checkpoint."""
+    """Bytes of a number where the model is in the configuration's dtype."""
     return (config.dtype or torch.float32).itemsize

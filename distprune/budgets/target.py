@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distprune.budgets.resources import Resource, amount, outer_amount
+from distprune.budgets.resources import Resource, StoredSizes, amount, attention_amount, ffn_amount, outer_amount
 from distprune.config import PruneConfig
 from distprune.modeling import LayerShape, PrunedConfig
 
@@ -21,6 +21,7 @@ class Target:
             the decoder layers alone. What is removed comes from the decoder layers either way.
         resource: what the fraction is of.
         stock: whether all layers are to have the same widths, so that the original architecture can describe them.
+        sizes: how the dense model is stored; by default, all of it in the configuration's dtype.
     """
 
     config: PrunedConfig
@@ -28,6 +29,7 @@ class Target:
     count_embeddings: bool = False
     resource: Resource = "parameters"
     stock: bool = False
+    sizes: StoredSizes | None = None
 
     @property
     def dense_shapes(self) -> list[LayerShape]:
@@ -35,7 +37,18 @@ class Target:
 
     def amount(self, shapes: Sequence[LayerShape]) -> int:
         """What the decoder layers take if they have ``shapes``."""
-        return sum(amount(self.resource, self.config, index, shape) for index, shape in enumerate(shapes))
+        return sum(amount(*self._asked(index, shape)) for index, shape in enumerate(shapes))
+
+    def attention_amount(self, index: int, shape: LayerShape) -> int:
+        """What the attention of layer ``index`` takes if the layer has ``shape``."""
+        return attention_amount(*self._asked(index, shape))
+
+    def ffn_amount(self, index: int, shape: LayerShape) -> int:
+        """What the FFN of layer ``index`` takes if the layer has ``shape``."""
+        return ffn_amount(*self._asked(index, shape))
+
+    def _asked(self, index: int, shape: LayerShape) -> tuple:
+        return self.resource, self.config, index, shape, self.sizes and self.sizes.layers[index]
 
     @property
     def dense(self) -> int:
@@ -45,7 +58,7 @@ class Target:
     @property
     def counted(self) -> int:
         """What ``sparsity`` is a fraction of."""
-        return self.dense + (outer_amount(self.resource, self.config) if self.count_embeddings else 0)
+        return self.dense + (outer_amount(self.resource, self.config, self.sizes) if self.count_embeddings else 0)
 
     @property
     def remaining(self) -> int:
@@ -57,6 +70,6 @@ class Target:
         return self.sparsity * (self.counted / self.dense)
 
 
-def target_of(config: PruneConfig, dense: PrunedConfig) -> Target:
+def target_of(config: PruneConfig, dense: PrunedConfig, sizes: StoredSizes) -> Target:
     """What a run asks for."""
-    return Target(dense, config.sparsity, config.count_embeddings, config.target, config.layout == "stock")
+    return Target(dense, config.sparsity, config.count_embeddings, config.target, config.layout == "stock", sizes)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from distprune.calibration.arrow import (
@@ -21,6 +22,7 @@ from distprune.calibration.packing import draw_windows, equal_shares, interleave
 from distprune.calibration.sources import TextSource, read_source
 from distprune.calibration.tokenizer import load_tokenizer, tokenizer_fingerprint
 from distprune.errors import InputError
+from distprune.hardware import AUTO
 
 __all__ = [
     "Calibration",
@@ -45,6 +47,7 @@ def build_calibration(
     seed: int = 0,
     output: str | Path,
     device: str = "cpu",
+    dtype: str | torch.dtype = AUTO,
     trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
@@ -58,6 +61,7 @@ def build_calibration(
         sequence_length=sequence_length,
         seed=seed,
         device=device,
+        dtype=dtype,
         trust_remote_code=trust_remote_code,
         on_progress=on_progress,
     )
@@ -74,6 +78,7 @@ def draw_calibration(
     sequence_length: int = 128,
     seed: int = 0,
     device: str = "cpu",
+    dtype: str | torch.dtype = AUTO,
     trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, CalibrationMetadata]:
@@ -81,7 +86,7 @@ def draw_calibration(
 
     Each of `texts` (see `sources.read_source`) gives an equal share of the windows, the first ones one more
     where it doesn't come out even; rows take the sources in turn. Without texts the model writes its own
-    samples on `device`, and `on_progress(tokens done, tokens in all)` is called. Raises InputError.
+    samples on `device` in `dtype`, and `on_progress(tokens done, tokens in all)` is called. Raises InputError.
     """
     _check_counts(samples, seed, len(texts))
     config = load_config(model_path, trust_remote_code)
@@ -97,6 +102,7 @@ def draw_calibration(
             sequence_length,
             seed,
             device=device,
+            dtype=dtype,
             on_progress=on_progress,
             trust_remote_code=trust_remote_code,
         )

@@ -71,10 +71,15 @@ class Calibration:
 
 
 def prepare_output(path: str | Path) -> Path:
-    """Make the folder of a file to be written. Raises InputError when the file couldn't be put there."""
+    """Make the folder of a file to be written.
+
+    Raises InputError when the file couldn't be put there, or would replace what is no calibration set: a text, say.
+    """
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a directory; give the name of a file to write.")
+    if path.exists() and path.stat().st_size and not _is_calibration(path):
+        raise InputError(f"{path}: exists and is no calibration set, so it is not replaced; choose another --output.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -130,6 +135,14 @@ def open_calibration(path: str | Path) -> Calibration:
         raise InputError(f"{path}: holds no rows; {_MEND}.")
     tokens = column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), metadata.sequence_length)
     return Calibration(path, tokens, metadata)
+
+
+def _is_calibration(path: Path) -> bool:
+    try:
+        open_calibration(path)
+    except InputError:
+        return False
+    return True
 
 
 def _schema(sequence_length: int) -> pa.Schema:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from distprune.errors import InputError
+from distprune.hardware import AUTO, compute_dtype
 
 
 def load_config(model_path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -25,17 +26,21 @@ def load_config(model_path: str | Path, trust_remote_code: bool = False) -> Pret
 def load_model(
     model_path: str | Path,
     device: str = "auto",
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype = AUTO,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model, ready for inference.
 
     `device` "auto" takes the GPUs when there are any and the CPU otherwise. On "cuda" the model is spread
     over all GPUs, then host memory, then disk, so that one larger than a GPU runs as well; "cuda:1" means
-    that GPU alone. `dtype` "auto" keeps the checkpoint's. Raises InputError.
+    that GPU alone. `dtype` "auto" keeps the checkpoint's where the device has units for it, and is float32
+    elsewhere. Raises InputError.
     """
-    device = _checked_device(device)
-    options = {"dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code}
+    device, dtype = _checked_device(device), _checked_dtype(dtype)
+    if dtype == AUTO:
+        stored = load_config(model_path, trust_remote_code).dtype
+        dtype = AUTO if stored is None else compute_dtype(stored, device).dtype
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
         if device == "cuda":
             return _load_spread(model_path, options).eval()
@@ -76,8 +81,8 @@ def _checked_device(device: str) -> str:
 
 
 def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    found = dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
-    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    found = dtype if dtype == AUTO or isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if found != AUTO and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise InputError(f"--dtype {dtype}: is no dtype to compute in; use 'auto', 'bfloat16', 'float16' or 'float32'.")
     return found
 

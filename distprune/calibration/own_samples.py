@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from distprune.calibration.model import input_device, load_model
 from distprune.calibration.tokenizer import load_tokenizer
 from distprune.errors import InputError
+from distprune.hardware import AUTO
 from distprune.modeling import CACHE
 
 
@@ -22,6 +23,7 @@ def generate_own_samples(
     seed: int,
     batch_size: int = 128,
     device: str = "cpu",
+    dtype: str | torch.dtype = AUTO,
     temperature: float = 1.0,
     on_progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
@@ -30,12 +32,13 @@ def generate_own_samples(
 
     Pure sampling from the whole distribution, opened by the token that begins a document. The opening token
     itself is left out, as windows of text carry no special tokens either. Where the model ends a document
-    it goes on to the next. Global random state is neither used nor changed. `on_progress(done, total)`
+    it goes on to the next. Global random state is neither used nor changed. `dtype` is what `load_model`
+    takes; numbers near the edge of a token decide otherwise in another dtype. `on_progress(done, total)`
     counts tokens. Raises InputError when the model can't be loaded or has no opening token.
     """
     tokenizer = load_tokenizer(model_path, trust_remote_code)
     opening = opening_token(tokenizer, str(model_path))
-    model = load_model(model_path, device, trust_remote_code=trust_remote_code)
+    model = load_model(model_path, device, dtype, trust_remote_code)
     # One number decides one token: a sample depends on its own numbers and not, but for rounding, on its batch.
     uniform = torch.from_numpy(np.random.default_rng(seed).random((count, sequence_length)))
     samples, done = [], 0

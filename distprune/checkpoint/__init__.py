@@ -10,7 +10,6 @@ from distprune.checkpoint.headers import TensorInfo, describe, entry_of
 from distprune.checkpoint.hub import HubFiles, HubModel, find_on_hub, open_on_hub
 from distprune.checkpoint.mishaps import failures_explained
 from distprune.checkpoint.publish import (
-    copy_side_files,
     hold_lock,
     is_locked,
     partial_directory,
@@ -18,6 +17,7 @@ from distprune.checkpoint.publish import (
     publish,
 )
 from distprune.checkpoint.reader import Checkpoint
+from distprune.checkpoint.side_files import copy_side_files
 from distprune.checkpoint.sources import is_hub_id, resolve_model
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
 from distprune.checkpoint.writer import ShardWriter

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from distprune.checkpoint.durable import sync_tree
+from distprune.checkpoint.mishaps import failures_explained
 from distprune.errors import InputError
 
 CACHE_VARIABLE = "DISTPRUNE_CACHE"
@@ -34,8 +36,8 @@ def import_gguf(path: Path, cache_dir: Path | None = None) -> Path:
 
     It lies at `CACHE/gguf/<name>-<start of the file's sha256>`, where CACHE is `cache_dir`, else
     $DISTPRUNE_CACHE, else ~/.cache/distprune. It is made the first time, in memory for the whole model, and
-    found again after that. InputError: no such file, one piece of a split file, a broken file, or no `gguf`
-    package.
+    found again after that. InputError: no such file, one piece of a split file, a broken file, no `gguf` package, or
+    a cache that can't be written to. StorageFailed: there is no room in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,11 +47,26 @@ def import_gguf(path: Path, cache_dir: Path | None = None) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"{path} needs the gguf package to be read. Install it with `pip install gguf`.")
     folder = _cache_root(cache_dir) / "gguf" / f"{path.stem}-{_sha256(path)[:16]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir():  # perhaps in a cache that others fill and this user only reads
+        return folder
+    _require_writable(folder.parent, path)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             _convert(path, folder)
     return folder
+
+
+def _require_writable(cache: Path, path: Path) -> None:
+    """Make the cache's folder, and raise InputError where it can't be written to."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{cache} can't be written to ({error.strerror}), and {path} is imported into it. Set the environment "
+            f"variable {CACHE_VARIABLE} to a folder that can be, or make this one writable."
+        ) from error
 
 
 def _cache_root(cache_dir: Path | None) -> Path:
@@ -71,8 +88,9 @@ def _convert(path: Path, folder: Path) -> None:
         model, tokenizer = _load(path)
         # The GGUF file's free-text title, which transformers would take for the name of a model on the hub.
         vars(model.config).pop("_model_name_or_path", None)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        with failures_explained(partial):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
     sync_tree(partial)
     partial.rename(folder)
 

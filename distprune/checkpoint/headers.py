@@ -82,12 +82,12 @@ def describe(file: Path, name: str, dtype: str, shape: list[int], data_offsets: 
     """What a header's entry says. InputError: its dtype can't be pruned."""
     stored = DTYPES.get(dtype)
     if stored is None:
-        mend = (
+        fix = (
             "Quantized checkpoints must be dequantized first: use the model's bf16 or fp16 release."
             if dtype.startswith(QUANTIZED_DTYPES)
             else "Write the model anew in bf16, fp16 or fp32."
         )
-        raise InputError(f"{file}: tensor {name} is stored as {dtype}, which can't be pruned. {mend}")
+        raise InputError(f"{file}: tensor {name} is stored as {dtype}, which can't be pruned. {fix}")
     return TensorInfo(file, stored, tuple(shape), math.prod(shape) * stored.itemsize, data_offsets[0])
 
 

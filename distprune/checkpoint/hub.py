@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import (
     constants,
+    file_exists,
     hf_hub_download,
     parse_safetensors_file_metadata,
     snapshot_download,
@@ -21,15 +23,22 @@ from torch import Tensor
 
 from distprune.checkpoint.disk import GB, check_free_space, free_bytes
 from distprune.checkpoint.headers import TensorInfo, describe, read_header
-from distprune.checkpoint.layout import WEIGHTS_FILE, read_weight_map
+from distprune.checkpoint.layout import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    find_entry,
+    is_index,
+    read_weight_map,
+    refuse_adapter,
+    refuse_lone_adapter,
+)
 from distprune.checkpoint.reader import Checkpoint, read_config, tensors_of
+from distprune.checkpoint.side_files import LEFT_OUT, WEIGHTS
 from distprune.checkpoint.tensors import TensorFiles, map_tensor
 from distprune.errors import InputError, Unreachable
 
-WEIGHTS = ["*.safetensors"]
 # Python files are fetched, never run: only trust_remote_code does that.
-SIDE_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
-EXTRAS = ["*/*", "consolidated*"]  # other formats' folders, and Mistral's second copy of the weights
+EXTRAS = ["*/*.safetensors", "consolidated*"]  # other models' folders, and Mistral's second copy of the weights
 HEADERS_AT_ONCE = 8
 RESERVE = GB  # of the disk that fetched files never take
 
@@ -72,11 +81,15 @@ def open_on_hub(model: HubModel, trust_remote_code: bool = False) -> Checkpoint:
     Raises:
         InputError: it has no safetensors weights, or its headers can't be had; else as `Checkpoint.open` does.
     """
+    if not (model.folder / CONFIG_FILE).is_file():
+        refuse_lone_adapter(model.folder)
+    refuse_adapter(model.folder)
     config = read_config(model.folder, trust_remote_code)
-    names = sorted(set(read_weight_map(model.folder).values())) or [WEIGHTS_FILE]
+    entry = find_entry(model.folder, partial(_is_there, model))
+    names = sorted(set(read_weight_map(entry).values())) if is_index(entry) else [entry.name]
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as threads:
         headers = dict(zip(names, threads.map(lambda name: _header(model, name), names), strict=True))
-    tensors = tensors_of(model.folder, headers)
+    tensors = tensors_of(entry, headers)
     return Checkpoint(model.folder, config, tensors, HubFiles(model, tensors))
 
 
@@ -85,11 +98,9 @@ def download(
 ) -> Path:
     """The snapshot folder of a repository, with its weights or with all the rest of a checkpoint alone."""
     at_revision = f" at revision {revision}" if revision else ""
-    patterns = SIDE_FILES + (WEIGHTS if weights else [])
+    ignored = [*LEFT_OUT, *EXTRAS, *([] if weights else WEIGHTS)]
     with asked_for(f"{repository}{at_revision}"):
-        folder = snapshot_download(
-            repository, revision=revision, cache_dir=cache_dir, allow_patterns=patterns, ignore_patterns=EXTRAS
-        )
+        folder = snapshot_download(repository, revision=revision, cache_dir=cache_dir, ignore_patterns=ignored)
     return Path(folder)
 
 
@@ -111,6 +122,20 @@ def no_safetensors(repository: str) -> InputError:
         f"{repository} holds no safetensors weights. Choose another release of the model, download a .gguf file and "
         "give its path, or convert its weights once with AutoModelForCausalLM's from_pretrained and save_pretrained."
     )
+
+
+def _is_there(model: HubModel, name: str) -> bool:
+    """Whether the repository has a file. A hub that can't be reached is not missed where all shards are here."""
+    if (model.folder / name).is_file():
+        return True
+    try:
+        with asked_for(f"{name} of {model.repository}"):
+            return file_exists(model.repository, name, revision=model.commit)
+    except InputError:
+        index = model.folder / INDEX_FILE
+        if index.is_file() and all((model.folder / shard).is_file() for shard in read_weight_map(index).values()):
+            return False
+        raise
 
 
 def _header(model: HubModel, name: str) -> dict[str, TensorInfo]:

@@ -11,25 +11,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from distprune.checkpoint.disk import GB
 from distprune.checkpoint.durable import sync, sync_tree
 from distprune.checkpoint.layout import CONFIG_FILE
 from distprune.errors import InputError
 
-WEIGHT_SUFFIXES = {
-    ".safetensors",
-    ".bin",
-    ".pth",
-    ".pt",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".npz",
-}
-NOT_COPIED_SUFFIXES = WEIGHT_SUFFIXES | {".md", ".py"}
-LARGEST_SIDE_FILE = GB // 4
 # Seconds within which whoever asks `is_locked` has let go of the lock again.
 GLANCE = 1.0
 
@@ -81,17 +66,6 @@ def publish(partial: Path, output: Path, overwrite: bool) -> None:
     sync(output.parent)
 
 
-def copy_side_files(source: Path, destination: Path) -> None:
-    """Copy a checkpoint's small files: tokenizer, chat template, generation_config.json, licence.
-
-    Left out are weights and their indexes, config.json, *.md, *.py, hidden files, folders, and anything above
-    250 MB. Links, as in the hub's cache, are followed.
-    """
-    for file in sorted(Path(source).iterdir()):
-        if file.is_file() and _is_side_file(file):
-            shutil.copyfile(file, Path(destination) / file.name)
-
-
 @contextmanager
 def hold_lock(partial: Path) -> Iterator[None]:
     """Let only one run at a time work in `partial`; InputError where another one does."""
@@ -136,13 +110,3 @@ def _replace_folder(partial: Path, output: Path) -> None:
         aside.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _is_side_file(file: Path) -> bool:
-    return (
-        not file.name.startswith(".")
-        and file.name != CONFIG_FILE
-        and not file.name.endswith(".index.json")
-        and file.suffix not in NOT_COPIED_SUFFIXES
-        and file.stat().st_size <= LARGEST_SIDE_FILE
-    )

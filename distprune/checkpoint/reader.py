@@ -13,16 +13,24 @@ from distprune.checkpoint.fingerprint import compute_fingerprint
 from distprune.checkpoint.headers import TensorInfo, read_header
 from distprune.checkpoint.layout import (
     CONFIG_FILE,
-    INDEX_FILE,
+    find_entry,
     find_weight_files,
+    is_index,
     read_json,
     read_weight_map,
+    refuse_adapter,
     require_checkpoint,
 )
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
 from distprune.errors import InputError
 
 LISTED = 5
+DEQUANTIZE = "Quantized checkpoints must be dequantized first: use the model's bf16 or fp16 release."
+# What quantizers (GPTQ, AWQ, compressed-tensors, bitsandbytes) call the tensors that they put in a weight's place.
+PACKED = (
+    *(".qweight", ".qzeros", ".g_idx", ".scales", ".weight_packed", ".weight_scale", ".weight_zero_point"),
+    *(".weight.absmax", ".weight.quant_map", ".SCB", ".weight_scale_inv"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,14 +46,16 @@ class Checkpoint:
     def open(cls, path: Path | str, trust_remote_code: bool = False) -> Checkpoint:
         """Open a local checkpoint folder: config.json and one safetensors file, or an index and its shards.
 
-        InputError: a file is missing, broken or not what the index says; the checkpoint is quantized;
-        transformers does not know the architecture.
+        InputError: a file is missing, broken or not what the index says; the checkpoint is quantized, or has an
+        adapter; transformers does not know the architecture.
         """
         path = Path(path)
         require_checkpoint(path)
+        refuse_adapter(path)
         config = read_config(path, trust_remote_code)
-        headers = {file.name: read_header(file) for file in find_weight_files(path)}
-        return cls(path, config, tensors_of(path, headers))
+        entry = find_entry(path, lambda name: (path / name).is_file())
+        headers = {str(file.relative_to(path)): read_header(file) for file in find_weight_files(path, entry)}
+        return cls(path, config, tensors_of(entry, headers))
 
     @property
     def weight_files(self) -> list[Path]:
@@ -109,10 +119,7 @@ def read_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
     content = read_json(file)
     for part in (content, content.get("text_config") or {}):
         if part.get("quantization_config") or part.get("compression_config"):
-            raise InputError(
-                f"{file} describes a quantized checkpoint. Quantized checkpoints must be dequantized first: "
-                "use the model's bf16 or fp16 release."
-            )
+            raise InputError(f"{file} describes a quantized checkpoint. {DEQUANTIZE}")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and a checkpoint's own code raise all kinds
@@ -120,21 +127,39 @@ def read_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise InputError(f"transformers can't read {file}: {reason}") from error
 
 
-def tensors_of(path: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
-    """All tensors of a folder's weight files, given each file's header by its name.
+def tensors_of(entry: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """All tensors of the weights that are opened by `entry`, given each file's header by its name.
 
-    InputError: the folder's index has a tensor in a file that does not hold it.
+    InputError: an index has a tensor in a file that does not hold it, or the weights are packed by a quantizer.
     """
-    weight_map = read_weight_map(path)
-    if not weight_map:
-        return {name: info for header in headers.values() for name, info in header.items()}
+    if is_index(entry):
+        tensors = _indexed_tensors(entry, headers)
+    else:
+        tensors = {name: info for header in headers.values() for name, info in header.items()}
+    _refuse_packed(tensors)
+    return tensors
+
+
+def _indexed_tensors(index: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    weight_map = read_weight_map(index)
     absent = [f"{name} in {shard}" for name, shard in weight_map.items() if name not in headers[shard]]
     if absent:
         raise InputError(
-            f"{path / INDEX_FILE} names {len(absent)} tensor(s) that their shard does not hold: "
+            f"{index} names {len(absent)} tensor(s) that their shard does not hold: "
             f"{_listed(absent)}. The index and the shards are of different downloads: download them again."
         )
     return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _refuse_packed(tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise InputError where weights are quantized although config.json doesn't say so."""
+    for name, info in tensors.items():
+        if name.endswith(PACKED) or (name.endswith(".weight") and not info.dtype.is_floating_point):
+            stored = str(info.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{info.file}: tensor {name} ({stored}) is part of a quantized checkpoint, although config.json has no "
+                f"quantization_config. {DEQUANTIZE}"
+            )
 
 
 def _listed(items: list[str], separator: str = ", ") -> str:

@@ -21,6 +21,7 @@ from distprune.engine.memory import PeakMemory
 from distprune.engine.preflight import Job
 from distprune.engine.progress import Progress
 from distprune.engine.record import CALIBRATION_FILE
+from distprune.engine.run_dtype import settle_dtype
 from distprune.engine.stages import check_weights, write_own_samples
 from distprune.engine.weights import weight_access
 
@@ -98,6 +99,7 @@ def compare(
 
 def prepare(dense: Job, workers: WorkerPlan, calibration: Path, progress: Progress) -> None:
     """See that the weights are finite numbers and, where no calibration set was given, let the model write its own."""
+    dense = dense.computed_in(settle_dtype(dense.config, dense.stored_dtype, workers))
     with (
         progress,
         weight_access(dense, workers) as model,

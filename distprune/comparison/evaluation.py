@@ -29,7 +29,7 @@ class Evaluation:
 
 
 def evaluate_apart(model: Path, evaluation: Evaluation, config: PruneConfig) -> float:
-    """The perplexity that ``distprune evaluate`` finds, on the runs' device and in their dtype.
+    """The perplexity that ``distprune evaluate`` finds, with the runs' device and dtype; "auto" asks this machine's.
 
     Raises:
         InputError: what it refuses.

@@ -174,6 +174,13 @@ def count_fitting(asked: Mapping[str, float], node: Mapping[str, float]) -> int:
     return min(round(node.get(name, 0) * 10_000) // round(amount * 10_000) for name, amount in asked.items() if amount)
 
 
+def nodes_with_room(workers: WorkerPlan) -> list[str]:
+    """Ray's ids of the nodes alive that such a worker fits on, in a fixed order."""
+    asked = {"CPU": workers.cpus, "GPU": workers.gpus}
+    alive = (node for node in ray.nodes() if node["Alive"])
+    return sorted(node["NodeID"] for node in alive if count_fitting(asked, node["Resources"]))
+
+
 def alive_nodes() -> list[dict[str, float]]:
     """The resources of every node of the cluster that is alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

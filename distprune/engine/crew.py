@@ -33,6 +33,7 @@ class Crew:
         self._runtime, self._sites, self._progress = runtime, sites, progress
         self._names: dict[Any, WorkerName] = {}
         self._works: dict[Any, Work] = {}
+        self._on_this_node: set[Any] = set()
 
     # ---------------------------------------------------------------- who takes part
 
@@ -48,6 +49,9 @@ class Crew:
     def admits(self, worker: Any, site: Site) -> bool:
         """A worker is up. Whether its device holds what it needs; if not, it goes."""
         name = self._names[worker] = WorkerName(self._names[worker].number, site.node)
+        self._on_this_node.discard(worker)  # it may have been before it was lost
+        if self._runtime.holds_results_of(site):
+            self._on_this_node.add(worker)
         if self._sites.suits(site):
             self._progress.joined(name)
             if warning := self._sites.crowding(site):
@@ -76,6 +80,10 @@ class Crew:
         work = self._works.pop(worker, None)
         self._progress.lost(self._names[worker], work and work.assignment)
         self._progress.joining(self._names[worker])
+
+    def is_on_this_node(self, worker: Any) -> bool:
+        """Whether its results lie on the driver's node."""
+        return worker in self._on_this_node
 
     # ---------------------------------------------------------------- what they do
 

@@ -38,12 +38,14 @@ from distprune.engine.record import (
     load_record,
     parameter_counts,
 )
+from distprune.engine.run_dtype import settle_dtype
 from distprune.engine.runtime import RayRuntime
 from distprune.engine.sites import Needs
 from distprune.engine.stages import check_weights, distill_layers, prune_blocks, write_own_samples
 from distprune.engine.weights import WeightAccess, weight_access
 from distprune.engine.work import CHECK, PUBLISHING, Outline, Work
 from distprune.errors import InputError, Unreachable
+from distprune.hardware import AUTO
 from distprune.methods import Plan
 
 #: What a worker of a run needs on a kind of device.
@@ -75,16 +77,24 @@ def prune(config: PruneConfig, progress: Progress | None = None, needs: NeedsOf 
 
 
 def prune_job(job: Job, progress: Progress, log: RunLog, needs: NeedsOf | None) -> RunRecord:
-    config, name, partial = job.config, str(job.config.output), partial_directory(job.config.output)
+    name, partial = str(job.config.output), partial_directory(job.config.output)
     with progress, failures_explained(partial), hold_lock(partial), sigterm_interrupts():
-        with connected(config):
-            workers = plan_workers(config, alive_nodes(), job.dense.num_hidden_layers)
+        with connected(job.config):
+            workers = plan_workers(job.config, alive_nodes(), job.dense.num_hidden_layers)
+            dtype = settle_dtype(job.config, job.stored_dtype, workers)
+            if job.config.dtype == AUTO and dtype.dtype != job.stored_dtype:
+                progress.note(str(dtype))
+            job = job.computed_in(dtype)
+            config = job.config
             if needs:
                 workers = workers.needing(needs(config, job.checkpoint, workers.device))
             with work_folder(job, workers, progress) as work, json_file(work.log), log.errors():
-                log.run_began(config, goes_on=work.goes_on)
+                log.run_began(config, goes_on=work.goes_on, dtype_reason=dtype.reason)
                 with RunMetrics(name) as metrics:
-                    record = run_on_workers(job, workers, work, Together(progress, log, metrics))
+                    told = Together(progress, log, metrics)
+                    for note in job.notes:
+                        told.note(note)
+                    record = run_on_workers(job, workers, work, told)
                 log.run_done(record.seconds, record.decoder_sparsity, record.total_sparsity)
         record.save(work.checkpoint, config)
         shutil.copyfile(work.log, work.checkpoint / LOG_FILE)
@@ -179,10 +189,12 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
         fingerprint=fingerprint(job.identity(workers.device)),
         workers=workers.count,
         device=workers.device,
+        dtype=config.dtype,
         peak_memory_driver=peak_memory(),
         peak_memory_workers=peaks,
         seconds=work.seconds(),
         layers=layer_records(job.dense, plan, files.reports(), files.lessons()),
+        notes=list(job.notes),
     )
 
 
@@ -209,7 +221,7 @@ def distill(
 
 def copy_model_files(job: Job, folder: Path) -> None:
     """The model's tokenizer, licence and the like; not what an earlier run left beside a model it made."""
-    copy_side_files(job.model_path, folder)
+    copy_side_files(job.model_path, folder, trust_remote_code=job.config.trust_remote_code)
     for name in OWN_FILES:
         (folder / name).unlink(missing_ok=True)
 

@@ -20,6 +20,8 @@ from distprune.checkpoint import write_tensors, write_text
 from distprune.errors import InputError
 
 IDENTITY = "run"
+#: Letters of a value that an error message shows; a digest has more.
+READABLE = 32
 
 
 def entry_of(kind: str, index: int) -> str:
@@ -49,8 +51,9 @@ class Journal:
             begun = self.report(IDENTITY)
             differing = sorted(name for name in {*begun, *identity} if begun.get(name) != identity.get(name))
             if differing:
+                named = ", ".join(difference(name, begun.get(name), identity.get(name)) for name in differing)
                 raise InputError(
-                    f"{self.folder.parent}: holds an unfinished run with another {', '.join(differing)}. Give the same "
+                    f"{self.folder.parent}: holds an unfinished run with another {named}. Give the same "
                     "options to go on with it, or --restart to begin anew."
                 )
             return True
@@ -97,6 +100,13 @@ class Journal:
 
     def _tensors_file(self, entry: str) -> Path:
         return self.folder / f"{entry}.safetensors"
+
+
+def difference(name: str, begun: Any, now: Any) -> str:
+    """What differs between two runs, with both values where they are words or numbers: not digests, nor nothing."""
+    both = [str(value) for value in (begun, now) if isinstance(value, int | float | str)]
+    is_readable = len(both) == 2 and all(len(value) <= READABLE for value in both)
+    return f"{name} ({both[0]}, and now {both[1]})" if is_readable else name
 
 
 class StoredTensors(Mapping[str, Tensor]):

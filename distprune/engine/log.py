@@ -92,9 +92,10 @@ class RunLog(Progress):
     def tell(self, event: str, level: int = logging.INFO, **fields: Any) -> None:
         LOGGER.log(level, event, extra={"fields": {"run": self._run, **fields}})
 
-    def run_began(self, config: PruneConfig, goes_on: bool) -> None:
-        settings = config.model_dump(mode="json", include={"model", "method", "sparsity", "workers"})
-        self.tell("run resumed" if goes_on else "run started", **settings, distprune=__version__)
+    def run_began(self, config: PruneConfig, goes_on: bool, dtype_reason: str) -> None:
+        settings = config.model_dump(mode="json", include={"model", "method", "sparsity", "workers", "dtype"})
+        event = "run resumed" if goes_on else "run started"
+        self.tell(event, **settings, dtype_reason=dtype_reason, distprune=__version__)
 
     def run_done(self, seconds: Mapping[str, float], decoder_sparsity: float, total_sparsity: float) -> None:
         self.tell("run done", decoder_sparsity=decoder_sparsity, total_sparsity=total_sparsity, seconds=dict(seconds))

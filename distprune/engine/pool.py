@@ -129,6 +129,7 @@ class WorkerPool:
         self._waiting: list[Share] = []  # workers whose call's next step is not known yet
         self._took: dict[str, list[float]] = {}
         self._starting: dict[Any, Any] = {}
+        self._at_hand: dict[int, Any] = {}  # by its id, where a value that was just fetched lies on this node
         self._idle: deque[Any] = deque()
         self.workers = self._crew.workers
         for _ in range(count):
@@ -170,8 +171,11 @@ class WorkerPool:
             self._hand_next(running.share)
 
     def put(self, value: Any) -> Any:
-        """A value as an argument that many calls can share."""
-        return self._crew.gives(value)
+        """A value as an argument that many calls can share.
+
+        What a worker on this node has just given is passed on as it lies there, without a copy.
+        """
+        return self._at_hand.get(id(value)) or self._crew.gives(value)
 
     def get(self, put: Sequence[Any]) -> list[Any]:
         """Values that were put."""
@@ -218,7 +222,10 @@ class WorkerPool:
         else:
             self._go_on(Share(share.worker, call, share.number + 1))
         if is_new:
+            if self._crew.is_on_this_node(share.worker):
+                self._at_hand = dict(zip(map(id, values), running.results, strict=True))
             share.step.then(*values)
+            self._at_hand = {}
 
     def _go_on(self, share: Share) -> None:
         """Take the step, or keep the worker until it is known."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from distprune.budgets import Target, target_of
@@ -23,12 +24,12 @@ from distprune.checkpoint import (
 )
 from distprune.config import PruneConfig
 from distprune.errors import InputError
-from distprune.families import Family, family_of
+from distprune.families import UNTIED, Family, family_of, untied_where_different, with_embedding
+from distprune.hardware import AUTO, ComputeDtype, compute_dtype
 from distprune.methods import Method, make_method
 from distprune.modeling import PrunedConfig
 from distprune.version import __version__
 
-BYTES_OF_FLOAT32 = 4
 #: Layers whose gradients lie in the journal at once, as long as profiles take no longer than passes.
 GRADIENTS_KEPT = 2
 
@@ -45,18 +46,31 @@ class Job:
     dense: PrunedConfig
     method: Method
     target: Target
+    notes: tuple[str, ...] = ()  # what the run says of itself
 
     @property
     def needs_gradients(self) -> bool:
         """Whether there is a gradient pass."""
         return needs_gradients(self.method, self.dense)
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the checkpoint's weights."""
+        return self.checkpoint.tensors[self.family.embedding].dtype
+
+    def computed_in(self, dtype: ComputeDtype) -> Job:
+        """The same run, its configuration's dtype settled."""
+        return replace(self, config=self.config.model_copy(update={"dtype": dtype.name}))
+
     def whole_folder(self) -> Path:
         """The model's folder with its weights, which a hub model's are fetched into."""
         return self.hub.fetch_all() if self.hub else self.model_path
 
     def identity(self, device: str) -> dict[str, Any]:
-        """All that decides the bytes of the result on one kind of device, as JSON would give it back."""
+        """All that decides the bytes of the result on one kind of device, as JSON would give it back.
+
+        The dtype is among it, so it has to be settled: a run never resumes in another one.
+        """
         texts = self.config.calibration, self.config.distill and self.config.distill.calibration
         calibration, distillation = (path and open_calibration(path).fingerprint for path in texts)
         return self.config.decisive() | {
@@ -74,17 +88,16 @@ def check_job(config: PruneConfig) -> Job:
     """Validate a run from its configuration, the checkpoint's headers and the calibration set's metadata.
 
     Raises:
-        InputError: names what is wrong and how to mend it. Nothing has been written by then.
+        InputError: names what is wrong and how to fix it. Nothing has been written by then.
     """
+    check_apart(config)
     prepare_output(config.output, config.overwrite)
     method = make_method(config.method, config.options)
-    hub, checkpoint = open_model(config)
-    model_path = checkpoint.path
-    family = family_of(checkpoint.config)
-    dense = family.dense_config(checkpoint.config)
-    check_tensors(checkpoint, family, dense)
-    target = target_of(config, dense)
-    method.check_target(target, config.align)
+    hub, stored = open_model(config)
+    model_path, family = stored.path, family_of(stored.config)
+    stored = with_embedding(stored, family)
+    dense = family.dense_config(stored.config)
+    check_tensors(stored, family, dense)
     texts = config.calibration, config.distill and config.distill.calibration
     for path in filter(None, texts):
         tokenizer = load_tokenizer(model_path, config.trust_remote_code)
@@ -93,9 +106,42 @@ def check_job(config: PruneConfig) -> Job:
         check_can_be_split(config, texts)
     if needs_gradients(method, dense):
         check_has_targets(config)
+    checkpoint = untied_where_different(stored, family)  # the one check that may read weights, so after the others
+    dense = family.dense_config(checkpoint.config)
+    check_tensors(checkpoint, family, dense)
+    target = target_of(config, dense, family.stored_sizes(checkpoint.tensors, dense))
+    method.check_target(target, config.align)
     there = folder_size(partial_directory(config.output))
-    check_free_space(config.output, space_needed(config, checkpoint, dense, method) - there)
-    return Job(config, model_path, hub, checkpoint, family, dense, method, target)
+    check_free_space(config.output, space_needed(config, checkpoint, family, dense, method) - there)
+    notes = (UNTIED,) if checkpoint is not stored else ()
+    return Job(config, model_path, hub, checkpoint, family, dense, method, target, notes)
+
+
+def check_apart(config: PruneConfig) -> None:
+    """See that neither the output nor the folder that it is made in is, holds or lies in something that is read.
+
+    Links are followed: what counts is where things lie.
+
+    Raises:
+        InputError: one of them does; names both.
+    """
+    model = Path(config.model).expanduser()
+    read = {"the model": None if is_hub_id(config.model) else model, "the calibration set": config.calibration}
+    if config.distill:
+        read["distillation's calibration set"] = config.distill.calibration
+    for what, path in read.items():
+        for folder in (config.output, partial_directory(config.output)):
+            if path is not None and overlap(path, folder):
+                raise InputError(
+                    f"{config.output}: a run writes there and to {partial_directory(config.output)}, and one of these "
+                    f"is, holds or lies in {what} ({path}). Choose an output elsewhere."
+                )
+
+
+def overlap(path: Path, folder: Path) -> bool:
+    """Whether one is the other or lies somewhere inside it, links followed."""
+    one, other = path.resolve(), folder.expanduser().resolve()
+    return one == other or one in other.parents or other in one.parents
 
 
 def open_model(config: PruneConfig) -> tuple[HubModel | None, Checkpoint]:
@@ -137,20 +183,32 @@ def check_has_targets(config: PruneConfig) -> None:
         )
 
 
-def space_needed(config: PruneConfig, checkpoint: Checkpoint, dense: PrunedConfig, method: Method) -> int:
-    """Bytes that a run may come to hold in its work folder."""
-    # Parts and the shards merged from them lie side by side for a moment.
-    weights = 2 * sum(info.nbytes for info in checkpoint.tensors.values())
+def space_needed(
+    config: PruneConfig, checkpoint: Checkpoint, family: Family, dense: PrunedConfig, method: Method
+) -> int:
+    """Bytes that a run may come to hold in its work folder: profiles to the end, and the most that lies there beside
+    them when gradients, pruned layers or the shards that these become are made."""
     tokens = config.samples * config.sequence_length
     if config.calibration is not None:
         tokens = open_calibration(config.calibration).tokens.size
-    # Of every block hidden states wait there, and those of one layer more while they are replaced; for gradients, those
-    # of every layer and of the model's end, with the gradients of some. So do profiles.
     layers = dense.num_hidden_layers
-    blocks = -(-layers // config.block_length(layers))
-    states = layers + 1 + GRADIENTS_KEPT if needs_gradients(method, dense) else blocks + 1
+    weights = sum(info.nbytes for info in checkpoint.tensors.values())
     profiles = sum(method.profile_bytes(dense.hidden_size, dense.layer_shape(index)) for index in range(layers))
-    return weights + states * tokens * dense.hidden_size * BYTES_OF_FLOAT32 + profiles
+    states = tokens * dense.hidden_size * expected_itemsize(config, checkpoint.tensors[family.embedding].dtype)
+    # Of every layer and of the model's end, with the gradients of some; or of every block, and of one layer more.
+    passing = (layers + 1 + GRADIENTS_KEPT) * states if needs_gradients(method, dense) else 0
+    pruning = (-(-layers // config.block_length(layers)) + 1) * states + weights
+    # Parts and the shard that is made of them lie side by side for a moment.
+    assembling = weights + min(weights, config.max_shard_size)
+    return profiles + max(passing, pruning, assembling)
+
+
+def expected_itemsize(config: PruneConfig, stored: torch.dtype) -> int:
+    """Bytes of a number in hidden states, as far as can be told before the workers' hardware is known."""
+    if config.dtype != AUTO:
+        return getattr(torch, config.dtype).itemsize
+    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return stored.itemsize if on_gpu else compute_dtype(stored, "cpu").dtype.itemsize
 
 
 def folder_size(folder: Path) -> int:

@@ -43,7 +43,9 @@ class RunRecord:
     """Parameters are counts, memory is in bytes, times are in seconds.
 
     Attributes:
+        dtype: that of forward passes.
         predicted_loss, gap: what the plan says of itself, see :class:`distprune.methods.Plan`; None of most methods.
+        notes: what the run says of itself: where it took the model for something else than its configuration says.
     """
 
     model: str
@@ -60,10 +62,12 @@ class RunRecord:
     fingerprint: str
     workers: int
     device: str
+    dtype: str
     peak_memory_driver: PeakMemory
     peak_memory_workers: list[PeakMemory]
     seconds: Mapping[str, float]
     layers: list[LayerRecord] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def decoder_sparsity(self) -> float:
@@ -132,6 +136,7 @@ def load_record(folder: Path) -> RunRecord:
         layers = [read_layer(layer) for layer in stored.pop("layers")]
         driver = PeakMemory(**stored.pop("peak_memory_driver"))
         workers = [PeakMemory(**peak) for peak in stored.pop("peak_memory_workers")]
+        stored.setdefault("dtype", "not recorded")  # as it was before dtypes were settled
         return RunRecord(**stored, layers=layers, peak_memory_driver=driver, peak_memory_workers=workers)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file}: is not a run's record ({error}). Prune the model again.") from None

@@ -16,7 +16,8 @@ from distprune.engine.pool import Call, WorkerPool
 from distprune.engine.transport import Parcel
 from distprune.engine.write_behind import write_behind
 
-# Pieces for every worker: the more, the sooner all of them are at work, and the more calls.
+# Pieces for every worker: the more, the sooner all of them are at work, and the more calls. Even a single worker works
+# on one while the driver passes on the one before.
 PIECES_PER_WORKER = 4
 
 #: A worker's method and its arguments.
@@ -77,7 +78,7 @@ class Relay(ABC):
     def begin(self, first: int, samples: Parcel) -> None:
         """Give a station all that it gets at once, in the pieces that the stations after it will get."""
         workers = len(self.pool.workers)
-        self._pieces = split(len(samples.array), self.micro_batch, PIECES_PER_WORKER * workers if workers > 1 else 1)
+        self._pieces = split(len(samples.array), self.micro_batch, PIECES_PER_WORKER * workers)
         self._next = first
         self._open_until(first + workers)
         for piece in self._pieces:

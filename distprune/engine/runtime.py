@@ -22,6 +22,7 @@ from ray.exceptions import (
 
 from distprune.config import PruneConfig
 from distprune.engine.cluster import WorkerPlan, count_fitting
+from distprune.engine.sites import Site
 from distprune.engine.tasks import ForgottenError
 from distprune.engine.transport import fetch, in_pieces, put
 from distprune.engine.weights import WeightAccess
@@ -65,6 +66,10 @@ class RayRuntime:
     def wait(self, results: Sequence[ObjectRef], count: int = 1, timeout: float | None = None) -> list[ObjectRef]:
         """Those of the results that are there as soon as ``count`` are, or after ``timeout`` seconds."""
         return ray.wait(list(results), num_returns=count, timeout=timeout, fetch_local=False)[0]
+
+    def holds_results_of(self, site: Site) -> bool:
+        """Whether what a worker there gives lies on this node from the first, and stays when the worker is lost."""
+        return site.node_id == ray.get_runtime_context().get_node_id()
 
     def fetch(self, results: Sequence[ObjectRef]) -> list[Any]:
         """The values of a call's results.

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from distprune.backward import backward
 from distprune.calibration import CalibrationMetadata, draw_calibration
+from distprune.checks import check_solution
 from distprune.config import PruneConfig
-from distprune.decoder_layer import DecoderLayer, LayerShape
+from distprune.decoder_layer import DecoderLayer, LayerShape, stored_like
 from distprune.distillation import Exercise, Lesson, distill
-from distprune.engine.checks import check_gradient, check_hidden_states, check_solution
 from distprune.engine.report import Report, Stopwatch, convergence_warnings
 from distprune.engine.weights import Model
 from distprune.forward import LayerRunner
@@ -30,7 +30,7 @@ from distprune.statistics import LayerStatistics, Moment, taps_of
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """A layer after pruning: its tensors in the checkpoint's dtype, and what reaches the next layer."""
+    """A layer after pruning: its tensors in the dtypes of the checkpoint's, and what reaches the next layer."""
 
     layer: DecoderLayer
     output: Tensor | None
@@ -77,7 +77,8 @@ class OpenHead:
 class LayerTasks:
     """The tasks of one run on one device. Holds the open checkpoint, and no weights but those of its open layer.
 
-    Layers run on ``device``, and are solved on ``solve_device``, where their statistics are.
+    Layers run on ``device`` in the configuration's dtype, which the driver has settled, and are solved on
+    ``solve_device``, where their statistics are.
     """
 
     def __init__(self, config: PruneConfig, model: Model, device: torch.device):
@@ -85,13 +86,8 @@ class LayerTasks:
         self.solve_device = torch.device("cpu") if config.offload else device
         self.family, self.dense, self.checkpoint = model.family, model.dense, model.checkpoint
         self.method = make_method(config.method, config.options)
-        self.runner = LayerRunner(self.dense, device, self._compute_dtype(), config.micro_batch)
+        self.runner = LayerRunner(self.dense, device, getattr(torch, config.dtype), config.micro_batch)
         self._open: OpenLayer | OpenHead | None = None
-
-    def _compute_dtype(self) -> torch.dtype:
-        if self.config.dtype == "auto":
-            return self.checkpoint.tensors[self.family.embedding].dtype
-        return getattr(torch, self.config.dtype)
 
     def check_layer(self, index: int) -> None:
         """Read a layer's weights and see that they are finite numbers.
@@ -117,6 +113,7 @@ class LayerTasks:
             sequence_length=self.config.sequence_length,
             seed=self.config.seed,
             device=self.device.type,
+            dtype=self.runner.dtype,
             trust_remote_code=self.config.trust_remote_code,
         )
 
@@ -142,7 +139,6 @@ class LayerTasks:
         """
         opened = self._opened(index, piece)
         output = self.runner.run(opened.layer, index, hidden_states, **opened.observation)
-        check_hidden_states(output, index)
         opened.pieces += 1
         return output
 
@@ -193,7 +189,6 @@ class LayerTasks:
         """
         opened = self._opened_head()
         gradient, losses = opened.head.gradient(hidden_states, torch.from_numpy(tokens.astype("int64")))
-        check_gradient(gradient, "the model's end")
         opened.losses.append(losses)
         return gradient
 
@@ -226,7 +221,6 @@ class LayerTasks:
         """
         opened = self._opened(index, piece)
         result = backward(self.runner, opened.layer, index, hidden_states, gradient, **opened.observation)
-        check_gradient(result, f"layer {index}")
         opened.pieces += 1
         return result
 
@@ -236,9 +230,7 @@ class LayerTasks:
         Raises:
             InputError: the model's activations exceed the range of the dtype.
         """
-        output = self.runner.run(self.read_layer(index), index, hidden_states)
-        check_hidden_states(output, index)
-        return output
+        return self.runner.run(self.read_layer(index), index, hidden_states)
 
     def prune(
         self,
@@ -277,7 +269,7 @@ class LayerTasks:
             pruned = self.method.prune(layer.to(self.solve_device), planned, statistics, profile, observe)
         if pruned.shape != planned:
             raise AssertionError(f"{self.method.name} gave layer {index} {pruned.shape}, planned {planned}")
-        pruned = pruned.to(layer.dtype)
+        pruned = stored_like(pruned, layer)
         check_solution(pruned, index)
         clock.lap("solve")
         output = self.runner.run(pruned, index, hidden_states) if propagate else None

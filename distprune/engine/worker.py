@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 
 import numpy as np
@@ -13,6 +12,7 @@ from ray.actor import ActorHandle
 from distprune.calibration import CalibrationMetadata
 from distprune.config import PruneConfig
 from distprune.decoder_layer import LayerShape, layer_from_state, state_of
+from distprune.determinism import make_cuda_deterministic
 from distprune.distillation import Exercise, Lesson
 from distprune.engine.lessons import Lessons
 from distprune.engine.memory import PeakMemory, keep_freed_memory, peak_memory
@@ -38,9 +38,7 @@ class Worker:
         torch.set_num_threads(config.threads_per_worker)
         keep_freed_memory()
         if device == "cuda":
-            # Attention's backward pass adds up in any order unless told not to.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            make_cuda_deterministic()
         self.config = config
         self.model = WeightAccess.from_json(said["model"], weight_server)
         self.device: str = device

@@ -15,6 +15,7 @@ from distprune.calibration.model import check_sequence_length, input_device, loa
 from distprune.calibration.sources import read_text
 from distprune.calibration.tokenizer import load_tokenizer, tokenize
 from distprune.errors import InputError
+from distprune.hardware import AUTO, name_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class PerplexityResult:
     """`nll`: mean negative log-likelihood in nats a predicted token; `perplexity` = exp(nll).
 
     `tokens`: how many were predicted, which is windows * (sequence_length - 1); `seconds`: spent in the
-    forward passes, loading aside.
+    forward passes, loading aside; `dtype`: what they were computed in.
     """
 
     perplexity: float
@@ -31,6 +32,7 @@ class PerplexityResult:
     windows: int
     sequence_length: int
     seconds: float
+    dtype: str
 
 
 def evaluate_perplexity(
@@ -40,7 +42,7 @@ def evaluate_perplexity(
     max_tokens: int | None = None,
     batch_size: int = 16,
     device: str = "auto",
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype = AUTO,
     trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PerplexityResult:
@@ -128,4 +130,5 @@ def _perplexity_of_windows(
         windows=count,
         sequence_length=length,
         seconds=time.perf_counter() - start,
+        dtype=name_of(model.dtype),
     )

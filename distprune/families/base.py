@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from distprune.budgets import StoredSizes
+from distprune.checkpoint import TensorInfo
 from distprune.decoder_layer import DecoderLayer, layer_from_state, state_of
 from distprune.modeling import LayerShape, PrunedConfig, layer_tensor_shapes
 
@@ -85,7 +88,7 @@ class Family:
         return shapes
 
     def unknown_tensors(self, names: Iterable[str], dense: PrunedConfig) -> list[str]:
-        """The checkpoint's tensors that this family has no place for; a tied head stored twice is not one."""
+        """The checkpoint's tensors that this family has no place for; a tied head's copy of the embedding has one."""
         known = {self.head, *self.tensor_shapes(dense)}
         return [name for name in names if name not in known and not name.endswith(self.ignored_suffixes)]
 
@@ -98,9 +101,24 @@ class Family:
         prefix = self.layer_prefix.format(index=index)
         return {prefix + name: tensor for name, tensor in state_of(layer).items()}
 
+    def stored_sizes(self, tensors: Mapping[str, TensorInfo], dense: PrunedConfig) -> StoredSizes:
+        """How large the numbers of the checkpoint's tensors are."""
+        layers = []
+        for index in range(dense.num_hidden_layers):
+            prefix = self.layer_prefix.format(index=index)
+            names = self.layer_shapes(dense, index)
+            layers.append({name.removeprefix(prefix): tensors[name].dtype.itemsize for name in names})
+        return StoredSizes(tuple(layers), sum(tensors[name].nbytes for name in self.outer_shapes(dense)))
+
     def stock_config(self, config: PreTrainedConfig, shape: LayerShape) -> PreTrainedConfig:
-        """The original architecture's configuration when every layer has ``shape``, all widths being equal."""
-        stock = copy.deepcopy(config)
+        """The original architecture's configuration when every layer has ``shape``, all widths being equal.
+
+        It is transformers' own class, whatever code came with the model: what is pruned runs without that.
+        """
+        described = config.to_dict()
+        described.pop("auto_map", None)
+        stock = type(AutoConfig.for_model(self.model_type)).from_dict(described)
+        stock.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.model_type]]
         stock.intermediate_size = shape.ffn_width
         stock.num_attention_heads = shape.query_heads
         stock.num_key_value_heads = shape.kv_heads

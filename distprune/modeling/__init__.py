@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from . import configuration_distprune, modeling_distprune
-from .configuration_distprune import LayerShape, PrunedConfig
+from .configuration_distprune import LayerShape, PrunedConfig, is_ours
 from .modeling_distprune import (
     CACHE,
     Factorable,
@@ -38,9 +38,34 @@ def register_auto_classes() -> None:
     AutoConfig.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)
     AutoModel.register(PrunedConfig, PrunedModel, exist_ok=True)
     AutoModelForCausalLM.register(PrunedConfig, PrunedForCausalLM, exist_ok=True)
+    _let_auto_config_know()
     PrunedConfig.register_for_auto_class("AutoConfig")
     PrunedModel.register_for_auto_class("AutoModel")
     PrunedForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+
+def _let_auto_config_know() -> None:
+    """Let AutoConfig give our configuration for config.json files that our configuration wrote.
+
+    They are of the base model's type, so that tokenizers and tools know them; and a type that transformers has can't be
+    registered for such files alone.
+    """
+    if hasattr(AutoConfig.from_pretrained, "knows_pruned"):
+        return
+    opened_by_type = AutoConfig.from_pretrained
+
+    @wraps(opened_by_type)
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        opened = opened_by_type(pretrained_model_name_or_path, **kwargs)
+        config = opened[0] if isinstance(opened, tuple) else opened
+        if not is_ours(getattr(config, "hidden_act", None)):
+            return opened
+        given = {name: value for name, value in kwargs.items() if name not in ("trust_remote_code", "code_revision")}
+        given["name_or_path"] = str(pretrained_model_name_or_path)  # as AutoConfig does
+        return PrunedConfig.from_pretrained(pretrained_model_name_or_path, **given)
+
+    from_pretrained.knows_pruned = True
+    AutoConfig.from_pretrained = classmethod(from_pretrained)
 
 
 def copy_modeling_files(directory: str | Path) -> list[Path]:

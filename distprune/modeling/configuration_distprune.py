@@ -3,11 +3,48 @@
 # No `from __future__ import annotations` here: @strict checks each field against its evaluated annotation.
 
 import copy
+import json
 from dataclasses import asdict, dataclass, replace
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
+
+# In config.json, the activation is called this, and its real name is kept under another key. The base model's class,
+# which transformers would build from the file by its model_type, then ends with an error that says what to do.
+NEEDS_OUR_CODE = "of a model pruned by distprune: pass trust_remote_code=True, or import distprune"
+REAL_ACTIVATION = "pruned_hidden_act"
+
+
+def as_written(described: dict) -> dict:
+    """A configuration as config.json has it: of the base model's type, which tokenizers and tools look at."""
+    layer_type = "full_attention" if described.get("sliding_window") is None else "sliding_attention"
+    written = described | {
+        "model_type": described["base_model_type"],
+        "hidden_act": NEEDS_OUR_CODE,
+        REAL_ACTIVATION: described["hidden_act"],
+    }
+    # By itself that key makes transformers take a Mistral for a Ministral.
+    if set(described["layer_types"]) == {layer_type}:
+        del written["layer_types"]
+    return written
+
+
+def as_read(described: dict) -> dict:
+    """The inverse of :func:`as_written`; what was not written by it stays as it is."""
+    if not is_ours(described.get("hidden_act")):
+        return described
+    read = dict(described)
+    return read | {
+        "model_type": PrunedConfig.model_type,
+        "base_model_type": described["model_type"],
+        "hidden_act": read.pop(REAL_ACTIVATION),
+    }
+
+
+def is_ours(hidden_act: str | None) -> bool:
+    """Whether a configuration with that activation is one that :func:`as_written` gave."""
+    return hidden_act == NEEDS_OUR_CODE
 
 
 @dataclass(frozen=True)
@@ -149,6 +186,16 @@ class PrunedConfig(PreTrainedConfig):
         self._check_layer_types()
         self._check_layer_shapes()
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        described, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return as_read(described), unused
+
+    def to_json_file(self, json_file_path, use_diff: bool = True):
+        described = json.loads(self.to_json_string(use_diff))
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(as_written(described), indent=2, sort_keys=True) + "\n")
 
     def dense_shape(self) -> LayerShape:
         """The shape of a layer of the original model, from which nothing was removed."""

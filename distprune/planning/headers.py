@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from distprune.checkpoint import Checkpoint, TensorInfo, find_on_hub, is_hub_id, open_on_hub, resolve_model
 from distprune.errors import InputError
-from distprune.families import Family, family_of
+from distprune.families import Family, family_of, with_embedding
 from distprune.modeling import PrunedConfig
 
 
@@ -26,12 +26,16 @@ def open_headers(source: str, revision: str | None = None, trust_remote_code: bo
     if path.suffix.lower() == ".gguf":
         return _gguf_headers(path)
     if is_hub_id(source):
-        return open_on_hub(find_on_hub(source, revision), trust_remote_code)
-    return Checkpoint.open(resolve_model(source, revision=revision), trust_remote_code)
+        checkpoint = open_on_hub(find_on_hub(source, revision), trust_remote_code)
+    else:
+        checkpoint = Checkpoint.open(resolve_model(source, revision=revision), trust_remote_code)
+    return with_embedding(checkpoint, family_of(checkpoint.config))
 
 
 def dense_model(checkpoint: Checkpoint) -> tuple[Family, PrunedConfig]:
     """The checkpoint's family and its unpruned geometry, which its tensors are seen to have.
+
+    A head that is stored beside a tied embedding is taken for its copy: whether it is takes both tensors' data.
 
     Raises:
         InputError: the family is not supported, or a tensor is missing, has another shape or is one too many.

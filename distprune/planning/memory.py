@@ -63,7 +63,7 @@ def plan_memory(scenario: Scenario) -> MemoryPlan:
     placement, on_gpu = scenario.placement, scenario.placement.device == "cuda"
     store = _store_peak(scenario)
     shared = store if scenario.cluster.host_memory is None else min(store, STORE_SHARE * scenario.cluster.host_memory)
-    task = FRAGMENTATION * max(_task_peaks(scenario).values())
+    task = FRAGMENTATION * max(task_peaks(scenario).values())
     device = task if on_gpu else 0.0
     private = (BASE_RESIDENT_CUDA if on_gpu else BASE_RESIDENT) + max(
         _host_of_tasks(scenario) + (0.0 if on_gpu else task), _own_samples(scenario)
@@ -83,7 +83,7 @@ def plan_memory(scenario: Scenario) -> MemoryPlan:
 # ---------------------------------------------------------------- where the layer is
 
 
-def _task_peaks(scenario: Scenario) -> dict[str, float]:
+def task_peaks(scenario: Scenario) -> dict[str, float]:
     """Bytes on the device where layers run, by task: the greatest layer's."""
     layers = _different_layers(scenario)
     profiling = max(_peak(scenario, index, pruning=False) for index in layers)
@@ -296,7 +296,8 @@ def _own_samples(scenario: Scenario) -> float:
     dense, rows = scenario.dense, min(OWN_SAMPLES_BATCH, scenario.config.samples)
     cached = 2 * dense.num_key_value_heads * dense.head_dim * scenario.layers * scenario.config.sequence_length
     logits = rows * dense.vocab_size * (FLOAT32 + FLOAT32 + 8)
-    return scenario.bytes_before + scenario.outer_bytes + rows * cached * scenario.dtype.itemsize + logits
+    weights = (scenario.bytes_before + scenario.outer_bytes) * scenario.dtype.itemsize // scenario.stored_dtype.itemsize
+    return weights + rows * cached * scenario.dtype.itemsize + logits
 
 
 def _driver(scenario: Scenario) -> float:

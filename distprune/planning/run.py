@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+import torch
+
 from distprune.config import PruneConfig
+from distprune.families import family_of
+from distprune.hardware import AUTO, ComputeDtype, compute_dtype
 from distprune.planning import memory as constants
 from distprune.planning.cluster import Cluster
 from distprune.planning.headers import open_headers
@@ -21,6 +25,7 @@ class RunPlan:
     """Parameters are counts, memory is in bytes, times are in seconds.
 
     Attributes:
+        dtype, dtype_reason: of forward passes, and why it is that one.
         blocks, block_length: runs of layers that are pruned on each other's outputs, and the layers of each.
         bytes_read: from the checkpoint, over all workers and stages; the page cache may serve a part of it.
         bytes_stored: put into the object store, over the run.
@@ -32,6 +37,8 @@ class RunPlan:
     method: str
     sparsity: float
     device: str
+    dtype: str
+    dtype_reason: str
     hardware: str
     workers: int
     cluster: Cluster
@@ -64,7 +71,7 @@ def plan_run(
     """What a run would take. Reads configuration, headers and the calibration sets' sizes alone, and writes nothing.
 
     Args:
-        config: the run.
+        config: the run; "auto" is the dtype that this machine's CPU computes in at speed, or the checkpoint's on GPUs.
         cluster: what is to be asked for.
         hardware: a key of :data:`distprune.planning.RATES`; by default "h100" where workers have GPUs, else "cpu".
         rates: fields of :class:`distprune.planning.Rates` to replace.
@@ -74,13 +81,17 @@ def plan_run(
     """
     on_gpu = config.device == "cuda" or (config.device == "auto" and cluster.gpus)
     checkpoint = open_headers(config.model, config.revision, config.trust_remote_code)
-    scenario = make_scenario(config, checkpoint, cluster, hardware or ("h100" if on_gpu else "cpu"), rates or {})
+    dtype = planned_dtype(config, checkpoint.tensors[family_of(checkpoint.config).embedding].dtype, bool(on_gpu))
+    settled = config.model_copy(update={"dtype": dtype.name})
+    scenario = make_scenario(settled, checkpoint, cluster, hardware or ("h100" if on_gpu else "cpu"), rates or {})
     memory, stages = plan_memory(scenario), plan_stages(scenario)
     return RunPlan(
         model=config.model,
         method=config.method,
         sparsity=config.sparsity,
         device=scenario.placement.device,
+        dtype=dtype.name,
+        dtype_reason=dtype.reason,
         hardware=scenario.hardware,
         workers=scenario.placement.workers,
         cluster=cluster,
@@ -99,6 +110,15 @@ def plan_run(
         assumptions=_assumptions(scenario),
         verdict=judge(scenario, memory),
     )
+
+
+def planned_dtype(config: PruneConfig, stored: torch.dtype, on_gpu: bool) -> ComputeDtype:
+    """The dtype of forward passes, on GPUs from Ampere on or on CPUs like this machine's."""
+    if config.dtype != AUTO:
+        return ComputeDtype(getattr(torch, config.dtype), "as --dtype asks")
+    if on_gpu and stored.itemsize == 2:
+        return ComputeDtype(stored, "the checkpoint's own dtype, for which GPUs before Ampere would have no units")
+    return compute_dtype(stored, "cpu")
 
 
 def _assumptions(scenario: Scenario) -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from distprune.budgets import Target, layer_parameters, outer_parameters, target_of
+from distprune.budgets import Target, amount, decoder_parameters, outer_parameters, target_of
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
@@ -110,8 +110,6 @@ class Scenario:
     @property
     def dtype(self) -> torch.dtype:
         """Of forward passes."""
-        if self.config.dtype == "auto":
-            return self.checkpoint.tensors[self.family.embedding].dtype
         return getattr(torch, self.config.dtype)
 
     @property
@@ -128,8 +126,7 @@ class Scenario:
     def pieces(self) -> int:
         """In how many pieces the samples go through the dense pass, and the gradient pass."""
         batches = -(-self.calibration.samples // self.config.micro_batch)
-        workers = self.placement.workers
-        return min(batches, PIECES_PER_WORKER * workers) if workers > 1 else 1
+        return min(batches, PIECES_PER_WORKER * self.placement.workers)
 
     # ---------------------------------------------------------------- distillation
 
@@ -258,7 +255,8 @@ class Scenario:
         widths = tap_widths(shape, self.hidden)
         batches = -(-self.calibration.samples // self.config.micro_batch)
         measured = total(
-            moment_work(moment, widths, self.calibration.tokens, batches, self.dtype.itemsize) for moment in moments
+            moment_work(moment, widths, self.calibration.tokens, batches, self.dtype.itemsize, self.placement.device)
+            for moment in moments
         )
         moved = self.moved(2 * self.hidden_states(self.calibration))
         if self.offloads:  # what a micro-batch adds comes to the host, and is read there beside the total
@@ -270,13 +268,22 @@ class Scenario:
 def make_scenario(
     config: PruneConfig, checkpoint: Checkpoint, cluster: Cluster, hardware: str, rate_overrides: Mapping[str, float]
 ) -> Scenario:
-    """
+    """A run to plan for.
+
+    Args:
+        config: with its dtype settled.
+        checkpoint: its headers.
+        cluster: what the run would be on.
+        hardware: a key of :data:`distprune.planning.RATES`.
+        rate_overrides: rates by name that replace those.
+
     Raises:
         InputError: the checkpoint can't be pruned, or not so far, or a calibration set doesn't fit it.
     """
     method = make_method(config.method, config.options)
     family, dense = dense_model(checkpoint)
-    target = target_of(config, dense)
+    sizes = family.stored_sizes(checkpoint.tensors, dense)
+    target = target_of(config, dense, sizes)
     shapes = tuple(expected_shapes(method, target, config.align))
     own = TokenSet(config.samples, config.sequence_length)
     calibration = _token_set(config.calibration, dense) or own
@@ -286,8 +293,6 @@ def make_scenario(
     _check_length(calibration, dense)
     tensors, indices = checkpoint.tensors, range(dense.num_hidden_layers)
     layers = [[tensors[name] for name in family.layer_shapes(dense, index)] for index in indices]
-    dtype = layers[0][0].dtype  # a pruned layer's tensors are all of its first norm's
-    counts = (layer_parameters(dense, index, shape) for index, shape in enumerate(shapes))
     return Scenario(
         config=config,
         checkpoint=checkpoint,
@@ -300,9 +305,12 @@ def make_scenario(
         target=target,
         shapes=shapes,
         stored_bytes=tuple(sum(info.nbytes for info in layer) for layer in layers),
-        pruned_bytes=tuple(dtype.itemsize * count for count in counts),
+        pruned_bytes=tuple(
+            amount("bytes", dense, index, shape, sizes.layers[index]) for index, shape in enumerate(shapes)
+        ),
         outer_bytes=sum(tensors[name].nbytes for name in family.outer_shapes(dense)),
-        stored_dtype=dtype,
+        # Of the largest tensor, a matrix: norms may be stored in another.
+        stored_dtype=max(layers[0], key=lambda info: info.nbytes).dtype,
         calibration=calibration,
         lessons=lessons,
     )
@@ -327,7 +335,7 @@ def _check_length(texts: TokenSet, dense: PrunedConfig) -> None:
 def parameter_counts(scenario: Scenario) -> dict[str, int]:
     """Of the decoder layers and of everything, before and after."""
     before = scenario.target.dense
-    after = scenario.bytes_after // scenario.stored_dtype.itemsize
+    after = decoder_parameters(scenario.dense, scenario.shapes)
     outer = outer_parameters(scenario.dense)
     return {
         "decoder_parameters_before": before,

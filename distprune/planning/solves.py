@@ -107,7 +107,7 @@ def _curvature_profile(problem: Problem) -> Solve:
         workspace = max(workspace, left + _elimination_path_workspace(width, hidden))
     if problem.has_gram("ffn_input"):
         for kept in (ceil(share * dense.ffn_width) for share in BRANCH_SHARES):
-            work += _branch(kept, dense.ffn_width, hidden) + _truncation(hidden, hidden)
+            work += _branch(kept, dense.ffn_width, hidden) + _truncation_errors(hidden)
             truncating = 16.0 * hidden**2 + _truncation_workspace(hidden, hidden)
             workspace = max(workspace, left + max(_branch_workspace(kept, dense.ffn_width, hidden), truncating))
     return Solve(work, workspace)
@@ -142,6 +142,11 @@ def _truncation(out: int, inputs: int) -> Work:
     """A root, the projection in both metrics, its left singular vectors, and what they are outside the metric."""
     products = 4.0 * out**2 * inputs + 2.0 * out * inputs**2
     return Work(solve_float64=products + (1 / 3 + 5.0) * out**3, eigen=9.0 * out**3)
+
+
+def _truncation_errors(width: int) -> Work:
+    """A square map in both metrics, and its eigenvalues alone."""
+    return Work(solve_float64=6.0 * width**3, eigen=4 / 3 * width**3)
 
 
 def _truncation_workspace(out: int, inputs: int) -> float:

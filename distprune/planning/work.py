@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 from distprune.decoder_layer import LayerShape
 from distprune.planning.rates import Rates
 from distprune.statistics import Cross, Gram, HeadGram, Moment, ScalingPower
-from distprune.statistics.products import TILE
+from distprune.statistics.products import tile_on
 
 FLOAT32 = 4
 
@@ -148,12 +148,14 @@ def moment_size(moment: Moment, widths: dict[str, int]) -> int:
     return width
 
 
-def moment_work(moment: Moment, widths: dict[str, int], tokens: int, batches: int, itemsize: int) -> Work:
+def moment_work(
+    moment: Moment, widths: dict[str, int], tokens: int, batches: int, itemsize: int, device: str = "cpu"
+) -> Work:
     """Of measuring it over all tokens: products where it is one, and passes over activations and totals."""
-    size, width = moment_size(moment, widths), widths[moment.tap]
+    size, width, tile = moment_size(moment, widths), widths[moment.tap], tile_on(device)
     match moment:
         case Gram():
-            computed = sum(min(TILE, width - start) * (width - start) for start in range(0, width, TILE))
+            computed = sum(min(tile, width - start) * (width - start) for start in range(0, width, tile))
         case Cross() | HeadGram():
             computed = size
         case _:

@@ -25,6 +25,7 @@ def plan_summary(plan: RunPlan) -> str:
         [
             f"{plan.model}: {plan.method} at sparsity {plan.sparsity:g}",
             f"{plan.layers} layers in {blocks} of {plan.block_length}; {workers}, {machines}{nodes}",
+            f"forward passes in {plan.dtype}: {plan.dtype_reason}",
             f"calibration: {plan.samples} samples of {plan.sequence_length} tokens",
             f"decoder parameters: {plan.decoder_parameters_before:,} to {plan.decoder_parameters_after:,}",
             f"all parameters: {plan.total_parameters_before:,} to {plan.total_parameters_after:,}",

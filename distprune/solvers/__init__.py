@@ -3,7 +3,12 @@
 from distprune.solvers.box_ridge import box_ridge
 from distprune.solvers.elimination import eliminate, elimination_path
 from distprune.solvers.linear_branch import linear_branch
-from distprune.solvers.low_rank import factor_input_scaled, factor_output_scaled, output_projections
+from distprune.solvers.low_rank import (
+    factor_input_scaled,
+    factor_output_scaled,
+    output_projections,
+    truncation_errors,
+)
 from distprune.solvers.quadratic import QuadraticSolution, solve_box_qp
 from distprune.solvers.relaxed_selection import relaxed_selection
 from distprune.solvers.ridge import prediction_correlation, ridge, ridge_towards
@@ -29,5 +34,6 @@ __all__ = [
     "ridge",
     "ridge_towards",
     "solve_box_qp",
+    "truncation_errors",
     "uncorrelated_rotation",
 ]

@@ -57,10 +57,25 @@ def output_projections(weight: Tensor, gram: Tensor, metric_root: Tensor) -> tup
         left L (out, out) and right M (out, out), in float32, of which a rank r takes the first r columns and rows; and
         the error tr(C ΔW H ΔWᵀ) at every rank, (out + 1,) in float64, falling.
     """
-    seen = metric_root.mT @ weight.double()
-    seen = seen @ gram.double() @ seen.mT
+    seen = seen_in_metrics(weight, gram, metric_root)
     vectors = leading_eigenvectors(seen)
-    energies = (vectors * (seen @ vectors)).sum(dim=0).clamp(min=0)
-    errors = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+    energies = (vectors * (seen @ vectors)).sum(dim=0)
     left = torch.linalg.solve_triangular(metric_root.mT, vectors, upper=True)
-    return left.float(), (vectors.mT @ metric_root.mT).float(), errors
+    return left.float(), (vectors.mT @ metric_root.mT).float(), errors_by_rank(energies)
+
+
+def truncation_errors(weight: Tensor, gram: Tensor, metric_root: Tensor) -> Tensor:
+    """The error at every rank that :func:`output_projections` gives, from eigenvalues alone, which come much sooner."""
+    return errors_by_rank(torch.linalg.eigvalsh(seen_in_metrics(weight, gram, metric_root)).flip(0))
+
+
+def seen_in_metrics(weight: Tensor, gram: Tensor, metric_root: Tensor) -> Tensor:
+    """Rᵀ W H Wᵀ R, (out, out) in float64, whose eigenvalues are the squares of the singular values of Rᵀ W X."""
+    seen = metric_root.mT @ weight.double()
+    return seen @ gram.double() @ seen.mT
+
+
+def errors_by_rank(energies: Tensor) -> Tensor:
+    """What is lost by keeping the first 0, 1... of falling energies, (n + 1,)."""
+    energies = energies.clamp(min=0)
+    return torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])

@@ -14,13 +14,15 @@ from torch import Tensor
 #: Rows of a Gram matrix that are computed at once: few, so that little of what symmetry gives is computed. So many rows
 #: of any product go to the host at once.
 TILE = 256
+#: The same on CUDA, where products of fewer rows don't keep the GPU busy.
+CUDA_TILE = 2048
 
 
 def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
     """Add xᵀy to ``total``, (width of x, width of y), in place; x and y are (tokens, width)."""
-    step = len(total) if total.device == x.device else TILE
+    step = len(total) if total.device == x.device else tile_on(x.device.type)
     with as_exact_as_its(x):
-        x, y = x.float(), y.float()
+        x, y = operand(x), operand(y)
         for rows, columns in zip(total.split(step), x.split(step, dim=1), strict=True):
             _accumulate(rows, columns.mT, y)
 
@@ -31,7 +33,7 @@ def add_head_grams(total: Tensor, x: Tensor) -> None:
     Head by head: a product of all at once would copy x to bring each head's tokens together.
     """
     with as_exact_as_its(x):
-        for gram, of_head in zip(total, x.float().chunk(len(total), dim=1), strict=True):
+        for gram, of_head in zip(total, operand(x).chunk(len(total), dim=1), strict=True):
             _accumulate(gram, of_head.mT, of_head)
 
 
@@ -40,15 +42,28 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
     Only what lies right of the diagonal's tiles is computed: nearly half the operations.
     """
+    tile = tile_on(x.device.type)
     with as_exact_as_its(x):
-        x = x.float()
-        for start in range(0, len(total), TILE):
-            rows = x[:, start : start + TILE]
-            _accumulate(total[start : start + TILE, start:], rows.mT, x[:, start:])
+        x = operand(x)
+        for start in range(0, len(total), tile):
+            rows = x[:, start : start + tile]
+            _accumulate(total[start : start + tile, start:], rows.mT, x[:, start:])
+
+
+def tile_on(device: str) -> int:
+    """Rows of a Gram matrix that are computed at once on a kind of device."""
+    return CUDA_TILE if device == "cuda" else TILE
+
+
+def operand(x: Tensor) -> Tensor:
+    """Activations as products take them: in their own 16 bits on CUDA, else in float32."""
+    return x if x.is_cuda and x.dtype.itemsize == 2 else x.float()
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.device == left.device:
+    if left.dtype != torch.float32:  # multiplied exactly, and summed in float32
+        total.add_(torch.mm(left, right, out_dtype=torch.float32).to(total.device))
+    elif total.device == left.device:
         total.addmm_(left, right)
     else:
         total.add_((left @ right).to(total.device))
@@ -67,13 +82,13 @@ def as_exact_as_its(activations: Tensor) -> Iterator[None]:
     """While open, products of float32 are taken in the narrowest format that holds every bit of the activations.
 
     Of bfloat16 that is bfloat16 itself, which CPUs with matrix units multiply some times as fast and sum in float32 all
-    the same; of float16 it is TF32, which GPUs have.
+    the same.
     """
-    if activations.dtype.itemsize > 2:
+    if activations.dtype != torch.bfloat16:
         yield
         return
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if activations.dtype == torch.bfloat16 else "high")
+    torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:

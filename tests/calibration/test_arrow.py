@@ -187,3 +187,14 @@ def test_a_set_without_rows_is_refused(written):
         writer.write_batch(pa.record_batch([pa.array([], type=schema.field(0).type)], schema=schema))
     with pytest.raises(InputError, match="holds no rows"):
         open_calibration(written)
+
+
+def test_only_a_calibration_set_is_replaced(tmp_path, tokens):
+    path = tmp_path / "text.arrow"
+    for seed in (0, 1):
+        write_calibration(path, tokens, dataclasses.replace(METADATA, seed=seed))
+    assert open_calibration(path).metadata.seed == 1
+    path.write_text("The river runs down to the sea.")
+    with pytest.raises(InputError, match=r"text\.arrow: exists and is no calibration set.*choose another --output"):
+        write_calibration(path, tokens, METADATA)
+    assert path.read_text() == "The river runs down to the sea."

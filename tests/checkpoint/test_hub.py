@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from local_hub import REPOSITORY, join, serving
+from local_hub import REPOSITORY, files_of, join, path_in, serving
 from safetensors.torch import load_file, save_file
 
 from distprune import InputError
-from distprune.checkpoint import Checkpoint, HubModel, disk, find_on_hub, open_on_hub, resolve_model
+from distprune.checkpoint import Checkpoint, HubModel, copy_side_files, disk, find_on_hub, open_on_hub, resolve_model
 
 
 @pytest.fixture
@@ -179,3 +179,46 @@ def test_resolving_fetches_the_whole_model_and_nothing_else(hub, sharded, tiny_m
     folder = resolve_model(REPOSITORY)
     assert set(Checkpoint.open(folder).read(tiny_model.state_dict())) == set(tiny_model.state_dict())
     assert "pytorch_model.bin" not in hub.sent
+
+
+def test_a_single_file_comes_before_an_index_as_it_does_in_a_folder(hub, sharded, single_file):
+    tensors = {name: tensor + 1 for name, tensor in load_file(single_file / "model.safetensors").items()}
+    save_file(tensors, sharded / "model.safetensors")
+    checkpoint = open_on_hub(find_on_hub(REPOSITORY))
+    assert {file.name for file in checkpoint.weight_files} == {"model.safetensors"}
+    name = "model.norm.weight"
+    assert torch.equal(checkpoint.read([name])[name], tensors[name])
+    assert hub.weights_sent() == {"model.safetensors"}
+
+
+def test_a_hub_that_tells_nothing_of_a_single_file_is_an_error_while_shards_are_missing(hub):
+    model = find_on_hub(REPOSITORY)
+    hub.closed = True
+    with pytest.raises(InputError, match=f"model.safetensors of {REPOSITORY} could not be fetched"):
+        open_on_hub(model)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_is_refused_before_any_weight_is_fetched(hub, sharded, alone):
+    (sharded / "adapter_config.json").write_text("{}")
+    if alone:
+        for file in (*sharded.glob("model*"), sharded / "config.json"):
+            file.unlink()
+    with pytest.raises(InputError, match="nothing but an adapter" if alone else "an adapter .* beside the full"):
+        open_on_hub(find_on_hub(REPOSITORY))
+    assert hub.weights_sent() == set()
+
+
+def test_side_files_are_fetched_as_they_are_copied_from_a_folder(hub, sharded, tmp_path):
+    wanted = {"LICENSE.md", "USE_POLICY.md", "additional_chat_templates/tool_use.jinja", "tokenizer.model"}
+    for name in (*wanted, "optimizer.pt", "checkpoint-5/tokenizer.json", "original/params.json", "README.md"):
+        (sharded / name).parent.mkdir(exist_ok=True)
+        (sharded / name).write_text(name)
+    copies = [tmp_path / "of hub", tmp_path / "of folder"]
+    for copy, folder in zip(copies, (find_on_hub(REPOSITORY).folder, sharded), strict=True):
+        copy.mkdir()
+        copy_side_files(folder, copy)
+    of_hub, of_folder = ({path_in(copy, file): file.read_text() for file in files_of(copy)} for copy in copies)
+    assert of_hub == of_folder
+    assert wanted <= set(of_hub) <= wanted | {"generation_config.json"}
+    assert not {"optimizer.pt", "params.json"} & set(hub.sent)

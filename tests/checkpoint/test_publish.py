@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from distprune.checkpoint import copy_side_files, hold_lock, partial_directory, prepare_output, publish
+from distprune.checkpoint import hold_lock, partial_directory, prepare_output, publish
 from distprune.errors import InputError
 
 
@@ -119,54 +119,6 @@ def test_the_old_output_is_put_back_when_the_rename_fails(tmp_path, monkeypatch)
         publish(partial, out, overwrite=True)
     assert (mark(out), mark(partial)) == ("old", "new")
     assert sorted(os.listdir(tmp_path)) == ["out", "out.partial"]
-
-
-# Side files
-
-
-def test_side_files_are_copied_and_weights_configs_and_hidden_files_are_not(tmp_path):
-    source, destination = tmp_path / "source", tmp_path / "destination"
-    source.mkdir()
-    destination.mkdir()
-    copied = {
-        *(
-            "tokenizer.json",
-            "tokenizer.model",
-            "tokenizer_config.json",
-            "vocab.json",
-            "merges.txt",
-            "LICENSE",
-        ),
-        *("special_tokens_map.json", "chat_template.jinja", "generation_config.json"),
-    }
-    left = {
-        *(
-            "model.safetensors",
-            "model-00001-of-00002.safetensors",
-            "model.safetensors.index.json",
-            "config.json",
-        ),
-        *(
-            "pytorch_model.bin",
-            "pytorch_model.bin.index.json",
-            "a.pth",
-            "a.gguf",
-            ".gitattributes",
-            "README.md",
-        ),
-        *("modeling_x.py", "a.onnx"),
-    }
-    for name in copied | left:
-        (source / name).write_text(name)
-    (source / "original").mkdir()
-    (source / "tokenizer.json").rename(tmp_path / "blob")
-    (source / "tokenizer.json").symlink_to(tmp_path / "blob")
-    (source / "blob.idx").touch()
-    os.truncate(source / "blob.idx", 300_000_000)
-    copy_side_files(source, destination)
-    assert set(os.listdir(destination)) == copied
-    assert not (destination / "tokenizer.json").is_symlink()
-    assert all((destination / name).read_text() == name for name in copied)
 
 
 # The lock

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from distprune.checkpoint import Checkpoint
 from distprune.errors import InputError
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
@@ -313,3 +315,94 @@ def test_another_dtype_or_sharding_changes_the_fingerprint(single_file, sharded,
     shutil.copyfile(single_file / "config.json", tmp_path / "half" / "config.json")
     found = {Checkpoint.open(folder).fingerprint() for folder in (single_file, sharded, tmp_path / "half")}
     assert len(found) == 3
+
+
+# ---------------------------------------------------------------- which files transformers would open
+
+
+@pytest.fixture
+def both(single_file, sharded) -> Path:
+    """Shards with their index, and beside them a model.safetensors with other numbers."""
+    tensors = {name: tensor + 1 for name, tensor in load_file(single_file / WEIGHTS).items()}
+    save_file(tensors, sharded / WEIGHTS, metadata={"format": "pt"})
+    return sharded
+
+
+def assert_as_transformers_opens_it(folder: Path) -> None:
+    opened, checkpoint = LlamaForCausalLM.from_pretrained(folder).state_dict(), Checkpoint.open(folder)
+    assert set(checkpoint.tensors) == set(opened)
+    for name, tensor in checkpoint.read(opened).items():
+        assert torch.equal(tensor, opened[name])
+
+
+def test_a_single_file_comes_before_an_index(both):
+    assert_as_transformers_opens_it(both)
+    assert Checkpoint.open(both).weight_files == [both / WEIGHTS]
+
+
+def test_a_single_file_needs_no_shards_of_an_index_beside_it(both):
+    for shard in both.glob("model-*.safetensors"):
+        shard.unlink()
+    assert_as_transformers_opens_it(both)
+
+
+@pytest.mark.parametrize("named", [INDEX, "model-00001-of-00001.safetensors"])
+def test_the_file_that_the_configuration_names_comes_first(both, single_file, named):
+    if named != INDEX:
+        shutil.copyfile(single_file / WEIGHTS, both / named)
+    edit_json(both / "config.json", transformers_weights=named)
+    assert_as_transformers_opens_it(both)
+    assert both / WEIGHTS not in Checkpoint.open(both).weight_files
+
+
+@pytest.mark.parametrize("named", ["gone.safetensors", "../single/model.safetensors", 3])
+def test_a_named_file_that_is_not_beside_the_configuration_is_refused(both, single_file, named):
+    edit_json(both / "config.json", transformers_weights=named)
+    with pytest.raises(InputError, match=r"config\.json names .* as its transformers_weights.*Correct the entry"):
+        Checkpoint.open(both)
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_beside_full_weights_is_refused(sharded, name):
+    (sharded / name).write_text("{}")
+    with pytest.raises(InputError, match=rf"sharded holds an adapter \({name}\) beside the full.*Merge it.*or move"):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("config", [True, False])
+def test_a_folder_with_nothing_but_an_adapter_is_called_that(single_file, weights, config):
+    (single_file / WEIGHTS).unlink()
+    for name in ("adapter_config.json", weights):
+        (single_file / name).write_text("{}")
+    if not config:
+        (single_file / "config.json").unlink()
+    with pytest.raises(InputError, match=r"single holds nothing but an adapter \(adapter_config\.json, .*merged"):
+        Checkpoint.open(single_file)
+
+
+# ---------------------------------------------------------------- packed weights without a word of it
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("model.layers.0.self_attn.q_proj.qweight", torch.int32),  # GPTQ, AWQ
+        ("model.layers.0.self_attn.q_proj.scales", torch.float16),
+        ("model.layers.0.self_attn.q_proj.weight_packed", torch.int32),  # compressed-tensors
+        ("model.layers.0.self_attn.q_proj.weight", torch.uint8),  # bitsandbytes
+    ],
+)
+@pytest.mark.parametrize("layout", ["single_file", "sharded"])
+def test_packed_weights_are_called_quantized_without_a_quantization_config(request, layout, name, dtype):
+    folder = request.getfixturevalue(layout)
+    file = min(folder.glob("*.safetensors"))
+    edit_tensor(file, name, torch.zeros(4, 4, dtype=dtype))
+    if layout == "sharded":
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        edit_json(folder / INDEX, weight_map=weight_map | {name: file.name})
+    with pytest.raises(InputError, match=rf"{file.name}: tensor {name} .*quantized checkpoint.*dequantized first"):
+        Checkpoint.open(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distprune import prune
-from distprune.engine import RunRecord, driver, pool, weights
+from distprune.engine import RunRecord, driver, pool, run_dtype, weights
 from distprune.engine.runtime import RayRuntime
 from distprune.engine.worker import Worker
 
@@ -36,6 +36,9 @@ class InlineRuntime(RayRuntime):
 
     def wait(self, results, count=1, timeout=None):
         return list(results)[:count]
+
+    def holds_results_of(self, site):
+        return False
 
     def fetch(self, results):
         return [result.value for result in results]
@@ -64,6 +67,7 @@ def prune_here(monkeypatch, save_model, calibrate) -> Callable[..., RunRecord]:
     monkeypatch.setattr(driver, "connected", nullcontext)
     for module in (driver, weights):
         monkeypatch.setattr(module, "alive_nodes", lambda: [{"CPU": 1.0}])
+    monkeypatch.setattr(run_dtype, "nodes_with_room", lambda _: [])
     llama = save_model(num_hidden_layers=3)
 
     def prune_one(output: Path, model: Path = llama, **changes) -> RunRecord:

@@ -108,7 +108,7 @@ def test_layers_may_lack_parts_and_everything(prune_here, save_model, tmp_path, 
 
 def test_a_model_that_was_reduced_is_no_model_to_prune_but_is_refused_by_name(prune_here, tmp_path):
     prune_here(tmp_path / "pruned", method="reducing", distill=None)
-    with pytest.raises(InputError, match="model_type 'distprune' is not supported"):
+    with pytest.raises(InputError, match="is of a model that distprune has pruned already"):
         prune_here(tmp_path / "again", tmp_path / "pruned", method="reducing", distill=None)
 
 

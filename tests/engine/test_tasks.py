@@ -36,7 +36,8 @@ def make_tasks():
         checkpoint = Checkpoint.open(path)
         family = family_of(checkpoint.config)
         model = Model(family, family.dense_config(checkpoint.config), checkpoint)
-        config = PruneConfig(**{"model": str(path), "output": "unused", "method": "olica", "micro_batch": 3} | options)
+        defaults = {"model": str(path), "output": "unused", "method": "olica", "micro_batch": 3, "dtype": "float32"}
+        config = PruneConfig(**defaults | options)
         return LayerTasks(config, model, torch.device("cpu"))
 
     return make

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from distprune.decoder_layer import LayerShape
 from distprune.errors import InputError
@@ -122,6 +124,25 @@ def test_a_pruned_layer_computes_the_same_under_the_stock_configuration_and_ours
     ours = PrunedForCausalLM(config).eval()
     ours.load_state_dict(stock.state_dict(), strict=True)
     torch.testing.assert_close(ours(TOKENS).logits, stock(TOKENS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_stock_configuration_is_transformers_own_whatever_code_came_with_the_model(tmp_path):
+    (tmp_path / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    pass\n"
+    )
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    LlamaConfig(hidden_size=32, num_attention_heads=4, architectures=["OwnForCausalLM"]).save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(described | {"auto_map": auto_map}))
+    config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(config).__name__ == "OwnConfig"
+
+    family_of(config).stock_config(config, LayerShape(4, 4, 8, 8, ffn_width=20)).save_pretrained(tmp_path / "stock")
+    assert [file.name for file in (tmp_path / "stock").iterdir()] == ["config.json"]
+    stock = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert "auto_map" not in stock
+    assert stock["architectures"] == ["LlamaForCausalLM"]
+    assert stock["intermediate_size"] == 20
 
 
 def test_making_a_stock_configuration_leaves_the_original_as_it_was(stock_config):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
 from distprune.modeling import LayerShape, PrunedConfig, layer_tensor_shapes
 
@@ -162,3 +163,46 @@ def test_layer_shape_checks_itself():
 def test_layer_types_the_model_cannot_run_are_refused(tiny, layer_types, message):
     with pytest.raises(ValueError, match=message):
         PrunedConfig(**tiny, layer_types=layer_types)
+
+
+def described(config: PrunedConfig) -> dict:
+    """All that it says, but where it lies and what code belongs to it."""
+    return config.to_dict() | {"_name_or_path": None, "auto_map": None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base_model_type": "mistral", "sliding_window": 16, "hidden_act": "gelu"},
+        {
+            "base_model_type": "qwen2",
+            "sliding_window": 16,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+        {"base_model_type": "qwen3", "query_key_norm": True, "tie_word_embeddings": True},
+    ],
+    ids=lambda changes: changes["base_model_type"],
+)
+def test_what_is_written_is_of_the_base_models_type_and_is_read_back_as_it_was(tiny, changes, tmp_path):
+    config = PrunedConfig(**tiny | changes)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == changes["base_model_type"]
+    for opened in (PrunedConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(opened) is PrunedConfig
+        assert described(opened) == described(config)
+    opened, unused = AutoConfig.from_pretrained(tmp_path, return_unused_kwargs=True, use_cache=False, other=1)
+    assert (opened.use_cache, unused) == (False, {"other": 1})
+
+
+def test_a_configuration_that_says_distprune_itself_still_opens(tiny, tmp_path):
+    """As checkpoints of earlier versions do."""
+    config = PrunedConfig(**tiny)
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "distprune"
+    assert described(AutoConfig.from_pretrained(tmp_path)) == described(config)
+
+
+def test_other_models_open_as_they_did(tmp_path):
+    LlamaConfig(hidden_size=64, num_attention_heads=4).save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is LlamaConfig

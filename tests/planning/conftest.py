@@ -78,10 +78,10 @@ def small(small_headers) -> Path:
 
 @pytest.fixture(scope="session")
 def plan(small) -> Callable[..., RunPlan]:
-    """Plans a run of the small Llama, on two cores unless told otherwise."""
+    """Plans a run of the small Llama, on two cores and in bfloat16 unless told otherwise."""
 
     def make(model: Path = small, cluster: Cluster | None = None, rates=None, hardware=None, **options) -> RunPlan:
-        config = PruneConfig(model=str(model), output="pruned", **options)
+        config = PruneConfig(model=str(model), output="pruned", **{"dtype": "bfloat16"} | options)
         return plan_run(config, cluster or Cluster(cpus=2), hardware=hardware, rates=rates)
 
     return make

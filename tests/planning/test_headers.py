@@ -7,12 +7,17 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from local_hub import REPOSITORY, join, serving
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from distprune import InputError
 from distprune.checkpoint import Checkpoint
+from distprune.config import PruneConfig
+from distprune.planning import Cluster
 from distprune.planning.headers import dense_model, open_headers
+from distprune.planning.scenario import make_scenario
 
 
 def test_a_model_of_70_billion_parameters_is_planned_without_its_weights(plan, headers_70b, monkeypatch):
@@ -39,6 +44,30 @@ def test_a_hub_id_gives_what_its_folder_would_without_its_weights(hub, small):
     }
     assert dense_model(distant)[1].to_dict() == dense_model(local)[1].to_dict()
     assert hub.weights_sent() == set()
+
+
+def test_a_head_that_is_stored_for_a_tied_embedding_is_that(save_model, tmp_path):
+    folder = shutil.copytree(save_model(tie_word_embeddings=True), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint = open_headers(str(folder))
+    family, dense = dense_model(checkpoint)
+    assert set(checkpoint.tensors) == set(family.tensor_shapes(dense))
+
+
+def test_layers_that_are_stored_in_several_dtypes_take_the_bytes_that_they_have(save_model, tmp_path):
+    folder = shutil.copytree(save_model(dtype=torch.bfloat16), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    wide = {name: tensor.float() for name, tensor in tensors.items() if "norm" in name or "v_proj" in name}
+    save_file(tensors | wide, folder / "model.safetensors")
+    config = PruneConfig(model=str(folder), output=tmp_path / "pruned", sparsity=0, sequence_length=16)
+    scenario = make_scenario(config, open_headers(str(folder)), Cluster(), "cpu", {})
+    assert scenario.pruned_bytes == scenario.stored_bytes
+    assert sum(scenario.pruned_bytes) == sum(
+        tensor.nbytes for name, tensor in (tensors | wide).items() if ".layers." in name
+    )
+    assert scenario.stored_dtype == torch.bfloat16
 
 
 def test_a_hub_that_does_not_answer_is_bad_input(hub):

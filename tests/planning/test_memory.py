@@ -68,7 +68,13 @@ def live_tensors():
 def scenario(small_headers):
     def make(geometry: str, **options) -> Scenario:
         model = small_headers(**GEOMETRIES[geometry])
-        settings = {"sparsity": 0.3, "samples": 16, "sequence_length": 32, "micro_batch": 4} | options
+        settings = {
+            "sparsity": 0.3,
+            "samples": 16,
+            "sequence_length": 32,
+            "micro_batch": 4,
+            "dtype": "bfloat16",
+        } | options
         config = PruneConfig(model=str(model), output="pruned", **settings)
         return make_scenario(config, open_headers(str(model)), Cluster(cpus=1), "cpu", {})
 

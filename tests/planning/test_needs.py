@@ -9,7 +9,7 @@ from distprune.planning.memory import CUDA_CONTEXT
 
 
 def needs(model, device: str, **options) -> tuple[int, int]:
-    config = PruneConfig(model=str(model), output="pruned", **options)
+    config = PruneConfig(model=str(model), output="pruned", dtype="bfloat16", **options)
     return worker_needs(config, open_headers(config.model), device)
 
 

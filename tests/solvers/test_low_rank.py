@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from distprune.solvers import factor_input_scaled, factor_output_scaled, output_projections, subspace
+from distprune.solvers import (
+    factor_input_scaled,
+    factor_output_scaled,
+    output_projections,
+    subspace,
+    truncation_errors,
+)
 
 
 def randn(*size: int, seed: int = 0) -> torch.Tensor:
@@ -132,7 +138,8 @@ def test_output_projections_truncate_best_in_the_metrics_of_inputs_and_outputs(s
     assert left.dtype == right.dtype == torch.float32 and errors.dtype == torch.float64
     singular = np.linalg.svd(f64(root).T @ f64(weight) @ np.linalg.cholesky(f64(gram)), compute_uv=False)
     expected = [(singular[rank:] ** 2).sum() for rank in range(out + 1)]
-    np.testing.assert_allclose(errors, expected, rtol=1e-6, atol=1e-9 * expected[0])
+    for found in (errors, truncation_errors(weight, gram, root)):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9 * expected[0])
     for rank in (0, 1, 7, 20, min(out, inputs)):
         change = f64(weight) - f64(left)[:, :rank] @ f64(right)[:rank] @ f64(weight)
         error = np.trace(f64(metric) @ change @ f64(gram) @ change.T)

@@ -167,14 +167,15 @@ def test_what_is_collected_in_inference_mode_can_be_read_outside(activations, sa
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision"), [(torch.bfloat16, "medium"), (torch.float16, "high"), (torch.float32, "highest")], ids=str
+    ("dtype", "precision"),
+    [(torch.bfloat16, "medium"), (torch.float16, "highest"), (torch.float32, "highest")],
+    ids=str,
 )
 def test_products_are_rounded_only_where_that_loses_nothing(dtype, precision):
-    """Medium is bfloat16, or TF32 on GPUs; high is TF32, whose ten bits of mantissa hold both narrow types'."""
+    """Medium is bfloat16."""
     with as_exact_as_its(torch.ones(1, dtype=dtype)):
         assert torch.get_float32_matmul_precision() == precision
     assert torch.get_float32_matmul_precision() == "highest"
-    assert all(torch.finfo(narrow).eps >= 2**-10 for narrow in (torch.bfloat16, torch.float16))
 
 
 @pytest.mark.parametrize("moment", [Gram(X), Cross(X, Y), HeadGram(X, 4)], ids=repr)

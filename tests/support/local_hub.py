@@ -28,7 +28,7 @@ class Hub(ThreadingHTTPServer):
         self.sent: list[str] = []
         self.peeked_at: list[str] = []
         self.closed = False
-        names = sorted(file.name for file in folder.iterdir())
+        names = [path_in(folder, file) for file in files_of(folder)]
         self.commit = hashlib.sha1("\n".join(names).encode()).hexdigest()
 
     @property
@@ -75,9 +75,9 @@ class Handler(BaseHTTPRequestHandler):
         elif path.startswith(f"/api/models/{REPOSITORY}/revision/"):
             self.answer(200, json.dumps({"id": REPOSITORY, "sha": self.server.commit, "siblings": []}).encode())
         elif path.startswith(f"/api/models/{REPOSITORY}/tree/"):
-            files = [describe(file) for file in sorted(self.server.folder.iterdir())]
+            files = [describe(self.server.folder, file) for file in files_of(self.server.folder)]
             self.answer(200, json.dumps(files).encode())
-        elif found := re.fullmatch(f"/{REPOSITORY}/resolve/[^/]+/([^/]+)", path):
+        elif found := re.fullmatch(f"/{REPOSITORY}/resolve/[^/]+/(.+)", path):
             self.send_file(self.server.folder / found[1])
         else:
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
@@ -107,9 +107,18 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-def describe(file: Path) -> dict:
+def files_of(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def path_in(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def describe(folder: Path, file: Path) -> dict:
     content = file.read_bytes()
-    entry = {"type": "file", "path": file.name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+    path, size, oid = path_in(folder, file), len(content), hashlib.sha1(content).hexdigest()
+    entry = {"type": "file", "path": path, "size": size, "oid": oid}
     if file.suffix == ".safetensors":
-        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 100}
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 100}
     return entry

@@ -17,7 +17,13 @@ from torch import Tensor
 from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
 from distprune.methods.base import Profile
 from distprune.methods.units import output_slices
-from distprune.solvers import elimination_path, linear_branch, output_aware_rotation, output_projections
+from distprune.solvers import (
+    elimination_path,
+    linear_branch,
+    output_aware_rotation,
+    output_projections,
+    truncation_errors,
+)
 from distprune.statistics import LayerStatistics
 
 #: At so many widths the cost of an FFN is computed; between them it is taken to be linear.
@@ -153,7 +159,7 @@ def branch_savings(
     savings = []
     for width in widths:
         branch, unknown = linear_branch(down, order[len(order) - width :], gram, input_gram, cross, honest)
-        *_, errors = output_projections(branch, unknown, root)
+        errors = truncation_errors(branch, unknown, root)
         savings.append((errors[0] - errors[: most + 1]) / 2)
     return {
         "branch_widths": torch.tensor(widths),

@@ -10,7 +10,7 @@ from math import ceil, lcm
 import numpy as np
 from numpy.typing import NDArray
 
-from distprune.budgets import Curve, Target, aligned, allocate, attention_amount, ffn_amount
+from distprune.budgets import Curve, Target, aligned, allocate
 from distprune.decoder_layer import LayerShape
 from distprune.methods.base import Plan, Profile
 
@@ -73,21 +73,24 @@ class Amounts:
     """What modules take of the budgeted resource; counted once for all layers that are alike."""
 
     def __init__(self, target: Target):
-        self._target, self._layer_types = target, target.config.layer_types
+        self._target = target
         self._known: dict[Hashable, int] = {}
 
     def attention(self, index: int, dense: LayerShape, change: Change) -> int:
-        return self._count(attention_amount, index, dense, change)
+        return self._count(self._target.attention_amount, index, dense, change)
 
     def ffn(self, index: int, dense: LayerShape, change: Change) -> int:
-        return self._count(ffn_amount, index, dense, change)
+        return self._count(self._target.ffn_amount, index, dense, change)
 
     def _count(self, amount: Callable[..., int], index: int, dense: LayerShape, change: Change) -> int:
-        key = amount, self._layer_types[index], dense, *change.items()
+        key = amount.__name__, self._kind(index), dense, *change.items()
         if key not in self._known:
-            target = self._target
-            self._known[key] = amount(target.resource, target.config, index, replace(dense, **change))
+            self._known[key] = amount(index, replace(dense, **change))
         return self._known[key]
+
+    def _kind(self, index: int) -> Hashable:
+        sizes = self._target.sizes
+        return self._target.config.layer_types[index], *(sizes.layers[index].items() if sizes else ())
 
 
 def attention_menu(
@@ -196,10 +199,7 @@ def spend_rest(target: Target, shapes: Sequence[LayerShape], align: int) -> list
     for index in sorted(range(len(shapes)), key=lambda index: shapes[index].ffn_width):
         while 0 < shapes[index].ffn_width < full:
             wider = replace(shapes[index], ffn_width=min(full, shapes[index].ffn_width + align))
-            step = sum(
-                sign * ffn_amount(target.resource, target.config, index, shape)
-                for sign, shape in ((1, wider), (-1, shapes[index]))
-            )
+            step = sum(sign * target.ffn_amount(index, shape) for sign, shape in ((1, wider), (-1, shapes[index])))
             if step > left or step == 0:
                 break
             shapes[index], left = wider, left - step

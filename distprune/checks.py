@@ -1,8 +1,7 @@
-"""What every task's result must be: finite numbers."""
+"""Every result must be finite numbers. What lies on a GPU is looked at there."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from distprune.checkpoint import is_finite
@@ -19,7 +18,7 @@ def check_hidden_states(hidden_states: Tensor, index: int) -> None:
 
 
 def check_gradient(gradient: Tensor, place: str) -> None:
-    if not torch.isfinite(gradient).all():
+    if not is_finite(gradient):
         dtype = str(gradient.dtype).removeprefix("torch.")
         raise InputError(f"{place}: the loss's gradients overflow in {dtype}. Choose a method that needs none.")
 
