@@ -95,10 +95,10 @@ def gradients_tapped(module: PrunedDecoderLayer, taps: Collection[str]) -> Itera
         return target.register_forward_hook(await_gradient)
 
     places = {
-        "query_gradient": attention.q_proj,
-        "key_gradient": attention.k_proj,
-        "value_gradient": attention.v_proj,
-        "attention_output_gradient": attention.o_proj,
+        "query_gradient": attention.ends("q_proj")[1],
+        "key_gradient": attention.ends("k_proj")[1],
+        "value_gradient": attention.ends("v_proj")[1],
+        "attention_output_gradient": attention.ends("o_proj")[1],
         "gate_gradient": ffn.gate_proj,
         "up_gradient": ffn.up_proj,
         "ffn_output_gradient": ffn,

@@ -123,6 +123,12 @@ _NORMS = {
 }
 
 
+def factor_names(name: str) -> tuple[str, str]:
+    """What the right and the left factor of a projection are called: "self_attn.right.q_proj" and so on."""
+    parent, own = name.rsplit(".", 1)
+    return f"{parent}.right.{own}", f"{parent}.left.{own}"
+
+
 def state_of(layer: DecoderLayer) -> dict[str, Tensor]:
     """The layer's tensors under the names of our decoder-layer module's state dict."""
     state = {f"{name}.weight": getattr(layer, role) for role, name in _NORMS.items()}
@@ -132,11 +138,8 @@ def state_of(layer: DecoderLayer) -> dict[str, Tensor]:
             case Linear(weight, bias):
                 state |= {f"{name}.weight": weight, f"{name}.bias": bias}
             case LowRank(right, left, bias):
-                state |= {
-                    f"{name}.right.weight": right,
-                    f"{name}.left.weight": left,
-                    f"{name}.left.bias": bias,
-                }
+                first, second = factor_names(name)
+                state |= {f"{first}.weight": right, f"{second}.weight": left, f"{second}.bias": bias}
     return {name: tensor for name, tensor in state.items() if tensor is not None}
 
 
@@ -144,9 +147,9 @@ def layer_from_state(state: Mapping[str, Tensor], shape: LayerShape) -> DecoderL
     """The inverse of :func:`state_of` for a layer with ``shape``'s head counts."""
 
     def projection(name: str) -> Linear | LowRank | None:
-        if f"{name}.right.weight" in state:
-            bias = state.get(f"{name}.left.bias")
-            return LowRank(state[f"{name}.right.weight"], state[f"{name}.left.weight"], bias)
+        right, left = factor_names(name)
+        if f"{right}.weight" in state:
+            return LowRank(state[f"{right}.weight"], state[f"{left}.weight"], state.get(f"{left}.bias"))
         if f"{name}.weight" in state:
             return Linear(state[f"{name}.weight"], state.get(f"{name}.bias"))
         return None
@@ -201,6 +204,7 @@ __all__ = [
     "LayerShape",
     "Linear",
     "LowRank",
+    "factor_names",
     "layer_from_state",
     "origin_of",
     "slice_linear",

@@ -153,12 +153,15 @@ def tapped(
 
     places = {}
     if attention is not None:
+        first, queries = attention.ends("q_proj")
+        _, keys = attention.ends("k_proj")
+        values, output = attention.ends("o_proj")
         places |= {
-            "attention_input": (keep_input, attention.q_proj),
-            "queries": (keep_output, attention.q_proj),
-            "keys": (keep_output, attention.k_proj),
-            "attention_values": (keep_input, attention.o_proj),
-            "attention_output": (keep_output, attention.o_proj),
+            "attention_input": (keep_input, first),
+            "queries": (keep_output, queries),
+            "keys": (keep_output, keys),
+            "attention_values": (keep_input, values),
+            "attention_output": (keep_output, output),
         }
     if ffn is not None:
         places |= {

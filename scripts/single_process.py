@@ -210,7 +210,7 @@ def prune_attention(layer: nn.Module, shape: LayerShape, rms: dict[str, Tensor],
     state = {"self_attn.v_proj.weight": torch.cat(new_values), "self_attn.o_proj.weight": torch.cat(new_outputs, dim=1)}
     for name, rank in (("q_proj", shape.query_rank), ("k_proj", shape.key_rank)):
         left, right = truncate(getattr(attention, name).weight.float(), x_rms, rank)
-        state |= {f"self_attn.{name}.left.weight": left, f"self_attn.{name}.right.weight": right}
+        state |= {f"self_attn.left.{name}.weight": left, f"self_attn.right.{name}.weight": right}
     return state
 
 
@@ -244,7 +244,7 @@ def calibrate(ffn: nn.Module, dropped: Tensor, inputs: list[Tensor], rank: int) 
     weights = torch.sigmoid((correlation - correlation.mean()) / OLICA.channel_temperature)
     u, s, v = torch.linalg.svd(solution.T * weights[:, None], full_matrices=False)
     left, right = u[:, :rank] * s[:rank] / weights[:, None], v[:rank]
-    return {"mlp.calibration.left.weight": left, "mlp.calibration.right.weight": right}
+    return {"mlp.left.calibration.weight": left, "mlp.right.calibration.weight": right}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Install distprune with what its tests need, and run them:  scripts/test.sh [PYTEST ARGUMENTS]
-# The slow ones are left out; -m slow runs those.
+# The slow ones are left out; -m slow runs those. @tests/quick.txt runs those that meet other packages most.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
-scripts/setup.sh "$venv" dev
+scripts/setup.sh "$venv" "${EXTRA:-dev}"
 # Tests that need llama.cpp are skipped where there is no wheel of it.
 "$venv/bin/python" -m pip install --quiet --only-binary :all: llama-cpp-python 2>/dev/null ||
     echo "No wheel of llama-cpp-python fits this machine; with a compiler: pip install 'distprune[llama-cpp]'"

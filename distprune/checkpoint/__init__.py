@@ -6,7 +6,7 @@ Knows files and tensors only: no mathematics, no Ray, and no model family's tens
 from distprune.checkpoint.disk import check_free_space
 from distprune.checkpoint.durable import write_tensors, write_text
 from distprune.checkpoint.gguf import import_gguf
-from distprune.checkpoint.headers import TensorInfo
+from distprune.checkpoint.headers import TensorInfo, describe, entry_of
 from distprune.checkpoint.hub import HubFiles, HubModel, find_on_hub, open_on_hub
 from distprune.checkpoint.mishaps import failures_explained
 from distprune.checkpoint.publish import (
@@ -32,6 +32,8 @@ __all__ = [
     "TensorSource",
     "check_free_space",
     "copy_side_files",
+    "describe",
+    "entry_of",
     "failures_explained",
     "find_on_hub",
     "hold_lock",

@@ -14,14 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from filelock import FileLock
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from distprune.checkpoint.durable import sync_tree
@@ -29,6 +24,10 @@ from distprune.checkpoint.mishaps import failures_explained
 from distprune.errors import InputError
 
 CACHE_VARIABLE = "DISTPRUNE_CACHE"
+# From 5.17 on, transformers leaves the weights packed unless told otherwise, and packed weights can't be saved.
+UNPACKED = (
+    {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+)
 SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
@@ -102,9 +101,8 @@ def _load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             path.parent,
             gguf_file=path.name,
             dtype=torch.bfloat16,
-            # Without it the weights stay packed, and packed weights can't be saved.
-            quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
+            **UNPACKED,
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the parser raises whatever the broken bytes lead to

@@ -91,6 +91,12 @@ def describe(file: Path, name: str, dtype: str, shape: list[int], data_offsets: 
     return TensorInfo(file, stored, tuple(shape), math.prod(shape) * stored.itemsize, data_offsets[0])
 
 
+def entry_of(info: TensorInfo) -> Entry:
+    """The header's entry that :func:`describe` reads as this tensor."""
+    [dtype] = [name for name, dtype in DTYPES.items() if dtype == info.dtype]
+    return {"dtype": dtype, "shape": list(info.shape), "data_offsets": (info.begin, info.begin + info.nbytes)}
+
+
 def _read_raw(file: Path) -> tuple[bytes, int]:
     """The header's bytes, and how many bytes of data follow it."""
     size = file.stat().st_size

@@ -41,7 +41,8 @@ class RayRuntime:
 
     def __init__(self, plan: WorkerPlan, config: PruneConfig, model: WeightAccess):
         self._options = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "max_restarts": -1}
-        self._told = in_pieces((config, model, plan.device))
+        told = {"config": config.model_dump(mode="json"), "model": model.to_json(), "device": plan.device}
+        self._told = (model.server, *in_pieces(told))
         self._asked, self._grows = {"CPU": plan.cpus, "GPU": plan.gpus}, isinstance(config.workers, str)
 
     def start_worker(self, number: int = 0, avoided: Collection[str] = ()) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray import ObjectRef, cloudpickle
+from ray import ObjectRef
 from ray.exceptions import OutOfDiskError, RayTaskError
 from torch import Tensor
 
@@ -88,19 +89,22 @@ def put(value: Any) -> ObjectRef:
 
 
 def in_pieces(value: Any) -> list[bytes]:
-    """A value as constructor arguments of an actor that may start again, for :func:`whole_of`.
+    """Split what JSON can say into constructor arguments of an actor that may start again, for :func:`whole_of`.
 
     Ray sends small arguments along each time it starts an actor; larger ones it puts aside, and forgets after the first
     time. What it calls large is the cluster's to say (more than 100 kB unless told otherwise), and holds for each
-    argument by itself. The headers of a 405B model take 113 kB, which compress to 10 kB: 20 pieces.
+    argument by itself. The headers of a 405B model take 355 kB, which compress to 10 kB: 21 pieces.
+
+    Raises:
+        TypeError: a part of the value is neither text, number, boolean or None nor a list or dict of those.
     """
-    packed = zlib.compress(cloudpickle.dumps(value))
+    packed = zlib.compress(json.dumps(value).encode())
     return [packed[begin : begin + SMALL] for begin in range(0, len(packed), SMALL)]
 
 
 def whole_of(pieces: Iterable[bytes]) -> Any:
     """The value that came in pieces."""
-    return cloudpickle.loads(zlib.decompress(b"".join(pieces)))
+    return json.loads(zlib.decompress(b"".join(pieces)))
 
 
 @contextmanager

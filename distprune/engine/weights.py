@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import ray
 from huggingface_hub.utils import disable_progress_bars
+from pydantic import TypeAdapter
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
@@ -26,16 +28,19 @@ from distprune.checkpoint import (
     TensorInfo,
     TensorSource,
     check_free_space,
+    describe,
+    entry_of,
 )
 from distprune.config import Way
 from distprune.engine.cluster import WorkerPlan, alive_nodes, count_fitting
 from distprune.engine.preflight import Job
 from distprune.engine.transport import Parcel, fetch, in_pieces, pack, unpack, whole_of
 from distprune.errors import InputError
-from distprune.families import Family
+from distprune.families import FAMILIES, Family
 from distprune.modeling import PrunedConfig
 
 PIECE = 64 * 2**20  # bytes of a file that are served at once
+HUB = TypeAdapter(HubModel | None)
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,23 @@ class Model:
     family: Family
     dense: PrunedConfig
     checkpoint: Checkpoint
+
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can say of the model, for :meth:`from_json`."""
+        tensors = self.checkpoint.tensors
+        return {
+            "family": self.family.model_type,
+            "dense": self.dense.to_dict(),
+            "path": str(self.checkpoint.path),
+            "tensors": {name: {"file": str(info.file)} | entry_of(info) for name, info in tensors.items()},
+        }
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Model:
+        """The model that :meth:`to_json` said, its checkpoint with our configuration in place of its own."""
+        dense = PrunedConfig.from_dict(said["dense"])
+        tensors = {name: describe(Path(entry.pop("file")), name, **entry) for name, entry in said["tensors"].items()}
+        return cls(FAMILIES[said["family"]], dense, Checkpoint(Path(said["path"]), dense, tensors))
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,18 @@ class WeightAccess:
     hub: HubModel | None
     way: Way
     server: ActorHandle | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the server, which is no text: Ray sends it along as an argument of its own."""
+        hub = HUB.dump_python(self.hub, mode="json")
+        return {"model": self.model.to_json(), "content": self.content, "hub": hub, "way": self.way}
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any], server: ActorHandle | None = None) -> WeightAccess:
+        """What :meth:`to_json` said, and the server beside it."""
+        return cls(
+            Model.from_json(said["model"]), said["content"], HUB.validate_python(said["hub"]), said["way"], server
+        )
 
     def open(self) -> Model:
         """The model as this node best reads it, or as it was told to.
@@ -150,7 +184,7 @@ def weight_access(job: Job, workers: WorkerPlan) -> Iterator[WeightAccess]:
         yield access
         return
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    server = WeightServer.options(scheduling_strategy=here).remote(*in_pieces(replace(access, way="auto")))
+    server = WeightServer.options(scheduling_strategy=here).remote(*in_pieces(replace(access, way="auto").to_json()))
     try:
         yield replace(access, server=server)
     finally:
@@ -168,7 +202,7 @@ class WeightServer:
     """Reads tensors on the driver's node for workers that can't. Keeps nothing that a restart would miss."""
 
     def __init__(self, *access: bytes):
-        self._access: WeightAccess = whole_of(access)
+        self._access = WeightAccess.from_json(whole_of(access))
         self._opened: Checkpoint | None = None
         self._found: Path | None = None
 

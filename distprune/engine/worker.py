@@ -7,6 +7,7 @@ import platform
 import numpy as np
 import ray
 import torch
+from ray.actor import ActorHandle
 
 from distprune.calibration import CalibrationMetadata
 from distprune.config import PruneConfig
@@ -30,15 +31,16 @@ Parcels = dict[str, Parcel]
 class Worker:
     """One device and the tasks that run on it. What a restarted worker would miss is its open layer."""
 
-    def __init__(self, number: int, *told: bytes):
-        config, model, device = whole_of(told)
+    def __init__(self, number: int, weight_server: ActorHandle | None, *told: bytes):
+        said = whole_of(told)
+        config, device = PruneConfig.model_validate(said["config"]), said["device"]
         # Threads are set, not taken from the machine: results may change in the last bit with their number.
         torch.set_num_threads(config.threads_per_worker)
         keep_freed_memory()
         if device == "cuda":
             make_cuda_deterministic()
-        self.config: PruneConfig = config
-        self.model: WeightAccess = model
+        self.config = config
+        self.model = WeightAccess.from_json(said["model"], weight_server)
         self.device: str = device
         self._tasks: LayerTasks | None = None
         self._lessons: Lessons | None = None

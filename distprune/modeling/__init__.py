@@ -13,7 +13,7 @@ from . import configuration_distprune, modeling_distprune
 from .configuration_distprune import LayerShape, PrunedConfig, is_ours
 from .modeling_distprune import (
     CACHE,
-    LowRankLinear,
+    Factorable,
     PrunedAttention,
     PrunedDecoderLayer,
     PrunedFeedForward,
@@ -98,8 +98,8 @@ __all__ = [
     "AUTO_MAP",
     "CACHE",
     "ROTARY_PAIRS",
+    "Factorable",
     "LayerShape",
-    "LowRankLinear",
     "PrunedAttention",
     "PrunedConfig",
     "PrunedDecoderLayer",

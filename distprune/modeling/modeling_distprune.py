@@ -31,26 +31,41 @@ from .configuration_distprune import LayerShape, PrunedConfig
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
-class LowRankLinear(nn.Module):
-    """A linear map stored as two factors: `left(right(x))`.
+class Factorable(nn.Module):
+    """A module whose linear maps are dense or, each where a rank is given, stored as two factors: `left(right(x))`.
 
-    `right.weight` is (rank, in_features), `left.weight` (out_features, rank), `left.bias` (out_features).
+    A dense `q_proj` is an `nn.Linear` of that name. A factored one is two of them, `right.q_proj` with a weight
+    (rank, in_features) and `left.q_proj` with a weight (out_features, rank) and the bias.
+
+    So whatever finds linear maps by the last part of their name, as PEFT's `target_modules` does, finds both factors.
+    Adapters train on each and merge into it, exactly and at the same rank. A module of its own for the two, called
+    `q_proj`, would be found before its factors and refused; made a subclass of `nn.Linear`, it would be taken for a
+    dense matrix by what replaces those: quantizers and vLLM.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False):
+    def __init__(self):
         super().__init__()
-        self.right = nn.Linear(in_features, rank, bias=False)
-        self.left = nn.Linear(rank, out_features, bias=bias)
+        self.right, self.left = nn.ModuleDict(), nn.ModuleDict()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.left(self.right(x))
+    def add_linear(self, name: str, in_features: int, out_features: int, rank: int | None = None, bias: bool = False):
+        """Add a linear map under its usual name: dense where `rank` is None, factored otherwise."""
+        if rank is None:
+            self.add_module(name, nn.Linear(in_features, out_features, bias=bias))
+        else:
+            self.right[name] = nn.Linear(in_features, rank, bias=False)
+            self.left[name] = nn.Linear(rank, out_features, bias=bias)
 
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """What the map of that name gives for x."""
+        if name in self.right:
+            return self.left[name](self.right[name](x))
+        return getattr(self, name)(x)
 
-def linear(in_features: int, out_features: int, rank: int | None, bias: bool) -> nn.Module:
-    """A dense linear map where `rank` is None, a factored one otherwise."""
-    if rank is None:
-        return nn.Linear(in_features, out_features, bias=bias)
-    return LowRankLinear(in_features, out_features, rank, bias=bias)
+    def ends(self, name: str) -> tuple[nn.Module, nn.Module]:
+        """The module that takes the input of the map of that name, and the one that gives its output."""
+        if name in self.right:
+            return self.right[name], self.left[name]
+        return getattr(self, name), getattr(self, name)
 
 
 def widened(states: torch.Tensor, width: int) -> torch.Tensor:
@@ -74,7 +89,7 @@ def one_token_attention(
     return attended.transpose(1, 2)
 
 
-class PrunedAttention(nn.Module):
+class PrunedAttention(Factorable):
     """Grouped-query attention with its own number of heads, rotary pairs, value width and ranks.
 
     Scores are divided by the square root of the original head width, whatever was removed.
@@ -101,10 +116,10 @@ class PrunedAttention(nn.Module):
         self.sliding_window = config.sliding_window if sliding else None
 
         hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = linear(hidden, shape.query_heads * shape.query_key_dim, shape.query_rank, bias)
-        self.k_proj = linear(hidden, shape.kv_heads * shape.query_key_dim, shape.key_rank, bias)
-        self.v_proj = nn.Linear(hidden, shape.kv_heads * shape.value_dim, bias)
-        self.o_proj = linear(shape.query_heads * shape.value_dim, hidden, shape.output_rank, shape.output_bias)
+        self.add_linear("q_proj", hidden, shape.query_heads * shape.query_key_dim, shape.query_rank, bias)
+        self.add_linear("k_proj", hidden, shape.kv_heads * shape.query_key_dim, shape.key_rank, bias)
+        self.add_linear("v_proj", hidden, shape.kv_heads * shape.value_dim, bias=bias)
+        self.add_linear("o_proj", shape.query_heads * shape.value_dim, hidden, shape.output_rank, shape.output_bias)
         if config.query_key_norm:
             self.q_norm = RMSNorm(shape.query_key_dim, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(shape.query_key_dim, eps=config.rms_norm_eps)
@@ -126,13 +141,13 @@ class PrunedAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
-        return self.o_proj(output.flatten(2)), weights
+        return self.linear("o_proj", output.flatten(2)), weights
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, each (batch, heads, tokens, width of a head)."""
-        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.query_key_dim))
-        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.query_key_dim))
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.value_dim))
+        query = self.linear("q_proj", hidden_states).unflatten(-1, (-1, self.query_key_dim))
+        key = self.linear("k_proj", hidden_states).unflatten(-1, (-1, self.query_key_dim))
+        value = self.linear("v_proj", hidden_states).unflatten(-1, (-1, self.value_dim))
         if self.config.query_key_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -175,23 +190,22 @@ class PrunedAttention(nn.Module):
         return output[..., : self.value_dim], weights
 
 
-class PrunedFeedForward(nn.Module):
+class PrunedFeedForward(Factorable):
     """Gated feed-forward network, with a low-rank linear branch beside it where calibration left one."""
 
     def __init__(self, config: PrunedConfig, shape: LayerShape):
         super().__init__()
         hidden, width = config.hidden_size, shape.ffn_width
-        self.gate_proj = nn.Linear(hidden, width, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(hidden, width, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(width, hidden, bias=shape.down_bias)
+        self.add_linear("gate_proj", hidden, width, bias=config.mlp_bias)
+        self.add_linear("up_proj", hidden, width, bias=config.mlp_bias)
+        self.add_linear("down_proj", width, hidden, bias=shape.down_bias)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.calibration = None
         if shape.calibration_rank is not None:
-            self.calibration = LowRankLinear(hidden, hidden, shape.calibration_rank)
+            self.add_linear("calibration", hidden, hidden, shape.calibration_rank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        return output if self.calibration is None else output + self.calibration(x)
+        return output + self.linear("calibration", x) if "calibration" in self.right else output
 
 
 class PrunedDecoderLayer(GradientCheckpointingLayer):

@@ -64,9 +64,11 @@ def write_gguf(file: Path, model: LlamaForCausalLM, left_out: str = "") -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([chr(33 + number) for number in range(94)] + [f"<{number}>" for number in range(33)] + ["ab"])
+    # Two merges: transformers before 5.17 takes a list of one for a text.
+    merged = ["ab", "cd"]
+    writer.add_token_list([chr(33 + number) for number in range(94)] + [f"<{number}>" for number in range(32)] + merged)
     writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, tensor in model.state_dict().items():

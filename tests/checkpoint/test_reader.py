@@ -94,11 +94,6 @@ def test_reading_an_unknown_tensor_names_it(single_file):
         Checkpoint.open(single_file).read(["model.layers.9"])
 
 
-def test_an_open_checkpoint_can_be_pickled(sharded):
-    checkpoint = pickle.loads(pickle.dumps(Checkpoint.open(sharded)))
-    assert checkpoint.tensors == Checkpoint.open(sharded).tensors
-
-
 # What is wrong with a folder
 
 

@@ -234,6 +234,30 @@ def replace_model(access: WeightAccess) -> None:
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
+@pytest.mark.parametrize("hub", [None, HubModel(REPOSITORY, "0" * 40, Path("nowhere"))])
+@pytest.mark.parametrize(
+    "model_type, changes",
+    [
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e5}}),
+        ("qwen2", {"dtype": torch.bfloat16, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+        ("qwen3", {"head_dim": 32, "max_shard_size": "60KB", "tie_word_embeddings": True}),
+    ],
+)
+def test_a_node_is_told_everything_in_text(save_model, model_type, changes, hub):
+    checkpoint = Checkpoint.open(save_model(model_type, **changes))
+    family = family_of(checkpoint.config)
+    dense = family.dense_config(checkpoint.config)
+    model, server = Model(family, dense, replace(checkpoint, config=dense)), object()
+    told = WeightAccess(model, None if hub else checkpoint.fingerprint(), hub, "auto", server)
+    found = WeightAccess.from_json(json.loads(json.dumps(told.to_json())), server)
+    assert found.model.dense.to_dict() == found.model.checkpoint.config.to_dict() == dense.to_dict()
+    assert found.model.dense.dtype is dense.dtype
+    # Configurations that were read from text know the version of transformers, and are no longer equal to others.
+    same = replace(found.model, dense=dense, checkpoint=replace(found.model.checkpoint, config=dense))
+    assert replace(found, model=same) == told
+    assert list(found.model.checkpoint.tensors) == list(checkpoint.tensors)
+
+
 def test_a_node_that_sees_the_folder_reads_it(access):
     assert type(source_of(access(server=object()))) is TensorFiles
     assert type(source_of(access("shared"))) is TensorFiles
@@ -268,7 +292,7 @@ def test_a_server_that_does_not_see_the_folder_names_its_node(access):
     told = access()
     lose_folder(told)
     with pytest.raises(InputError, match=rf"node \S+: {told.model.checkpoint.path} can't be read"):
-        WeightServer.__ray_metadata__.modified_class(*in_pieces(told)).read("model.norm.weight")
+        WeightServer.__ray_metadata__.modified_class(*in_pieces(told.to_json())).read("model.norm.weight")
 
 
 class Broken(TensorFiles):

@@ -95,17 +95,17 @@ def test_tensor_names_are_llamas(checkpoint):
     assert {name.removeprefix("model.layers.0.") for name in names if name.startswith("model.layers.0.")} == {
         "input_layernorm.weight",
         "post_attention_layernorm.weight",
-        "self_attn.q_proj.right.weight",
-        "self_attn.q_proj.left.weight",
-        "self_attn.k_proj.right.weight",
-        "self_attn.k_proj.left.weight",
+        "self_attn.right.q_proj.weight",
+        "self_attn.left.q_proj.weight",
+        "self_attn.right.k_proj.weight",
+        "self_attn.left.k_proj.weight",
         "self_attn.v_proj.weight",
         "self_attn.o_proj.weight",
         "mlp.gate_proj.weight",
         "mlp.up_proj.weight",
         "mlp.down_proj.weight",
-        "mlp.calibration.right.weight",
-        "mlp.calibration.left.weight",
+        "mlp.right.calibration.weight",
+        "mlp.left.calibration.weight",
     }
 
 

@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from distprune.modeling import LowRankLinear, PrunedConfig, PrunedForCausalLM
+from distprune.modeling import Factorable, PrunedConfig, PrunedForCausalLM
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -35,9 +35,10 @@ def reference_logits(model: PrunedForCausalLM, ids: np.ndarray) -> np.ndarray:
     state = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
 
     def affine(name: str, x: np.ndarray) -> np.ndarray:
-        if f"{name}.left.weight" in state:
-            weight = state[f"{name}.left.weight"] @ state[f"{name}.right.weight"]
-            bias = state.get(f"{name}.left.bias", 0)
+        parent, own = name.rsplit(".", 1)
+        left, right = f"{parent}.left.{own}", f"{parent}.right.{own}"
+        if f"{left}.weight" in state:
+            weight, bias = state[f"{left}.weight"] @ state[f"{right}.weight"], state.get(f"{left}.bias", 0)
         else:
             weight, bias = state[f"{name}.weight"], state.get(f"{name}.bias", 0)
         return x @ weight.T + bias
@@ -147,16 +148,18 @@ def test_embeddings_may_be_given_instead_of_token_ids(pruned_model, tokens):
         model(tokens, inputs_embeds=embeddings)
 
 
-def test_low_rank_linear_is_the_product_of_its_factors():
+def test_a_factored_map_is_the_product_of_its_factors():
     torch.manual_seed(0)
-    layer = LowRankLinear(10, 7, rank=3, bias=True)
-    x = torch.randn(5, 10)
-    assert {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()} == {
-        "right.weight": (3, 10),
-        "left.weight": (7, 3),
-        "left.bias": (7,),
+    module, x = Factorable(), torch.randn(5, 10)
+    module.add_linear("k_proj", 10, 7, rank=3, bias=True)
+    state = module.state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
+        "right.k_proj.weight": (3, 10),
+        "left.k_proj.weight": (7, 3),
+        "left.k_proj.bias": (7,),
     }
-    torch.testing.assert_close(layer(x), x @ (layer.left.weight @ layer.right.weight).T + layer.left.bias)
+    whole = state["left.k_proj.weight"] @ state["right.k_proj.weight"]
+    torch.testing.assert_close(module.linear("k_proj", x), x @ whole.T + state["left.k_proj.bias"])
 
 
 @torch.no_grad()

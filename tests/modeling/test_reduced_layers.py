@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from renamed import enable_checkpointing
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -55,9 +56,10 @@ def zero(state: dict[str, Tensor], name: str) -> None:
 
 def parts(reduced: dict[str, Tensor], name: str) -> list[tuple[str, Tensor]]:
     """Weight and bias of a projection, its factors multiplied out."""
-    if f"{name}.left.weight" in reduced:
-        weight = reduced[f"{name}.left.weight"] @ reduced[f"{name}.right.weight"]
-        bias = reduced.get(f"{name}.left.bias")
+    parent, own = name.rsplit(".", 1)
+    left, right = f"{parent}.left.{own}", f"{parent}.right.{own}"
+    if f"{left}.weight" in reduced:
+        weight, bias = reduced[f"{left}.weight"] @ reduced[f"{right}.weight"], reduced.get(f"{left}.bias")
     else:
         weight, bias = reduced[f"{name}.weight"], reduced.get(f"{name}.bias")
     return [(f"{name}.weight", weight)] + ([] if bias is None else [(f"{name}.bias", bias)])
@@ -203,7 +205,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reduced_model, tokens, 
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            enable_checkpointing(model, {"use_reentrant": reentrant})
         model.zero_grad()
         model(tokens, labels=tokens).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from renamed import enable_checkpointing
 
 EVERY_PARAMETER = {
     "attention_bias": True,
@@ -33,7 +34,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(pruned_model, tokens, r
     plain = gradients(model, tokens)
     calls = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(model, {"use_reentrant": reentrant})
     recomputed = gradients(model, tokens)
     assert len(calls) == 2  # once forward, once to recompute
     for name, gradient in plain.items():
