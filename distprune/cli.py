@@ -142,9 +142,9 @@ def calibrate(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Arrow file to write")],
     text: Annotated[
-        Optional[list[str]], typer.Option(help="text, JSONL or Parquet file, or dataset name; repeatable")
+        Optional[list[str]], typer.Option(help="text, JSON, CSV or Parquet file, or dataset name; repeatable")
     ] = None,
-    field: Annotated[Optional[str], typer.Option(help="field of a record that holds its text")] = None,
+    field: Annotated[Optional[str], typer.Option(help="field of a record that holds its text or messages")] = None,
     samples: Annotated[int, typer.Option(help="windows in all")] = 128,
     sequence_length: Annotated[int, typer.Option(help="tokens of each window")] = 128,
     seed: Annotated[int, typer.Option(help="seed of the choice of windows")] = 0,
