@@ -216,8 +216,9 @@ def prune(
     """Prune a model on Ray. Every option can also stand in the YAML file, with underscores."""
     given = dict(locals())
     config, option, log_format = given.pop("config"), given.pop("option"), given.pop("log_format")
+    from distprune.engine.harmless import harmless
     from distprune.engine.log import json_lines
-    from distprune.reporting import console_progress, memory_line, parameter_table
+    from distprune.reporting import memory_line, parameter_table
 
     if option:
         given["options"] = dict(parse_option(text) for text in option)
@@ -226,9 +227,18 @@ def prune(
         with json_lines(sys.stdout):
             api.prune(config=config, **given)
         return
-    record = api.prune(config=config, progress=console_progress(error_console), **given)
-    output_console.print(parameter_table(record))
-    output_console.print(memory_line(record), highlight=False)
+    record = api.prune(config=config, progress=display(), **given)
+    with harmless("standard output"):
+        output_console.print(parameter_table(record))
+        output_console.print(memory_line(record), highlight=False)
+
+
+def display() -> Any:
+    """Progress on standard error, for as long as that can be written."""
+    from distprune.engine.harmless import Unfailing
+    from distprune.reporting import console_progress
+
+    return Unfailing("the display", lambda: console_progress(error_console))
 
 
 @app.command()
@@ -354,11 +364,9 @@ def compare(
     given["sparsities"] = [parse_sparsity(part) for part in given.pop("sparsity").split(",")]
     given["options"] = parse_method_options(option or ())
     gather_distillation(given)
-    from distprune.reporting import console_progress
-
     rows: list[Any] = []
     try:
-        api.compare(progress=lambda: console_progress(error_console), on_row=rows.append, **given)
+        api.compare(progress=display, on_row=rows.append, **given)
     finally:  # a run that fails doesn't take along those before it
         if rows:
             print_rows(rows, as_json)
@@ -487,6 +495,9 @@ def status(
 
 def main() -> None:
     disable_progress_bar()  # transformers' own, which would run through our output
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files may hold what the locale's encoding can't.
+        stream.reconfigure(errors="backslashreplace")
     app(prog_name="distprune")
 
 

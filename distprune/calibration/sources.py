@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def _content(path: Path) -> bytes:
     try:
         if ending not in _COMPRESSED:
             return path.read_bytes()
-        with pa.input_stream(str(path), compression=_codec(ending)) as stream:
+        with path.open("rb") as file, pa.input_stream(file, compression=_codec(ending)) as stream:
             return stream.read()
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or error
@@ -237,7 +238,8 @@ def _separated_records(path: Path, separator: str) -> Iterator[tuple[str, Mappin
 
 def _parquet_records(path: Path, field: str | None) -> Iterator[tuple[str, Mapping]]:
     try:
-        file = pq.ParquetFile(path if path.suffix.lower() in _PARQUET else pa.BufferReader(_content(path)))
+        plain = path.suffix.lower() in _PARQUET
+        file = pq.ParquetFile(pa.memory_map(os.fsencode(path)) if plain else pa.BufferReader(_content(path)))
         columns = document_fields(file.schema_arrow.names, field, str(path))
         table = file.read(columns=list(columns))
     except (pa.ArrowException, OSError) as error:

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from distprune.config import PruneConfig
+from distprune.engine.local_ray import start_local_ray
 from distprune.engine.sites import Needs
 from distprune.errors import InputError
 
@@ -30,7 +31,7 @@ def connected(config: PruneConfig) -> Iterator[None]:
     """Inside, Ray is up: the one already joined, the cluster at the address, or one started here for this run.
 
     Raises:
-        InputError: no cluster answers at the address.
+        InputError: no cluster answers at the address, or none can be started here.
         KeyboardInterrupt: a signal came while Ray was starting or shutting down.
     """
     if ray.is_initialized():
@@ -41,12 +42,12 @@ def connected(config: PruneConfig) -> Iterator[None]:
     try:
         with sigterm_as_it_was():
             if address == "local":
-                # A laptop may be asked for more workers than it has cores.
-                cpus = max(os.cpu_count() or 1, (config.worker_range()[1] or 1) * config.threads_per_worker)
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+                start_local_ray(config, **quiet)
             else:
                 check_listens(address)
                 ray.init(address=address, **quiet)
+    except InputError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"no Ray cluster answers at {address}: {reason_of(error)}") from None
     except SystemExit:  # what Ray makes of SIGTERM while it starts

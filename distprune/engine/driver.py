@@ -20,6 +20,7 @@ from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_wo
 from distprune.engine.dense_pass import DensePass
 from distprune.engine.end_to_end import EndToEnd
 from distprune.engine.gradient_pass import GradientPass
+from distprune.engine.harmless import Unfailing
 from distprune.engine.journal import Journal, fingerprint
 from distprune.engine.layer_files import LayerFiles
 from distprune.engine.log import RunLog, json_file
@@ -83,7 +84,7 @@ def prune_job(job: Job, progress: Progress, log: RunLog, needs: NeedsOf | None) 
                 workers = workers.needing(needs(config, job.checkpoint, workers.device))
             with work_folder(job, workers, progress) as work, json_file(work.log), log.errors():
                 log.run_began(config, goes_on=work.goes_on)
-                with RunMetrics(name) as metrics:
+                with Unfailing("metrics", lambda: RunMetrics(name)) as metrics:
                     record = run_on_workers(job, workers, work, Together(progress, log, metrics))
                 log.run_done(record.seconds, record.decoder_sparsity, record.total_sparsity)
         record.save(work.checkpoint, config)

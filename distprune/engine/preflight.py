@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def check_job(config: PruneConfig) -> Job:
     Raises:
         InputError: names what is wrong and how to mend it. Nothing has been written by then.
     """
+    check_paths(config)
     prepare_output(config.output, config.overwrite)
     method = make_method(config.method, config.options)
     hub, checkpoint = open_model(config)
@@ -96,6 +98,15 @@ def check_job(config: PruneConfig) -> Job:
     there = folder_size(partial_directory(config.output))
     check_free_space(config.output, space_needed(config, checkpoint, dense, method) - there)
     return Job(config, model_path, hub, checkpoint, family, dense, method, target)
+
+
+def check_paths(config: PruneConfig) -> None:
+    """See that every path is UTF-8: Ray passes on no others."""
+    paths = {"model": config.model, "output": config.output, "calibration": config.calibration}
+    for name, path in (paths | {"distill-calibration": config.distill and config.distill.calibration}).items():
+        shown = os.fsencode(path or "").decode(errors="backslashreplace")
+        if path and shown != str(path):
+            raise InputError(f"{name} {shown}: is not UTF-8, and Ray can't pass it on. Rename it, or choose another.")
 
 
 def open_model(config: PruneConfig) -> tuple[HubModel | None, Checkpoint]:
