@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from enum import Enum
 from functools import wraps
@@ -17,7 +19,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from distprune import api
-from distprune.errors import InputError, RunFailed
+from distprune.errors import InputError, InterruptedWhenDone, RunFailed
 
 app = typer.Typer(
     help="Prune large language models on a Ray cluster, without retraining.",
@@ -113,6 +115,24 @@ OptionalTrust = Annotated[
 ]
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def heed_signals() -> None:
+    """From now on SIGTERM ends a command as Ctrl-C does, with a word and a status of its own."""
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def ignore_signals() -> None:
+    """From now on neither changes how a command ends, which is settled; where it was this module that heeded them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is interrupt:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
     """Print an error's message alone and exit with status 2 for bad input, 1 for a run that can go on later.
 
@@ -130,6 +150,7 @@ def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
             error_console.print(f"distprune: {error}", style="red", markup=False, highlight=False)
             raise typer.Exit(FAILED) from None
         except KeyboardInterrupt:
+            ignore_signals()
             error_console.print("distprune: interrupted. The same command goes on from what was done.", style="red")
             raise typer.Exit(INTERRUPTED) from None
 
@@ -223,11 +244,15 @@ def prune(
     if option:
         given["options"] = dict(parse_option(text) for text in option)
     gather_distillation(given)
-    if log_format == LogFormatName.json:
-        with json_lines(sys.stdout):
-            api.prune(config=config, **given)
+    as_json = log_format == LogFormatName.json
+    try:
+        with json_lines(sys.stdout) if as_json else nullcontext():
+            record = api.prune(config=config, progress=None if as_json else display(), **given)
+    except InterruptedWhenDone as interruption:
+        record = interruption.record
+    ignore_signals()
+    if as_json:
         return
-    record = api.prune(config=config, progress=display(), **given)
     with harmless("standard output"):
         output_console.print(parameter_table(record))
         output_console.print(memory_line(record), highlight=False)
@@ -494,11 +519,15 @@ def status(
 
 
 def main() -> None:
+    heed_signals()
     disable_progress_bar()  # transformers' own, which would run through our output
     for stream in (sys.stdout, sys.stderr):
         # Names of files may hold what the locale's encoding can't.
         stream.reconfigure(errors="backslashreplace")
-    app(prog_name="distprune")
+    try:
+        app(prog_name="distprune")
+    finally:
+        ignore_signals()
 
 
 if __name__ == "__main__":
