@@ -182,7 +182,7 @@ def origin_of(name: str, originals: Container[str]) -> str:
     if name in originals:
         return name
     module, _, kind = name.rpartition(".")
-    module = module.removesuffix(".right").removesuffix(".left")
+    module = module.replace(".right.", ".").replace(".left.", ".")  # see factor_names
     if module == _PROJECTIONS["calibration"]:
         module = _PROJECTIONS["down"]
     return f"{module}.{kind}" if f"{module}.{kind}" in originals else f"{module}.weight"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 
 try:
@@ -14,7 +15,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text
 
 
 def main() -> None:
-    for requirement in {*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])}:
+    for requirement in sorted({*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())}):
         if bound := re.fullmatch(r"([\w.-]+)(?:\[[\w,]+\])?>=([\w.]+)", requirement):
             print("{}=={}".format(*bound.groups()))
 

@@ -132,11 +132,11 @@ def test_a_layer_in_anothers_dtypes_has_that_of_the_tensor_that_each_was_made_fr
         calibration=LowRank(torch.ones(2, 24), torch.ones(24, 2)),
     )
     new = {
-        "self_attn.q_proj.right.weight": "self_attn.q_proj.weight",
-        "self_attn.q_proj.left.weight": "self_attn.q_proj.weight",
+        "self_attn.right.q_proj.weight": "self_attn.q_proj.weight",
+        "self_attn.left.q_proj.weight": "self_attn.q_proj.weight",
         "self_attn.o_proj.bias": "self_attn.o_proj.weight",
-        "mlp.calibration.right.weight": "mlp.down_proj.weight",
-        "mlp.calibration.left.weight": "mlp.down_proj.weight",
+        "mlp.right.calibration.weight": "mlp.down_proj.weight",
+        "mlp.left.calibration.weight": "mlp.down_proj.weight",
     }
     found = {name: tensor.dtype for name, tensor in state_of(stored_like(made, stored)).items()}
     assert found == {name: dtypes[new.get(name, name)] for name in state_of(made)}
