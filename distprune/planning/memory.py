@@ -272,8 +272,16 @@ def _host_of_tasks(scenario: Scenario) -> float:
         learnt_from = (3 if judges else 2) * scenario.hidden_states(scenario.lessons) + judges * layer
         if scenario.is_end_to_end:
             learnt_from = 3 * scenario.step_states
-    leaving = scenario.hidden_states(scenario.calibration) + (_offloaded(scenario) if scenario.offloads else 0)
+    leaving = scenario.hidden_states(scenario.calibration)
+    if scenario.placement.device == "cuda":
+        leaving = _page_locked(leaving)
+    leaving += _offloaded(scenario) if scenario.offloads else 0
     return max(largest, layer + max(leaving, learnt_from))
+
+
+def _page_locked(size: int) -> int:
+    """What CUDA's allocator of page-locked memory takes for so many bytes: the next power of two."""
+    return 1 << (size - 1).bit_length()
 
 
 def _offloaded(scenario: Scenario) -> float:

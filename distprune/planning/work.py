@@ -18,7 +18,7 @@ class Work:
     """Floating-point operations, and bytes where it says so."""
 
     forward: float = 0.0
-    statistics: float = 0.0  # products in float32
+    statistics: float = 0.0  # products, summed in float32
     solve_float32: float = 0.0
     solve_float64: float = 0.0
     eigen: float = 0.0
@@ -47,7 +47,7 @@ class Work:
         solving = solving or rates
         return (
             self.forward / (rates.forward_float32 if float32 else rates.forward)
-            + self.statistics / rates.float32
+            + self.statistics / rates.products
             + self.solve_float32 / solving.float32
             + self.solve_float64 / solving.float64
             + self.eigen / solving.eigen

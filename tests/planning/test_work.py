@@ -134,9 +134,11 @@ def test_a_wide_gram_matrix_counts_what_its_tiles_compute():
 
 
 def test_work_adds_up_and_takes_as_long_as_its_rates_say():
-    work = Work(forward=3e14, solve_float64=2.5e13) + Work(forward=3e14, read=2e9) * 2
-    assert work.seconds(RATES["h100"]) == pytest.approx(3 + 1 + 2)
-    assert Work(forward=4e13).seconds(RATES["h100"], float32=True) == pytest.approx(1)
+    rates = RATES["h100"]
+    once, twice = Work(forward=rates.forward, solve_float64=rates.float64), Work(forward=rates.forward, read=rates.read)
+    assert (once + twice * 2).seconds(rates) == pytest.approx(3 + 1 + 2)
+    assert Work(forward=rates.forward_float32).seconds(rates, float32=True) == pytest.approx(1)
+    assert Work(statistics=rates.products).seconds(rates) == pytest.approx(1)
 
 
 def test_a_relay_is_parted_as_the_engine_does():
