@@ -36,8 +36,8 @@ def calibrate(
     Args:
         model: local Hugging Face folder, hub id or .gguf file.
         output: the Arrow file to write.
-        text: text, JSONL or Parquet files, or names of Hugging Face datasets.
-        field: the field of a record that holds its text.
+        text: text, JSON, JSONL, CSV, TSV or Parquet files, or names of Hugging Face datasets.
+        field: the field of a record that holds its text, or the messages of its conversation.
         samples: windows in all.
         sequence_length: tokens of each.
         seed: seed of the choice of windows, or of the model's own samples.

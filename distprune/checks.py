@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor
 
 from distprune.checkpoint import is_finite
@@ -21,6 +25,24 @@ def check_gradient(gradient: Tensor, place: str) -> None:
     if not is_finite(gradient):
         dtype = str(gradient.dtype).removeprefix("torch.")
         raise InputError(f"{place}: the loss's gradients overflow in {dtype}. Choose a method that needs none.")
+
+
+@contextmanager
+def solving(method: str, index: int) -> Iterator[None]:
+    """Names the layer whose moments a method can't solve for.
+
+    Raises:
+        InputError: in place of one that names no layer, and of what linear algebra gives up with.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"layer {index}: {error}") from error
+    except torch.linalg.LinAlgError as error:
+        raise InputError(
+            f"layer {index}: method {method} can't solve for what the calibration set shows of it ({error}). Raise the "
+            "method's damping (--option), or calibrate on more text."
+        ) from error
 
 
 def check_solution(layer: DecoderLayer, index: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from enum import Enum
 from functools import wraps
@@ -17,7 +19,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from distprune import api
-from distprune.errors import InputError, RunFailed
+from distprune.errors import InputError, InterruptedWhenDone, RunFailed
 
 app = typer.Typer(
     help="Prune large language models on a Ray cluster, without retraining.",
@@ -114,6 +116,24 @@ OptionalTrust = Annotated[
 ]
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def heed_signals() -> None:
+    """From now on SIGTERM ends a command as Ctrl-C does, with a word and a status of its own."""
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def ignore_signals() -> None:
+    """From now on neither changes how a command ends, which is settled; where it was this module that heeded them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is interrupt:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
     """Print an error's message alone and exit with status 2 for bad input, 1 for a run that can go on later.
 
@@ -131,6 +151,7 @@ def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
             error_console.print(f"distprune: {error}", style="red", markup=False, highlight=False)
             raise typer.Exit(FAILED) from None
         except KeyboardInterrupt:
+            ignore_signals()
             error_console.print("distprune: interrupted. The same command goes on from what was done.", style="red")
             raise typer.Exit(INTERRUPTED) from None
 
@@ -143,9 +164,9 @@ def calibrate(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Arrow file to write")],
     text: Annotated[
-        Optional[list[str]], typer.Option(help="text, JSONL or Parquet file, or dataset name; repeatable")
+        Optional[list[str]], typer.Option(help="text, JSON, CSV or Parquet file, or dataset name; repeatable")
     ] = None,
-    field: Annotated[Optional[str], typer.Option(help="field of a record that holds its text")] = None,
+    field: Annotated[Optional[str], typer.Option(help="field of a record that holds its text or messages")] = None,
     samples: Annotated[int, typer.Option(help="windows in all")] = 128,
     sequence_length: Annotated[int, typer.Option(help="tokens of each window")] = 128,
     seed: Annotated[int, typer.Option(help="seed of the choice of windows")] = 0,
@@ -219,19 +240,33 @@ def prune(
     """Prune a model on Ray. Every option can also stand in the YAML file, with underscores."""
     given = dict(locals())
     config, option, log_format = given.pop("config"), given.pop("option"), given.pop("log_format")
+    from distprune.engine.harmless import harmless
     from distprune.engine.log import json_lines
-    from distprune.reporting import console_progress, memory_line, parameter_table
+    from distprune.reporting import memory_line, parameter_table
 
     if option:
         given["options"] = dict(parse_option(text) for text in option)
     gather_distillation(given)
-    if log_format == LogFormatName.json:
-        with json_lines(sys.stdout):
-            api.prune(config=config, **given)
+    as_json = log_format == LogFormatName.json
+    try:
+        with json_lines(sys.stdout) if as_json else nullcontext():
+            record = api.prune(config=config, progress=None if as_json else display(), **given)
+    except InterruptedWhenDone as interruption:
+        record = interruption.record
+    ignore_signals()
+    if as_json:
         return
-    record = api.prune(config=config, progress=console_progress(error_console), **given)
-    output_console.print(parameter_table(record))
-    output_console.print(memory_line(record), highlight=False)
+    with harmless("standard output"):
+        output_console.print(parameter_table(record))
+        output_console.print(memory_line(record), highlight=False)
+
+
+def display() -> Any:
+    """Progress on standard error, for as long as that can be written."""
+    from distprune.engine.harmless import Unfailing
+    from distprune.reporting import console_progress
+
+    return Unfailing("the display", lambda: console_progress(error_console))
 
 
 @app.command()
@@ -357,11 +392,9 @@ def compare(
     given["sparsities"] = [parse_sparsity(part) for part in given.pop("sparsity").split(",")]
     given["options"] = parse_method_options(option or ())
     gather_distillation(given)
-    from distprune.reporting import console_progress
-
     rows: list[Any] = []
     try:
-        api.compare(progress=lambda: console_progress(error_console), on_row=rows.append, **given)
+        api.compare(progress=display, on_row=rows.append, **given)
     finally:  # a run that fails doesn't take along those before it
         if rows:
             print_rows(rows, as_json)
@@ -491,8 +524,15 @@ def status(
 
 
 def main() -> None:
+    heed_signals()
     disable_progress_bar()  # transformers' own, which would run through our output
-    app(prog_name="distprune")
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files may hold what the locale's encoding can't.
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        app(prog_name="distprune")
+    finally:
+        ignore_signals()
 
 
 if __name__ == "__main__":

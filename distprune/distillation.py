@@ -24,6 +24,8 @@ from distprune.trainable_layer import BETAS, TrainableLayer
 
 # Points of the loss curve in a run's record.
 CURVE_POINTS = 20
+# At or below it, the squared norm of a token's hidden state is as good as zero.
+NOTHING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -160,13 +162,14 @@ class Student:
 
 
 def relative_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean over tokens of ‖ŷ - y‖² / ‖y‖², (), from (.., d).
+    """Mean over tokens of ‖ŷ - y‖² / ‖y‖², (), from (.., d); of ‖ŷ - y‖² where y is as good as nothing.
 
     What follows a layer normalizes its input token by token, so an error counts relative to its token: a few tokens
     (the first of a text above all) have hidden states a thousand times larger than the others'.
     """
     outputs, targets = outputs.float(), targets.float()
-    return ((outputs - targets).square().sum(dim=-1) / targets.square().sum(dim=-1)).mean()
+    errors, powers = (outputs - targets).square().sum(dim=-1), targets.square().sum(dim=-1)
+    return (errors / torch.where(powers > NOTHING, powers, 1.0)).mean()
 
 
 def split(samples: int, options: DistillConfig) -> tuple[Tensor, Tensor]:

@@ -29,5 +29,13 @@ class Unreachable(InputError):
     """Weights can't be read, which may pass. What the run has done is kept: once they can be, it may go on."""
 
 
+class InterruptedWhenDone(KeyboardInterrupt):
+    """A signal came when a run's result was already there. ``record`` is the run's."""
+
+    def __init__(self, record: object):
+        super().__init__("interrupted, with the result already published")
+        self.record = record
+
+
 class ConvergenceWarning(UserWarning):
     """An iterative solver stopped before it reached its tolerance; what it gave is used, and the run's record tells."""

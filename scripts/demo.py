@@ -25,7 +25,7 @@ from distprune.reporting import console_progress, memory_line
 PROMPT = "The best way to learn a language is"
 SAMPLES = 128
 #: A core that is slower gets fewer samples, a micro-batch at least, so that the demo takes some five minutes.
-FULL_SPEED = 1e11  # FLOP/s
+FULL_SPEED = 1.5e11  # FLOP/s
 MICRO_BATCH = 16
 console = Console(soft_wrap=True)
 
@@ -69,8 +69,8 @@ def affordable_samples(model: Path) -> int:
     samples = max(1, min(SAMPLES, int(SAMPLES * speed / FULL_SPEED)) // MICRO_BATCH) * MICRO_BATCH
     if samples < SAMPLES:
         console.print(
-            f"A core of this machine does {speed / 1e9:.0f} GFLOP/s in {dtype.name}: {samples} calibration samples must "
-            f"do instead of {SAMPLES}, and the pruned model will be worse for it."
+            f"A core of this machine does {speed / 1e9:.0f} GFLOP/s in {dtype.name}: {samples} calibration samples "
+            f"must do instead of {SAMPLES}, and the pruned model will be worse for it."
         )
     return samples
 

@@ -27,6 +27,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from distprune.calibration.model import input_device, load_model
+from distprune.hardware import name_of
 from distprune.modeling import CACHE
 
 console = Console(soft_wrap=True)
@@ -34,10 +35,11 @@ console = Console(soft_wrap=True)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the parameters, and the most that the process, or the GPU, held since it began."""
+    """Bytes of the parameters, which are in a dtype, and the most that the process, or the GPU, held since it began."""
 
     parameters: int
     peak: int
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -134,16 +136,18 @@ def cache_bytes(cache: Cache) -> int:
 def sizes() -> Sizes:
     parameters = sum(parameter.nbytes for parameter in loaded.parameters())
     if input_device(loaded).type == "cuda":
-        return Sizes(parameters, torch.cuda.max_memory_allocated())
-    return Sizes(parameters, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Sizes(parameters, peak, name_of(loaded.dtype))
 
 
 # ---------------------------------------------------------------- tables
 
 
 def show_sizes(models: list[Contestant]) -> None:
-    table = table_of("memory", "model", "parameters, MiB", "peak, MiB")
     found = [model.sizes() for model in models]
+    table = table_of(f"memory, in {found[0].dtype}", "model", "parameters, MiB", "peak, MiB")
     for model, size in zip(models, found, strict=True):
         table.add_row(
             model.name,

@@ -32,8 +32,11 @@ def main() -> None:
         tokens = make_calibration(Path(scratch, "calibration.arrow"), folder, 16, 64)
         for method in METHODS:
             compare_with_cpu(rows, method, folder, tokens, device)
+        compare_with_cpu(rows, "magnitude", folder, tokens, device, distill=True)
         for method in METHODS:
-            repeat_offloaded(rows, method, folder, tokens, device)
+            repeat(rows, method, folder, tokens, device, offload=True)
+        repeat(rows, "curvature", folder, tokens, device)
+        repeat(rows, "magnitude", folder, tokens, device, distill=True)
     compare_flash_attention(rows, device)
 
 
@@ -42,24 +45,26 @@ def prune(method: str, folder: Path, tokens: np.ndarray, device: torch.device, *
     return InProcess(config, folder, device).prune(tokens)
 
 
-def compare_with_cpu(rows: Rows, method: str, folder: Path, tokens: np.ndarray, device: torch.device) -> None:
+def compare_with_cpu(
+    rows: Rows, method: str, folder: Path, tokens: np.ndarray, device: torch.device, **options: object
+) -> None:
     for dtype, within in WITHIN.items():
         here, there = (
-            prune(method, folder, tokens, place, dtype=dtype).loss for place in (torch.device("cpu"), device)
+            prune(method, folder, tokens, place, dtype=dtype, **options).loss for place in (torch.device("cpu"), device)
         )
         difference = abs(there - here) / here
         found = f"loss {there:.4f}, on the CPU {here:.4f}: {difference:.1e} apart"
-        rows.add(f"{method}, {dtype}", found, difference <= within, loss=there, cpu=here)
+        rows.add(", ".join([method, *options, dtype]), found, difference <= within, loss=there, cpu=here)
 
 
-def repeat_offloaded(rows: Rows, method: str, folder: Path, tokens: np.ndarray, device: torch.device) -> None:
-    first, second = (prune(method, folder, tokens, device, offload=True, dtype="bfloat16") for _ in range(2))
+def repeat(rows: Rows, method: str, folder: Path, tokens: np.ndarray, device: torch.device, **options: object) -> None:
+    first, second = (prune(method, folder, tokens, device, dtype="bfloat16", **options) for _ in range(2))
     same = all(
         torch.equal(tensor, state_of(after)[name])
         for before, after in zip(first.layers, second.layers, strict=True)
         for name, tensor in state_of(before).items()
     )
-    rows.add(f"{method}, offloaded twice", "the same bytes" if same else "other bytes", same)
+    rows.add(", ".join([method, *options, "twice"]), "the same bytes" if same else "other bytes", same)
 
 
 def compare_flash_attention(rows: Rows, device: torch.device) -> None:

@@ -48,7 +48,7 @@ def main() -> None:
     written = sum(file.stat().st_size for file in model.iterdir())
     seconds = time.perf_counter() - start
     rows.add("model made", f"{written / 1e9:.1f} GB in {seconds:.0f} s", bytes=written, seconds=seconds)
-    for method in ("olica", "curvature"):
+    for method in ("curvature", "olica"):
         prune(rows, method, model, size, arguments.device, arguments.out)
 
 
@@ -62,7 +62,7 @@ def prune(rows: Rows, method: str, model: Path, size: Size, device: str, out: Pa
         str(model), "--method", method, "--sparsity", "0.3", "--calibration", str(calibration), "--device", device,
         "--workers", "1", "--threads-per-worker", "4", "--micro-batch", str(size.micro_batch),
     ]  # fmt: skip
-    planned = plan(options, device)
+    planning = begin_plan(options, device)
     start = time.perf_counter()
     with Watch(device) as watch:
         command = [sys.executable, "-m", "distprune.cli", "prune", *options, "--output", str(output)]
@@ -77,6 +77,7 @@ def prune(rows: Rows, method: str, model: Path, size: Size, device: str, out: Pa
         return
     tell_calls(rows, method, log)
     record = json.loads((output / "distprune_run.json").read_text())
+    planned = json.loads(planning.communicate()[0])
     tell(rows, method, windows, seconds, record, planned, watch, size)
 
 
@@ -106,10 +107,10 @@ def windows_that_fit(size: Size, method: str, folder: Path) -> int:
     return windows
 
 
-def plan(options: list[str], device: str) -> dict:
+def begin_plan(options: list[str], device: str) -> subprocess.Popen:
     gpus = ["--gpus", "1"] if device == "cuda" else []
     command = [sys.executable, "-m", "distprune.cli", "plan", *options, *gpus, "--json"]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def tell(

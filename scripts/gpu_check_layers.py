@@ -37,6 +37,7 @@ from distprune.solvers.elimination import damped_inverse
 from distprune.solvers.low_rank import factor_input_scaled
 
 METHODS = ("curvature", "olica", "oops")
+VOCABULARY = 32000
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,6 @@ class Size:
     windows: int
     length: int
     micro_batch: int
-    changes: tuple = ()
 
 
 SIZES = {
@@ -85,14 +85,17 @@ def main() -> None:
     rows.add(
         "ceilings", ", ".join(f"{name} {value:.3g}" for name, value in asdict(ceilings).items()), **asdict(ceilings)
     )
-    for size in SIZES[arguments.device]:
-        measure_solves(rows, size, device, ceilings)
+    sizes = SIZES[arguments.device]
+    for size in sizes:
         with TemporaryDirectory(dir=arguments.out) as scratch:
             folder = Path(scratch, "model")
-            make_model(folder, config_of(size.shape, num_hidden_layers=size.layers), device=device)
+            config = config_of(size.shape, num_hidden_layers=size.layers, vocab_size=VOCABULARY)
+            make_model(folder, config, device=device)
             tokens = make_calibration(Path(scratch, "calibration.arrow"), folder, size.windows, size.length)
             for method in METHODS:
                 measure_method(rows, method, size, folder, tokens, device, ceilings)
+    for size in sizes:
+        measure_solves(rows, size, device, ceilings)
 
 
 # ---------------------------------------------------------------- ceilings
@@ -142,7 +145,7 @@ def measure_method(
         model=str(folder), output=folder / "none", method=method, sparsity=0.3, micro_batch=size.micro_batch,
         device=device.type, dtype="bfloat16", workers=1, samples=size.windows, sequence_length=size.length,
     )  # fmt: skip
-    InProcess(config, folder, device).prune(tokens[: size.micro_batch])  # what is first of its kind is slow
+    InProcess(config, folder, device).prune(tokens[:1])  # what is first of its kind is slow
     tasks = InProcess(config, folder, device).prune(tokens).tasks
     scenario = make_scenario(config, Checkpoint.open(folder), Cluster(gpus=int(device.type == "cuda")), "h100", {})
     peaks = task_peaks(scenario)

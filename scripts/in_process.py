@@ -17,6 +17,7 @@ from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer
 from distprune.determinism import make_cuda_deterministic
+from distprune.distillation import Exercise
 from distprune.engine.tasks import LayerTasks
 from distprune.engine.weights import Model
 from distprune.families import family_of
@@ -64,7 +65,8 @@ class InProcess:
         self.measured: dict[str, Measured] = {}
 
     def prune(self, tokens: np.ndarray) -> Result:
-        """The dense pass, the gradient pass where the method has one, the plan, and the pruning of all layers.
+        """The dense pass, the gradient pass where the method has one, the plan, the pruning of all layers, and
+        layer-wise distillation where it is asked for.
 
         Args:
             tokens: of the calibration set, int32 (samples, length).
@@ -75,7 +77,8 @@ class InProcess:
         if method.gradient_moments(dense.layer_shape(0)):
             profiles = self._gradient_pass(tokens, inputs)
         with self.timed("plan"):
-            target = target_of(self.config, dense)
+            sizes = self.model.family.stored_sizes(self.model.checkpoint.tensors, dense)
+            target = target_of(self.config, dense, sizes)
             plan = method.plan(target, profiles, self.config.align)
         states, pruned = inputs[0], []
         for index in layers:
@@ -83,7 +86,9 @@ class InProcess:
                 result = self.tasks.prune(index, states, plan[index], profiles[index], {}, propagate=True)
             states = result.output
             pruned.append(result.layer)
-        return Result(pruned, self._loss(states, tokens), self.measured)
+        if self.config.distill:
+            pruned = [self._distill(index, layer, inputs) for index, layer in enumerate(pruned)]
+        return Result(pruned, self._loss(pruned, inputs[0], tokens), self.measured)
 
     def _dense_pass(self, tokens: np.ndarray) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """The hidden states at every layer's input and at the model's end, and the profiles."""
@@ -114,7 +119,15 @@ class InProcess:
                 profiles[index] = self.tasks.profile(index, 1)[0]
         return profiles
 
-    def _loss(self, states: Tensor, tokens: np.ndarray) -> float:
+    def _distill(self, index: int, layer: DecoderLayer, inputs: list[Tensor]) -> DecoderLayer:
+        """The layer after learning what the dense one gives, layer by layer."""
+        end = self.config.distill.end_of_look_ahead(index, len(inputs) - 1)
+        with self.timed("distill"):
+            return self.tasks.distill(index, layer, Exercise(inputs[index], inputs[index + 1], inputs[end]))[0]
+
+    def _loss(self, layers: list[DecoderLayer], states: Tensor, tokens: np.ndarray) -> float:
+        for index, layer in enumerate(layers):
+            states = self.tasks.runner.run(layer, index, states)
         self.tasks.open_head()
         self.tasks.loss_gradient(states, tokens)
         samples, length = tokens.shape

@@ -28,7 +28,7 @@ def pruned(smollm2: Path, tmp_path_factory) -> tuple[Path, distprune.engine.RunR
     ray.shutdown()  # whatever earlier tests started: this run starts and stops its own
     output = tmp_path_factory.mktemp("real") / "pruned"
     record = distprune.prune(
-        str(smollm2), output, sparsity=0.2, workers=2, samples=64, sequence_length=64, propagation="full"
+        str(smollm2), output, sparsity=0.2, workers=2, samples=32, sequence_length=64, propagation="full"
     )
     return output, record
 

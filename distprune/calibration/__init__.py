@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from distprune.calibration.arrow import (
     prepare_output,
     write_calibration,
 )
+from distprune.calibration.chat import Rendered
 from distprune.calibration.model import check_sequence_length, load_config
 from distprune.calibration.own_samples import generate_own_samples
 from distprune.calibration.packing import draw_windows, equal_shares, interleave
@@ -23,6 +25,8 @@ from distprune.calibration.sources import TextSource, read_source
 from distprune.calibration.tokenizer import load_tokenizer, tokenizer_fingerprint
 from distprune.errors import InputError
 from distprune.hardware import AUTO
+
+_LOGGER = logging.getLogger(__name__)
 
 __all__ = [
     "Calibration",
@@ -128,10 +132,26 @@ def _windows_of_texts(
 ) -> np.ndarray:
     """int32 (samples, length): equal shares of all sources, in turn."""
     parts = [
-        draw_windows(source.documents, tokenizer, share, length, seed, from_start=source.from_start, name=str(text))
+        _windows_of_text(str(text), source, tokenizer, share, length, seed)
         for text, source, share in zip(texts, sources, equal_shares(samples, len(sources)), strict=True)
     ]
     return interleave(parts)
+
+
+def _windows_of_text(
+    name: str, source: TextSource, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int
+) -> np.ndarray:
+    """int32 (count, length). Says how many conversations the tokenizer's chat template refused."""
+    documents = Rendered(source.documents, tokenizer)
+    try:
+        windows = draw_windows(documents, tokenizer, count, length, seed, from_start=source.from_start, name=name)
+    except InputError as error:
+        if not documents.refused:
+            raise
+        raise InputError(f"{error} The chat template refused {documents.refusals()}") from error
+    if documents.refused:
+        _LOGGER.warning("%s: the chat template refused %s They were left out.", name, documents.refusals())
+    return windows
 
 
 def _check_counts(samples: int, seed: int, texts: int) -> None:

@@ -122,7 +122,7 @@ def open_calibration(path: str | Path) -> Calibration:
     """
     path = Path(path)
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = pa.ipc.open_file(pa.memory_map(os.fsencode(path)))
         metadata = _decoded(path, reader.schema)
         if not reader.schema.equals(_schema(metadata.sequence_length)) or reader.num_record_batches != 1:
             raise InputError(f"{path}: has another layout than a calibration set; {_MEND}.")

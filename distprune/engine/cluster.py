@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import socket
-import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -16,13 +15,13 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from distprune.config import PruneConfig
+from distprune.engine.local_ray import start_local_ray
+from distprune.engine.signals import interruptions_held_back, sigterm_as_it_was
 from distprune.engine.sites import Needs
 from distprune.errors import InputError
 
 # Ray itself takes minutes to give up on an address where nothing listens.
 CONNECT_SECONDS = 10
-# What ends a run that can be gone on with.
-INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
@@ -30,7 +29,7 @@ def connected(config: PruneConfig) -> Iterator[None]:
     """Inside, Ray is up: the one already joined, the cluster at the address, or one started here for this run.
 
     Raises:
-        InputError: no cluster answers at the address.
+        InputError: no cluster answers at the address, or none can be started here.
         KeyboardInterrupt: a signal came while Ray was starting or shutting down.
     """
     if ray.is_initialized():
@@ -41,12 +40,12 @@ def connected(config: PruneConfig) -> Iterator[None]:
     try:
         with sigterm_as_it_was():
             if address == "local":
-                # A laptop may be asked for more workers than it has cores.
-                cpus = max(os.cpu_count() or 1, (config.worker_range()[1] or 1) * config.threads_per_worker)
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+                start_local_ray(config, **quiet)
             else:
                 check_listens(address)
                 ray.init(address=address, **quiet)
+    except InputError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"no Ray cluster answers at {address}: {reason_of(error)}") from None
     except SystemExit:  # what Ray makes of SIGTERM while it starts
@@ -54,10 +53,22 @@ def connected(config: PruneConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        # Broken off halfway, Ray takes the next object reference that dies to a worker that is gone, and ends the
-        # process with status 1 and without a word.
-        with interruptions_held_back():
-            ray.shutdown()
+        shut_down()
+
+
+def shut_down() -> None:
+    """``ray.shutdown()``, for which interruptions wait.
+
+    Broken off halfway, Ray takes the next object reference that dies to a worker that is gone, and ends the process
+    with status 1 and without a word. And it resets SIGTERM's handler, unseen by Python, to the one that ends the
+    process: so it runs in a thread of its own, while this one sees to it that signals still wait.
+    """
+    with interruptions_held_back() as wait_again, ThreadPoolExecutor(1) as thread:
+        leaving = thread.submit(ray.shutdown)
+        while not leaving.done():
+            wait([leaving], timeout=0.001)
+            wait_again()
+        leaving.result()
 
 
 def reason_of(error: BaseException) -> str:
@@ -69,49 +80,6 @@ def reason_of(error: BaseException) -> str:
     if any(isinstance(cause, AuthenticationError) for cause in causes):
         return "it asks for a token. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN where the token is not in ~/.ray."
     return str(error).strip().rstrip(".") + ". Check --address and RAY_ADDRESS."
-
-
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM does what Ctrl-C does: schedulers and ``ray job stop`` end a run as its user would."""
-    with sigterm_as_it_was():
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        yield
-
-
-@contextmanager
-def sigterm_as_it_was() -> Iterator[None]:
-    """Whatever sets another handler inside, as joining Ray does, has set it for no longer than that.
-
-    Ray's would end the process with a status that tells nothing.
-    """
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def interruptions_held_back() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM wait; at the end they do what they would have done before."""
-    if threading.current_thread() is not threading.main_thread():  # the only one that signals interrupt
-        yield
-        return
-    came: list[int] = []
-    # A handler that Python doesn't know can't be put back.
-    before = {number: handler for number in INTERRUPTIONS if (handler := signal.getsignal(number)) is not None}
-    try:
-        for number in before:
-            signal.signal(number, lambda number, _: came.append(number))
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in came[:1]:
-            signal.raise_signal(number)
 
 
 def check_listens(address: str) -> None:

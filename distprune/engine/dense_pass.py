@@ -18,6 +18,9 @@ from distprune.engine.states import DENSE, MOMENTS, load_states, save_states
 from distprune.engine.transport import Parcel, unpack_all
 from distprune.methods import Profile
 
+#: The hidden states of every so many layers are kept: a disk takes longer to write those of all than a GPU to make
+#: them. Whoever resumes the pass makes those of the layers in between again.
+KEPT_EVERY = 4
 #: Journal entries of what the method remembers of a layer, and of layers that were passed without a profile.
 PROFILE, PASSED = "profile", "passed"
 
@@ -51,9 +54,11 @@ class DensePass(Relay):
         self._kind = PASSED if for_gradients else PROFILE
 
     def run(self) -> list[Profile]:
-        """Go on where the journal ends. Returns the profiles of all layers, which are empty if gradients follow."""
+        """Resume where the journal ends. Returns the profiles of all layers, which are empty if gradients follow."""
         entries = [entry_of(self._kind, index) for index in range(self.layers)]
         done = self.journal.count_first(entries)
+        if 0 < done < self.layers:
+            done = next(index for index in range(done, -1, -1) if self.journal.has(entry_of(DENSE, index)))
         self.progress.stage("Dense pass", self.layers, done)
         if done == 0:
             self.pool.submit(self._embedded, "embed", self.pool.put(self.tokens))
@@ -76,12 +81,18 @@ class DensePass(Relay):
         return "profile", (station, pieces)
 
     def reached(self, station: int, pieces: list[Parcel]) -> None:
-        save_states(self.journal, DENSE, station, pieces)
+        if self.for_gradients or self._begins_block(station) or station % KEPT_EVERY == 0:
+            save_states(self.journal, DENSE, station, pieces)
+        passed = station - KEPT_EVERY
+        if station % KEPT_EVERY == 0 and not (self.for_gradients or self._begins_block(passed)):
+            self.journal.remove(entry_of(DENSE, passed))
+
+    def _begins_block(self, station: int) -> bool:
+        """Whether pruning needs the hidden states at its input."""
+        return station % self.block_length == 0
 
     def closed(self, station: int, profile: dict[str, Parcel], carried: dict[str, Parcel]) -> None:
         if carried:
             self.journal.write(entry_of(MOMENTS, station), tensors=unpack_all(carried))
         self.journal.write(entry_of(self._kind, station), tensors=unpack_all(profile))  # last: now the layer is done
-        if station % self.block_length and not self.for_gradients:
-            self.journal.remove(entry_of(DENSE, station))
         self.progress.advance()

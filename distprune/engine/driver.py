@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,11 @@ from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint, copy_side_files, failures_explained, hold_lock, partial_directory, publish
 from distprune.config import PruneConfig
 from distprune.engine.assembly import assemble
-from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers, sigterm_interrupts
+from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers
 from distprune.engine.dense_pass import DensePass
 from distprune.engine.end_to_end import EndToEnd
 from distprune.engine.gradient_pass import GradientPass
+from distprune.engine.harmless import Unfailing
 from distprune.engine.journal import Journal, fingerprint
 from distprune.engine.layer_files import LayerFiles
 from distprune.engine.log import RunLog, json_file
@@ -40,11 +41,12 @@ from distprune.engine.record import (
 )
 from distprune.engine.run_dtype import settle_dtype
 from distprune.engine.runtime import RayRuntime
+from distprune.engine.signals import interruptions_noted, sigterm_interrupts
 from distprune.engine.sites import Needs
 from distprune.engine.stages import check_weights, distill_layers, prune_blocks, write_own_samples
 from distprune.engine.weights import WeightAccess, weight_access
 from distprune.engine.work import CHECK, PUBLISHING, Outline, Work
-from distprune.errors import InputError, Unreachable
+from distprune.errors import InputError, InterruptedWhenDone, Unreachable
 from distprune.hardware import AUTO
 from distprune.methods import Plan
 
@@ -68,17 +70,27 @@ def prune(config: PruneConfig, progress: Progress | None = None, needs: NeedsOf 
     Raises:
         InputError: something about the input is wrong; the output path is untouched.
         RunFailed: workers or storage gave out; the same call goes on.
+        KeyboardInterrupt: SIGINT or SIGTERM came; an InterruptedWhenDone, if the result was published by then.
     """
-    log = RunLog(str(config.output))
-    with log.errors():
-        if record := finish_publishing(config):
-            return record
-        return prune_job(check_job(config), progress or Progress(), log, needs)
+    log, interruptions = RunLog(str(config.output)), []
+    with sigterm_interrupts(), log.errors(), ExitStack() as at_last:
+
+        def past_interruption() -> None:
+            at_last.enter_context(interruptions_noted(interruptions))
+
+        record = finish_publishing(config, past_interruption)
+        if record is None:
+            record = prune_job(check_job(config), progress or Progress(), log, needs, past_interruption)
+    if interruptions:
+        raise InterruptedWhenDone(record)
+    return record
 
 
-def prune_job(job: Job, progress: Progress, log: RunLog, needs: NeedsOf | None) -> RunRecord:
+def prune_job(
+    job: Job, progress: Progress, log: RunLog, needs: NeedsOf | None, past_interruption: Callable[[], None]
+) -> RunRecord:
     name, partial = str(job.config.output), partial_directory(job.config.output)
-    with progress, failures_explained(partial), hold_lock(partial), sigterm_interrupts():
+    with progress, failures_explained(partial), hold_lock(partial):
         with connected(job.config):
             workers = plan_workers(job.config, alive_nodes(), job.dense.num_hidden_layers)
             dtype = settle_dtype(job.config, job.stored_dtype, workers)
@@ -90,7 +102,7 @@ def prune_job(job: Job, progress: Progress, log: RunLog, needs: NeedsOf | None) 
                 workers = workers.needing(needs(config, job.checkpoint, workers.device))
             with work_folder(job, workers, progress) as work, json_file(work.log), log.errors():
                 log.run_began(config, goes_on=work.goes_on, dtype_reason=dtype.reason)
-                with RunMetrics(name) as metrics:
+                with Unfailing("metrics", lambda: RunMetrics(name)) as metrics:
                     told = Together(progress, log, metrics)
                     for note in job.notes:
                         told.note(note)
@@ -99,12 +111,13 @@ def prune_job(job: Job, progress: Progress, log: RunLog, needs: NeedsOf | None) 
         record.save(work.checkpoint, config)
         shutil.copyfile(work.log, work.checkpoint / LOG_FILE)
         work.journal.write(PUBLISHING)
+        past_interruption()
         publish(work.checkpoint, config.output, config.overwrite)
         work.clear_away()
     return record
 
 
-def finish_publishing(config: PruneConfig) -> RunRecord | None:
+def finish_publishing(config: PruneConfig, past_interruption: Callable[[], None]) -> RunRecord | None:
     """The record of a run that ended between publishing its result and clearing up, which is done now."""
     work = Work(partial_directory(config.output))
     # An output that is not to be overwritten can only have come from the run that left the folder.
@@ -112,6 +125,7 @@ def finish_publishing(config: PruneConfig) -> RunRecord | None:
     if config.restart or not is_over or not config.output.is_dir():
         return None
     with hold_lock(work.folder):
+        past_interruption()
         record = load_record(config.output)
         work.clear_away()
     return record

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -17,6 +18,7 @@ from time import monotonic
 from typing import Any, TextIO
 
 from distprune.config import PruneConfig
+from distprune.engine.harmless import harmless
 from distprune.engine.progress import Assignment, Progress, WorkerName
 from distprune.version import __version__
 
@@ -40,7 +42,7 @@ class JsonFormatter(logging.Formatter):
 @contextmanager
 def json_lines(stream: TextIO) -> Iterator[None]:
     """Inside, every record is a line of the stream."""
-    with _handled_by(logging.StreamHandler(stream)):
+    with _handled_by(_Stream(stream)):
         yield
 
 
@@ -81,6 +83,17 @@ class _File(logging.FileHandler):
         pass
 
 
+class _Stream(logging.StreamHandler):
+    """What can't be written is left out, which is told once, to whom the package's warnings go."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            self._failed = True
+            PACKAGE.warning("the log can't be written (%s)", sys.exc_info()[1])
+
+
 class RunLog(Progress):
     """Logs what a run tells, under the run's name."""
 
@@ -90,12 +103,14 @@ class RunLog(Progress):
         self._told: BaseException | None = None
 
     def tell(self, event: str, level: int = logging.INFO, **fields: Any) -> None:
-        LOGGER.log(level, event, extra={"fields": {"run": self._run, **fields}})
+        with harmless("the log"):
+            LOGGER.log(level, event, extra={"fields": {"run": self._run, **fields}})
 
     def run_began(self, config: PruneConfig, goes_on: bool, dtype_reason: str) -> None:
-        settings = config.model_dump(mode="json", include={"model", "method", "sparsity", "workers", "dtype"})
-        event = "run resumed" if goes_on else "run started"
-        self.tell(event, **settings, dtype_reason=dtype_reason, distprune=__version__)
+        with harmless("the log"):
+            settings = config.model_dump(mode="json", include={"model", "method", "sparsity", "workers", "dtype"})
+            event = "run resumed" if goes_on else "run started"
+            self.tell(event, **settings, dtype_reason=dtype_reason, distprune=__version__)
 
     def run_done(self, seconds: Mapping[str, float], decoder_sparsity: float, total_sparsity: float) -> None:
         self.tell("run done", decoder_sparsity=decoder_sparsity, total_sparsity=total_sparsity, seconds=dict(seconds))

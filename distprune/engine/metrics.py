@@ -1,6 +1,7 @@
 """A run's figures for Prometheus, through Ray: every node serves those of its processes, as ``ray_distprune_*``.
 
-Where Ray was installed without its ``default`` extra they go nowhere.
+Where Ray was installed without its ``default`` extra they go nowhere. A run's name is a path, of which Ray takes ASCII
+alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import psutil
 import torch
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from distprune.engine.harmless import harmless
 from distprune.engine.progress import Assignment, Progress, WorkerName
 
 # Seconds of a call, from a small model's on a CPU to a very large one's.
@@ -25,7 +27,7 @@ class RunMetrics(Progress):
     """Of one run, under its name; made and told where Ray is up."""
 
     def __init__(self, run: str):
-        self._run, self._up = {"run": run}, set()
+        self._run, self._up = {"run": in_ascii(run)}, set()
         self._stage, self._steps, self._began = "", 0, monotonic()
         by_stage, by_call = ("run", "stage"), ("run", "call")
         self._total = Gauge("distprune_stage_steps", "Steps of a stage, mostly layers", by_stage)
@@ -88,13 +90,18 @@ class MemoryMetrics(threading.Thread):
     def __init__(self, worker: object, run: str, number: int):
         super().__init__(name="memory metrics", daemon=True)
         self._worker = ref(worker)
-        self._tags = {"run": run, "worker": str(number)}
-        self._resident = Gauge("distprune_worker_resident_bytes", "Memory of a worker's process", tuple(self._tags))
-        self._device = Gauge("distprune_worker_device_bytes", "What torch holds of a worker's GPU", tuple(self._tags))
+        self._tags = {"run": in_ascii(run), "worker": str(number)}
 
     def run(self) -> None:
-        process = psutil.Process()
-        while self._worker() is not None:
-            self._resident.set(process.memory_info().rss, self._tags)
-            self._device.set(torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0, self._tags)
-            sleep(LOOK_EVERY)
+        with harmless("metrics"):
+            tags, process = tuple(self._tags), psutil.Process()
+            resident = Gauge("distprune_worker_resident_bytes", "Memory of a worker's process", tags)
+            device = Gauge("distprune_worker_device_bytes", "What torch holds of a worker's GPU", tags)
+            while self._worker() is not None:
+                resident.set(process.memory_info().rss, self._tags)
+                device.set(torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0, self._tags)
+                sleep(LOOK_EVERY)
+
+
+def in_ascii(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()

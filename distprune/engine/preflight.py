@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def check_job(config: PruneConfig) -> Job:
     Raises:
         InputError: names what is wrong and how to fix it. Nothing has been written by then.
     """
+    check_paths(config)
     check_apart(config)
     prepare_output(config.output, config.overwrite)
     method = make_method(config.method, config.options)
@@ -142,6 +144,15 @@ def overlap(path: Path, folder: Path) -> bool:
     """Whether one is the other or lies somewhere inside it, links followed."""
     one, other = path.resolve(), folder.expanduser().resolve()
     return one == other or one in other.parents or other in one.parents
+
+
+def check_paths(config: PruneConfig) -> None:
+    """See that every path is UTF-8: Ray passes on no others."""
+    paths = {"model": config.model, "output": config.output, "calibration": config.calibration}
+    for name, path in (paths | {"distill-calibration": config.distill and config.distill.calibration}).items():
+        shown = os.fsencode(path or "").decode(errors="backslashreplace")
+        if path and shown != str(path):
+            raise InputError(f"{name} {shown}: is not UTF-8, and Ray can't pass it on. Rename it, or choose another.")
 
 
 def open_model(config: PruneConfig) -> tuple[HubModel | None, Checkpoint]:

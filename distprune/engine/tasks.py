@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distprune.backward import backward
 from distprune.calibration import CalibrationMetadata, draw_calibration
-from distprune.checks import check_solution
+from distprune.checks import check_solution, solving
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer, LayerShape, stored_like
 from distprune.distillation import Exercise, Lesson, distill
@@ -154,7 +154,8 @@ class LayerTasks:
         """
         opened, self._open = self._opened(index, pieces), None
         layer = opened.layer.to(self.solve_device)
-        profile = {} if opened.profiled is None else self.method.profile(layer, opened.statistics)
+        with solving(self.method.name, index):
+            profile = {} if opened.profiled is None else self.method.profile(layer, opened.statistics)
         carried = opened.statistics.to_tensors(opened.carried)
         return moved(profile, "cpu"), moved(carried, "cpu")
 
@@ -265,7 +266,7 @@ class LayerTasks:
         statistics = LayerStatistics.from_tensors(moved(carried, self.solve_device), moments) or observe(layer, moments)
         clock.lap("statistics")
         profile = moved(profile, self.solve_device)
-        with convergence_warnings() as warned:
+        with convergence_warnings() as warned, solving(self.method.name, index):
             pruned = self.method.prune(layer.to(self.solve_device), planned, statistics, profile, observe)
         if pruned.shape != planned:
             raise AssertionError(f"{self.method.name} gave layer {index} {pruned.shape}, planned {planned}")

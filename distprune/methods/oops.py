@@ -222,7 +222,8 @@ class Oops(Method):
     def _worth(self, interaction: Tensor, keep: int, units: str) -> Tensor:
         """What each unit is worth: its own energy, or m of min ½(1-m)ᵀQ(1-m) over 0 ≤ m ≤ 1, Σm ≤ keep."""
         score = interaction.diagonal()
-        if self.selection == "score" or keep == len(score):
+        # In a module that does nothing, all units are worth the same.
+        if self.selection == "score" or keep == len(score) or not score.any():
             return score
         # Scaled, so that the solver's tolerance means the same for every layer.
         solution = relaxed_selection(interaction / score.mean(), torch.ones_like(score), float(keep))

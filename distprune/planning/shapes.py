@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -26,13 +26,30 @@ def expected_shapes(method: Method, target: Target, align: int) -> list[LayerSha
     dense = [config.layer_shape(index) for index in range(config.num_hidden_layers)]
     if target.sparsity == 0:
         return dense
-    if not method.dense_moments(dense[0]):
-        return method.plan(target, [{}] * len(dense), align)
-    if method.name in EVEN_PROFILES:
-        profile = EVEN_PROFILES[method.name](dense[0])
-        return method.plan(target, [profile] * len(dense), align)
+    even = EVEN_PROFILES.get(method.name)
+    try:
+        return method.plan(target, [even(dense[0]) if even else UnknownProfile()] * len(dense), align)
+    except ProfileRead:
+        pass
     target = replace(target, resource="parameters")
     return fill_with_ffn(target, [with_fewer_groups(shape, target.decoder_sparsity) for shape in dense], align)
+
+
+class ProfileRead(Exception):
+    """A plan depends on what is known of the layers' activations or gradients."""
+
+
+class UnknownProfile(Mapping[str, torch.Tensor]):
+    """A profile that can't be read: whether a method's plan needs one is seen by letting it plan.
+
+    Raises:
+        ProfileRead: whatever is asked of it.
+    """
+
+    def _refuse(self, *_: object):
+        raise ProfileRead
+
+    __getitem__ = __iter__ = __len__ = _refuse
 
 
 def _curvature(shape: LayerShape) -> Profile:

@@ -69,14 +69,17 @@ def layer_row(layer: LayerRecord) -> tuple[str, ...]:
 
 
 def memory_line(record: RunRecord) -> str:
-    """Peak memory of driver and workers, and where the time went."""
+    """What was computed in, peak memory of driver and workers, and where the time went."""
     workers = ", ".join(
         f"{peak.resident / GIB:.2f} GiB" + (f" (+{peak.device / GIB:.2f} GiB on the GPU)" if peak.device else "")
         for peak in record.peak_memory_workers
     )
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record.seconds.items())
     driver = record.peak_memory_driver.resident / GIB
-    return f"peak memory: driver {driver:.2f} GiB, workers {workers}\ntime: {stages}"
+    return (
+        f"forward passes in {record.dtype} on {record.device}\n"
+        f"peak memory: driver {driver:.2f} GiB, workers {workers}\ntime: {stages}"
+    )
 
 
 def comparison_table(rows: Sequence[ComparisonRow]) -> Table:

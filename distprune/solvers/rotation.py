@@ -11,8 +11,9 @@ from torch import Tensor
 
 from distprune.solvers.factorization import leading_eigenvectors
 
-#: What keeps a Gram matrix of fewer tokens than channels factorable, over the mean of its diagonal.
-JITTER = 1e-6
+#: The least eigenvalue of a Gram matrix, over the mean of its diagonal. Float32 sums leave those of fewer tokens than
+#: channels anywhere near zero, below it too.
+LEAST_EIGENVALUE = 1e-6
 
 
 def uncorrelated_rotation(value_gram: Tensor) -> Tensor:
@@ -62,12 +63,13 @@ def output_aware_rotation(output_weights: Tensor, value_gram: Tensor) -> tuple[T
         (groups, v + 1) in float64.
     """
     stacked, gram = output_weights.flatten(1, 2).double(), value_gram.double()
-    scale = gram.diagonal(dim1=1, dim2=2).mean(dim=1)
-    jitter = torch.where(scale > 0, JITTER * scale, 1.0)[:, None, None]
-    factor = torch.linalg.cholesky(gram + jitter * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device))
+    scale = gram.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True)
+    powers, axes = torch.linalg.eigh(gram)
+    root = torch.where(scale > 0, powers.maximum(LEAST_EIGENVALUE * scale), 1.0).sqrt()[:, None]
+    factor = axes * root
     seen = factor.mT @ (stacked.mT @ stacked) @ factor
     vectors = leading_eigenvectors(seen)
     energies = (vectors * (seen @ vectors)).sum(dim=1).clamp(min=0)
     errors = torch.cat([energies.flip(1).cumsum(1).flip(1), torch.zeros_like(energies[:, :1])], dim=1)
-    directions = torch.linalg.solve_triangular(factor.mT, vectors, upper=True)
+    directions = (axes / root) @ vectors
     return torch.linalg.qr(directions).Q.to(output_weights.dtype), errors

@@ -15,9 +15,10 @@ from ray.exceptions import AuthenticationError
 
 from distprune import InputError
 from distprune.config import PruneConfig
-from distprune.engine.cluster import WorkerPlan, connected, plan_workers, sigterm_interrupts
+from distprune.engine.cluster import WorkerPlan, connected, plan_workers
 from distprune.engine.pool import WorkerPool
 from distprune.engine.progress import Progress
+from distprune.engine.signals import sigterm_interrupts
 
 CPU_NODE, GPU_NODE = {"CPU": 8.0, "memory": 1e9}, {"CPU": 16.0, "GPU": 4.0}
 
@@ -203,7 +204,8 @@ LEAVES_RAY = """
 import os, signal, sys, threading, time
 import ray
 from distprune.config import PruneConfig
-from distprune.engine.cluster import connected, sigterm_interrupts
+from distprune.engine.cluster import connected
+from distprune.engine.signals import sigterm_interrupts
 
 def interrupt_halfway():
     while ray.is_initialized():
@@ -226,6 +228,28 @@ def test_an_interruption_halfway_through_leaving_ray_does_not_end_the_process(ru
     """Ray would end it, at the next object reference that dies, where it had not shut down altogether."""
     address = ray.get_runtime_context().gcs_address
     ended = subprocess.run([sys.executable, "-c", LEAVES_RAY, address, str(int(sent))], check=False)
+    assert ended.returncode == 130
+
+
+ENDS_RAY = """
+import os, signal, sys, threading
+from distprune.config import PruneConfig
+from distprune.engine.cluster import connected
+from distprune.engine.signals import sigterm_interrupts
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    with sigterm_interrupts(), connected(PruneConfig(model="m", output="o", workers=1, address="local")):
+        threading.Timer(float(sys.argv[1]), os.kill, (os.getpid(), signal.SIGTERM)).start()
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.6])
+def test_sigterm_waits_until_a_local_ray_has_ended(seconds):
+    """Which takes more than a second, in most of which Ray has reset the handler."""
+    ended = subprocess.run([sys.executable, "-c", ENDS_RAY, str(seconds)], check=False)
     assert ended.returncode == 130
 
 

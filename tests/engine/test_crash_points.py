@@ -1,4 +1,4 @@
-"""A driver that dies at any change of a file, every single one, goes on to the same bytes when it is started again.
+"""A driver that dies at any change of a file, every single one, resumes to the same bytes when it is started again.
 
 The whole engine runs here but Ray: one worker's calls are made in this process, so that hundreds of runs take seconds.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,65 +16,73 @@ from pathlib import Path
 import pytest
 
 from distprune.checkpoint import durable
-from distprune.engine import driver
+from distprune.engine import driver, relay, stages
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
 
 
-class Killed(BaseException):
-    """Nothing runs after it, as after kill -9: once it was raised, every change of a file fails."""
-
-
 class Disk:
-    """Counts the changes of files below a folder, and dies at the one it is told to.
+    """Keeps a copy of a folder before every change of a file in it: what ``kill -9`` at that moment would leave.
 
-    Opening a file to write, renaming, removing and the like are seen by Python's audit; flushing (which is left out
-    here) and writing safetensors are not. A written file is left torn: half of it is there.
+    Opening a file to write, renaming, removing and the like are seen by Python's audit; writing safetensors is not. Of
+    a file that is written there is also a copy in which it is torn: half of it is there. What would leave the folder as
+    it was at the last copy, such as removing what is not there, makes no other.
+
+    Args:
+        folder: what is watched.
+        copies: a folder elsewhere, which gets one folder a copy.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.watching = str(folder), False
-        sys.addaudithook(self._audit)  # for good, so one disk serves all runs
+    def __init__(self, folder: Path, copies: Path):
+        self.folder, self.copies, self._watching, self._last = folder, copies, False, None
+        sys.addaudithook(self._audit)  # for good
 
-    def watch(self, run: Callable[[], None], dies_at: float = float("inf")) -> int:
-        """Run, until the change with that number. Returns how many changes were made."""
-        self.changes, self.dies_at, self.watching = 0, dies_at, True
+    def watch(self, run: Callable[[], None]) -> list[Path]:
+        """Run. Returns all copies, in their order."""
+        self._watching = True
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(os, "fsync", lambda _: self._count())
                 patch.setattr(durable, "save_file", self._torn(durable.save_file, lambda args: args[1]))
                 patch.setattr(Path, "write_text", self._torn(Path.write_text, lambda args: args[0]))
                 run()
         finally:
-            self.watching = False
-        return self.changes
+            self._watching = False
+        return sorted(self.copies.iterdir())
 
     def _audit(self, event: str, arguments: tuple) -> None:
-        if self.watching and (event in CHANGES or (event == "open" and (arguments[2] or 0) & WRITING)):
+        if self._watching and (event in CHANGES or (event == "open" and (arguments[2] or 0) & WRITING)):
             path = str(arguments[0])
-            if (path.startswith(self.folder) and not path.endswith(".lock")) or not os.path.isabs(path):
-                self._count()
+            if (path.startswith(str(self.folder)) and not path.endswith(".lock")) or not os.path.isabs(path):
+                self._copy()
 
-    def _count(self) -> None:
-        self.changes += 1
-        if self.changes >= self.dies_at:
-            raise Killed
+    def _copy(self) -> Path | None:
+        """What the folder is now, unless it is what it was."""
+        self._watching = False
+        try:
+            found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.folder.rglob("*")]
+            if found == self._last:
+                return None
+            self._last = found
+            return shutil.copytree(self.folder, self.copies / f"{len(os.listdir(self.copies)):04}")
+        finally:
+            self._watching = True
 
     def _torn(self, write: Callable, path_of: Callable) -> Callable:
         def torn(*args, **kwargs):
-            self.changes += 1
-            if self.changes < self.dies_at:
-                return write(*args, **kwargs)
-            if self.changes == self.dies_at:
-                self.watching = False
-                write(*args, **kwargs)
-                path = path_of(args)
-                os.truncate(path, os.path.getsize(path) // 2)
-                self.watching = True
-            raise Killed
+            result, path = write(*args, **kwargs), Path(path_of(args))
+            if path.is_relative_to(self.folder) and (copy := self._copy()):
+                os.truncate(copy / path.relative_to(self.folder), path.stat().st_size // 2)
+                self._last = None  # the whole file is another state
+            return result
 
         return torn
+
+
+@contextmanager
+def at_once() -> Iterator[Callable]:
+    """Stands in for what writes behind, so that no other thread changes what is being copied."""
+    yield lambda write: write()
 
 
 LOGITS = {"objective": "logits", "batch": 2, "epochs": 3}
@@ -89,23 +97,28 @@ LOGITS = {"objective": "logits", "batch": 2, "epochs": 3}
     ],
     ids=["olica", "gradients", "end to end"],
 )
-def test_a_driver_killed_at_any_change_of_a_file_goes_on_to_the_same_bytes(prune_here, digests, tmp_path, changes):
-    prune_here, disk = partial(prune_here, **changes), Disk(tmp_path)
-    changes = disk.watch(lambda: prune_here(tmp_path / "undisturbed"))
-    undisturbed = digests(tmp_path / "undisturbed")
-    assert changes > 200
-    for point in range(1, changes + 1):
-        output = tmp_path / f"killed-{point}"
-        with pytest.raises(Killed):
-            disk.watch(lambda: prune_here(output), point)  # noqa: B023
-        assert not output.exists() or digests(output) == undisturbed, point
+def test_a_driver_killed_at_any_change_of_a_file_resumes_to_the_same_bytes(
+    prune_here, digests, monkeypatch, tmp_path, changes
+):
+    for module in (relay, stages):
+        monkeypatch.setattr(module, "write_behind", at_once)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # the machine does not fail, and disks may be slow
+    prune_here = partial(prune_here, **changes)
+    (folder := tmp_path / "watched").mkdir()
+    (copies := tmp_path / "copies").mkdir()
+    killed = Disk(folder, copies).watch(lambda: prune_here(folder / "pruned"))
+    undisturbed = digests(folder / "pruned")
+    assert len(killed) > 100
+    for copy in killed:
+        output = copy / "pruned"
+        assert not output.exists() or digests(output) == undisturbed, copy
         prune_here(output)
-        assert digests(output) == undisturbed, point
-        assert [name for name in os.listdir(tmp_path) if name.startswith(output.name)] == [output.name], point
-        shutil.rmtree(output)
+        assert digests(output) == undisturbed, copy
+        assert os.listdir(copy) == ["pruned"], copy
+        shutil.rmtree(copy)
 
 
-def test_a_run_interrupted_while_it_leaves_ray_goes_on(prune_here, monkeypatch, tmp_path):
+def test_a_run_interrupted_while_it_leaves_ray_resumes(prune_here, monkeypatch, tmp_path):
     @contextmanager
     def interrupted_at_the_end(_):
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from by_gradient import ByGradient
 from gradients import by_transformers
 from interruptions import Stops
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,7 @@ from distprune.engine.dense_pass import PASSED, PROFILE
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.states import DENSE, GRADIENT
 from distprune.engine.status import stages_of
+from distprune.methods import METHODS
 
 OPTIONS = {"method": "llm-pruner", "sparsity": 0.3, "propagation": 2, "max_shard_size": 60_000}
 LAYERS = 4
@@ -64,6 +66,12 @@ def test_curvature_goes_on_to_the_same_bytes(prune_here, digests, tmp_path, stag
     assert not output.exists()
     prune_here(output, **options)
     assert digests(output) == digests(tmp_path / "undisturbed")
+
+
+def test_a_method_with_gradient_moments_alone_and_a_plan_by_its_profiles_runs(prune_here, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "by-gradient", ByGradient)
+    record = prune_here(tmp_path / "pruned", method="by-gradient", distill=None)
+    assert record.decoder_sparsity == pytest.approx(0.3, abs=0.03)
 
 
 def test_a_run_tells_what_its_plan_is_predicted_to_cost(prune_here, tmp_path):

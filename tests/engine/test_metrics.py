@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from distprune.engine import metrics
+from distprune.engine import harmless, metrics
 from distprune.engine.metrics import MemoryMetrics, RunMetrics
-from distprune.engine.progress import Assignment, WorkerName
+from distprune.engine.progress import Assignment, Progress, WorkerName
 
 A, B, PRUNE = WorkerName(0, "node"), WorkerName(1, "node"), Assignment("prune", 3)
 
@@ -65,6 +65,47 @@ def test_steps_calls_workers_and_bytes_are_counted(figures):
     assert figures["distprune_calls_lost", "out", "prune"] == 1
     assert figures["distprune_object_store_bytes", "out"] == 120
     assert figures["distprune_workers", "out"] == 0
+
+
+@pytest.mark.parametrize("name", ["größe-出力", "b\udcff"])
+def test_ray_takes_the_figures_of_a_run_whatever_its_name(name, caplog):
+    with RunMetrics(name) as run:
+        run.stage("Pruning", 80, 10)
+        run.joined(A)
+        run.ended(A, PRUNE, 2.5)
+        run.lost(A, PRUNE)
+        run.moved(3)
+
+
+def test_figures_that_fail_neither_end_a_run_nor_are_told_of_twice(prune_here, tmp_path, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("no agent")
+
+    monkeypatch.setattr(harmless, "_told", set())
+    for kind in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(getattr(metrics, kind), "_record", broken, raising=False)
+        monkeypatch.setattr(getattr(metrics, kind), "set", broken, raising=False)
+    prune_here(tmp_path / "größe-出力", distill=None)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == ["metrics can't be told of the run, which continues (RuntimeError: no agent)"]
+
+
+def test_figures_that_can_not_be_made_do_not_end_a_run(prune_here, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ImportError("no metrics here")
+
+    for kind in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(metrics, kind, broken)
+    prune_here(tmp_path / "pruned", distill=None)
+
+
+def test_an_interruption_is_no_failure_of_a_display():
+    class Stops(Progress):
+        def advance(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), harmless.Unfailing("the display", Stops) as display:
+        display.advance()
 
 
 def test_a_worker_tells_its_memory_for_as_long_as_it_is_there(figures, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import distprune
@@ -15,9 +16,12 @@ from distprune import InputError
 from distprune.budgets import Target, layer_parameters
 from distprune.cli import app
 from distprune.config import PruneConfig
+from distprune.hardware import ComputeDtype
 from distprune.methods import METHODS
 from distprune.planning import Cluster
+from distprune.planning import run as planning_run
 from distprune.planning.headers import dense_model, open_headers
+from distprune.reporting.plan_tables import plan_summary
 
 
 def stage(planned, name: str):
@@ -233,3 +237,13 @@ def test_bad_input_is_refused_in_one_message(small, arguments, words):
     assert result.exit_code == 2
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_is_the_dtype_of_this_machine_s_cpu_and_the_checkpoint_s_on_gpus(plan, monkeypatch, dtype):
+    of_cpu = ComputeDtype(dtype, "as it is")
+    monkeypatch.setattr(planning_run, "compute_dtype", lambda stored, device: of_cpu)
+    here, there = plan(dtype="auto"), plan(dtype="auto", cluster=Cluster(gpus=1))
+    assert (here.dtype, here.dtype_reason, there.dtype) == (of_cpu.name, "as it is", "bfloat16")
+    assert f"forward passes in {of_cpu.name}: as it is" in plan_summary(here)
+    assert here.memory == plan(dtype=of_cpu.name).memory

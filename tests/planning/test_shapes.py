@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from by_gradient import ByGradient
 
 from distprune.budgets import RESOURCES, Target, is_stock
-from distprune.methods import make_method
+from distprune.methods import METHODS, make_method
 from distprune.modeling import PrunedConfig
 from distprune.planning.shapes import expected_shapes
 
@@ -40,3 +41,25 @@ def test_at_moderate_targets_no_module_of_curvatures_goes_whole():
     shapes = expected_shapes(make_method("curvature", {}), Target(config(4), 0.3), ALIGN)
     assert all(shape.has_attention and shape.has_ffn for shape in shapes)
     assert max(shape.ffn_width for shape in shapes) < 1024
+
+
+def test_a_plan_that_reads_profiles_nobody_knows_is_taken_to_narrow_all_layers_alike():
+    method, target = ByGradient(), Target(config(4), 0.3)
+    assert not method.dense_moments(config(4).dense_shape())
+    shapes = expected_shapes(method, target, ALIGN)
+    widths = [shape.ffn_width for shape in shapes]
+    assert max(widths) - min(widths) <= ALIGN
+    assert target.amount(shapes) == pytest.approx(target.remaining, rel=0.01)
+
+
+def test_a_plan_that_reads_no_profile_is_the_methods_own():
+    target, method = Target(config(4), 0.3), make_method("llm-pruner", {"first_layers": 0.25})
+    assert expected_shapes(method, target, ALIGN) == method.plan(target, (), ALIGN)
+
+
+def test_a_run_of_a_method_with_gradient_moments_alone_can_be_planned(plan, monkeypatch):
+    monkeypatch.setitem(METHODS, "by-gradient", ByGradient)
+    planned = plan(method="by-gradient", sparsity=0.3)
+    assert "gradient pass" in [stage.name for stage in planned.stages]
+    removed = 1 - planned.decoder_parameters_after / planned.decoder_parameters_before
+    assert removed == pytest.approx(0.3, abs=0.02)

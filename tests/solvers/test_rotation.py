@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distprune.solvers import orthogonal_output_rotation, output_aware_rotation, uncorrelated_rotation
-from distprune.solvers.rotation import JITTER
+from distprune.solvers.rotation import LEAST_EIGENVALUE
 
 GROUPS, HEADS, HIDDEN, WIDTH = 3, 2, 20, 6
 
@@ -90,7 +90,8 @@ def test_the_first_directions_attain_these_errors_and_no_others_do_better():
     random = np.random.default_rng(0)
     for group in range(GROUPS):
         stacked, seen = f64(slices[group].flatten(0, 1)), f64(gram[group])
-        seen += JITTER * np.diag(seen).mean() * np.eye(WIDTH)
+        powers, axes = np.linalg.eigh(seen)
+        seen = (axes * powers.clip(min=LEAST_EIGENVALUE * np.diag(seen).mean())) @ axes.T
         for kept in range(WIDTH):
             attained = least_error(stacked, seen, f64(rotation[group])[:, :kept])
             assert attained == pytest.approx(errors[group, kept].item(), rel=1e-4)
@@ -99,6 +100,19 @@ def test_the_first_directions_attain_these_errors_and_no_others_do_better():
                 noise = random.standard_normal((WIDTH, kept)) * 10 ** random.uniform(-2, 1)
                 other = np.linalg.qr(f64(rotation[group])[:, :kept] + noise).Q
                 assert least_error(stacked, seen, other) >= attained * (1 - 1e-7)
+
+
+def test_second_moments_that_float32_sums_left_indefinite_are_taken():
+    """As those of tokens that are all the same, whose least eigenvalues are rounding."""
+    slices, _ = slices_and_gram()
+    one = torch.randn(GROUPS, WIDTH, generator=torch.Generator().manual_seed(1))
+    gram = one[:, :, None] * one[:, None] - 1e-5 * torch.eye(WIDTH)
+    assert (torch.linalg.eigvalsh(gram.double())[:, 0] < -1e-6 * gram.diagonal(dim1=1, dim2=2).mean(dim=1)).all()
+    rotation, errors = output_aware_rotation(slices, gram)
+    assert_orthogonal(rotation)
+    expected = torch.stack([(part.flatten(0, 1) @ seen).square().sum() for part, seen in zip(slices, one, strict=True)])
+    torch.testing.assert_close(errors[:, 0].float(), expected, rtol=1e-3, atol=0)
+    assert (errors[:, 1:] < 1e-4 * errors[:, :1]).all()
 
 
 def test_values_that_span_less_than_their_width_cost_nothing_beyond_their_span():
