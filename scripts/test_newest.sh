@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=$(scripts/find_python.sh 3.13)
 export PYTHON VENV=${NEWEST_VENV:-.venv-newest} EXTRA=cluster,test
-[ $# -gt 0 ] || set -- @tests/quick.txt
+[ $# -gt 0 ] || set -- -n "${PROCESSES:-2}" --dist loadfile @tests/quick.txt
 scripts/test.sh "$@"

@@ -13,5 +13,5 @@ for version in "$@"; do
     echo "import site; site.addsitedir('$below')" >"$above/below.pth"
     "$venv/bin/python" -m pip --disable-pip-version-check --python "$layer/bin/python" install --quiet "transformers==$version"
     echo "transformers $version:"
-    "$layer/bin/python" -m pytest -m "not slow" @tests/quick.txt
+    "$layer/bin/python" -m pytest -n "${PROCESSES:-2}" --dist loadfile -m "not slow" @tests/quick.txt
 done
