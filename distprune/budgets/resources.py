@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -27,6 +27,14 @@ RESOURCES: tuple[Resource, ...] = get_args(Resource)
 CONTEXT = 2048
 
 FFN_PREFIXES = ("mlp.", "post_attention_layernorm.")
+
+#: Changes that leave the other part of a shape alone, so that layers are told apart by no more than what is asked of.
+NO_ATTENTION = {
+    **dict.fromkeys(("query_heads", "kv_heads", "query_key_dim", "value_dim"), 0),
+    **dict.fromkeys(("query_rank", "key_rank", "output_rank"), None),
+    "output_bias": False,
+}
+NO_FFN = {"ffn_width": 0, "calibration_rank": None, "down_bias": False}
 
 
 #: Bytes of one number of each tensor of a dense layer, by the tensor's name in the layer.
@@ -63,7 +71,7 @@ def attention_amount(
     """What its attention takes, whatever the shape of its FFN."""
     if resource == "kv-cache":
         return shape.kv_heads * (shape.query_key_dim + shape.value_dim) * itemsize(config)
-    tensors = layer_tensor_shapes(config, index, shape)
+    tensors = layer_tensor_shapes(config, index, replace(shape, **NO_FFN))
     # Which rotary pairs are left is told by indices, which are no parameters.
     own = {name: dims for name, dims in tensors.items() if not name.startswith(FFN_PREFIXES) and name != ROTARY_PAIRS}
     if resource == "flops":
@@ -78,7 +86,7 @@ def ffn_amount(
     """What its FFN takes, with the linear branch beside it, whatever the shape of its attention."""
     if resource == "kv-cache":
         return 0
-    tensors = layer_tensor_shapes(config, index, shape)
+    tensors = layer_tensor_shapes(config, index, replace(shape, **NO_ATTENTION))
     own = {name: dims for name, dims in tensors.items() if name.startswith(FFN_PREFIXES)}
     return linear_flops(own) if resource == "flops" else stored(resource, config, own, sizes)
 

@@ -86,12 +86,16 @@ def layer_tensor_shapes(config: PrunedConfig, index: int, shape: LayerShape) -> 
     return dict(_tensor_shapes(shape, *(getattr(config, name) for name in SHAPING)))
 
 
-@lru_cache(maxsize=4096)  # budgets ask for the same few shapes again and again, and building a module takes a while
+@lru_cache(maxsize=2**16)  # budgets ask for the same shapes again and again, and building a module takes a while
 def _tensor_shapes(shape: LayerShape, *shaping: int | bool) -> dict[str, tuple[int, ...]]:
-    config = PrunedConfig(**dict(zip(SHAPING, shaping, strict=True)), num_hidden_layers=1, num_attention_heads=1)
     with init_empty_weights():
-        layer = PrunedDecoderLayer(config, 0, shape)
+        layer = PrunedDecoderLayer(_shaping_config(*shaping), 0, shape)
     return {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+
+
+@lru_cache
+def _shaping_config(*shaping: int | bool) -> PrunedConfig:
+    return PrunedConfig(**dict(zip(SHAPING, shaping, strict=True)), num_hidden_layers=1, num_attention_heads=1)
 
 
 __all__ = [

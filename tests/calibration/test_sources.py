@@ -309,7 +309,7 @@ def test_parquet_may_be_compressed_once_more(tmp_path):
     assert read_source(path).documents == ["one"]
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"a river " * 10_000)[:60]])
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"a river " * 10_000)[:60]], ids=["none", "cut short"])
 def test_a_broken_compressed_file_is_refused(tmp_path, content):
     path = tmp_path / "a.txt.gz"
     path.write_bytes(content)
