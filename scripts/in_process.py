@@ -135,7 +135,7 @@ class InProcess:
 
     @contextmanager
     def timed(self, task: str) -> Iterator[None]:
-        """Adds what happens inside to the task's seconds and peak."""
+        """Adds what happens inside to the task's seconds and peak, and prints them, in case no more follows."""
         measured = self.measured.setdefault(task, Measured())
         on_gpu = self.device.type == "cuda"
         if on_gpu:
@@ -146,5 +146,7 @@ class InProcess:
         if on_gpu:
             torch.cuda.synchronize()
             measured.peak = max(measured.peak, torch.cuda.max_memory_allocated())
-        measured.seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        measured.seconds += seconds
         measured.calls += 1
+        print(f"  {self.tasks.method.name}, {task}: {seconds:.3f} s", flush=True)
