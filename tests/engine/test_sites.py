@@ -36,6 +36,9 @@ class Machines:
     def room(self, avoided) -> int:
         return self._room
 
+    def holds_results_of(self, site) -> bool:
+        return False
+
     def stop(self, workers, starting) -> None:
         self.stopped += workers
 
