@@ -109,7 +109,8 @@ def test_tools_and_calls_reach_the_template_from_json_and_from_tables(tmp_path, 
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "name": "paint", "content": "done"},
     ]
-    tools = [{"type": "function", "function": {"name": "paint"}}, {"type": "function", "function": {"name": "draw"}}]
+    # The keys in the order that older versions of Arrow give them.
+    tools = [{"function": {"name": "paint"}, "type": "function"}, {"function": {"name": "draw"}, "type": "function"}]
     expected = (
         f"<s>tools {json.dumps(tools)}\n<|im_start|>user\nPaint.<|im_end|>\n<|im_start|>assistant\ncalls paint "
         '{"colour": "blue"}<|im_end|>\n<|im_start|>tool\ndone<|im_end|>\n'
