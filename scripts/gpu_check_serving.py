@@ -68,7 +68,7 @@ def free_config(out: Path, target: Target) -> PrunedConfig:
 def build(
     model_class: type[PreTrainedModel], config: LlamaConfig | PrunedConfig, device: torch.device
 ) -> PreTrainedModel:
-    """A model whose weights nobody has set, but for being numbers."""
+    """Make a model of random weights on the device, without a checkpoint."""
     with torch.device("meta"):
         model = model_class(config).to(torch.bfloat16)
     model = model.to_empty(device=device).eval()

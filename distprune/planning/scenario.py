@@ -38,6 +38,8 @@ from distprune.statistics import Moment, taps_of
 
 # As the engine's relay has it.
 PIECES_PER_WORKER = 4
+# As its dense pass has it.
+KEPT_EVERY = 4
 
 
 @dataclass(frozen=True)

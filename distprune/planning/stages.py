@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from distprune.planning.memory import OWN_SAMPLES_BATCH
-from distprune.planning.scenario import Scenario, TokenSet
+from distprune.planning.scenario import KEPT_EVERY, Scenario, TokenSet
 from distprune.planning.work import FLOAT32, Work, matrix_parameters, total
 
 
@@ -100,7 +100,10 @@ def _dense_pass(scenario: Scenario) -> StagePlan:
     handed_on = Work(stored=2 * states)
     each = scenario.carrying if scenario.needs_gradients else partial(_observe, scenario)
     layers = [each(index) + handed_on for index in range(scenario.layers)]
-    kept = scenario.layers + scenario.needs_gradients
+    if scenario.needs_gradients:
+        kept = scenario.layers + 1
+    else:
+        kept = sum(scenario.begins_block(index) or index % KEPT_EVERY == 0 for index in range(scenario.layers))
     return _relay(scenario, "dense pass", handed_on, layers, Work(written=kept * states))
 
 

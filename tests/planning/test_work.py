@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distprune.backward import ALL_TAPS, backward
 from distprune.config import DistillConfig
 from distprune.decoder_layer import LayerShape, layer_from_state
-from distprune.engine import relay
+from distprune.engine import dense_pass, relay
 from distprune.forward import LayerRunner
 from distprune.modeling import PrunedConfig, PrunedDecoderLayer
 from distprune.planning import scenario
@@ -141,8 +141,9 @@ def test_work_adds_up_and_takes_as_long_as_its_rates_say():
     assert Work(statistics=rates.products).seconds(rates) == pytest.approx(1)
 
 
-def test_a_relay_is_parted_as_the_engine_does():
+def test_a_relay_is_parted_and_kept_as_the_engine_does():
     assert scenario.PIECES_PER_WORKER == relay.PIECES_PER_WORKER
+    assert scenario.KEPT_EVERY == dense_pass.KEPT_EVERY
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
