@@ -94,6 +94,10 @@ Address = Annotated[Optional[str], typer.Option(help="Ray cluster to join [RAY_A
 Weights = Annotated[
     Optional[str], typer.Option(metavar="auto|shared|served|hub", help="where workers read the model [auto]")
 ]
+Writes = Annotated[
+    Optional[str],
+    typer.Option(metavar="auto|driver", help="workers that see the output write finished layers, or the driver [auto]"),
+]
 Overwrite = Annotated[Optional[bool], typer.Option("--overwrite/--no-overwrite", help="replace an existing output")]
 Restart = Annotated[
     Optional[bool], typer.Option("--restart/--no-restart", help="begin anew where an unfinished run could go on")
@@ -230,6 +234,7 @@ def prune(
     gpus_per_worker: GpusPerWorker = None,
     address: Address = None,
     weights: Weights = None,
+    writes: Writes = None,
     max_shard_size: Annotated[Optional[int], typer.Option(help="bytes of one safetensors file [5000000000]")] = None,
     overwrite: Overwrite = None,
     restart: Restart = None,
@@ -381,6 +386,7 @@ def compare(
     gpus_per_worker: GpusPerWorker = None,
     address: Address = None,
     weights: Weights = None,
+    writes: Writes = None,
     overwrite: Overwrite = None,
     revision: Revision = None,
     trust_remote_code: OptionalTrust = None,

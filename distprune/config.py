@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from distprune.errors import InputError
 
 # What decides where and how fast a run goes, and never what it makes.
-PLACEMENT = ("output", "overwrite", "restart", "workers", "gpus_per_worker", "address", "weights")
+PLACEMENT = ("output", "overwrite", "restart", "workers", "gpus_per_worker", "address", "weights", "writes")
 
 #: How a worker comes by the weights; see :mod:`distprune.engine.weights`.
 Way = Literal["auto", "shared", "served", "hub"]
@@ -127,6 +127,10 @@ class PruneConfig(BaseModel):
         "auto",
         description="where workers read the model: in its folder (shared), from the driver's node (served), from the "
         "hub, or as each node best can",
+    )
+    writes: Literal["auto", "driver"] = Field(
+        "auto",
+        description="who writes finished layers: workers whose node sees the output's file system, or the driver alone",
     )
     max_shard_size: int = Field(5 * 10**9, ge=1, description="bytes of one safetensors file at most")
     overwrite: bool = Field(False, description="replace an existing output folder")

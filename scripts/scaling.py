@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -70,6 +71,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--losses", type=float, default=0.05, help="workers lost in an hour, of each")
     parser.add_argument("--disk", type=float, default=1.0, help="GB a second that the driver writes")
+    parser.add_argument("--worker-disk", type=float, help="GB a second that each worker writes; else the driver does")
+    parser.add_argument("--shared-disk", type=float, default=inf, help="GB a second that all workers write together")
     parser.add_argument("--plot", type=Path, help="HTML file")
     parser.add_argument("--scratch", help="folder with room for one layer")
     return parser.parse_args()
@@ -142,16 +145,16 @@ class Curve:
 
 
 def curves_of(layers: int, costs: Costs, arguments: argparse.Namespace) -> Iterator[Curve]:
-    samples, disk = arguments.tokens // WINDOW, 1e9 * arguments.disk
+    samples = arguments.tokens // WINDOW
+    disks = {"disk": 1e9 * arguments.disk, "shared_disk": 1e9 * arguments.shared_disk}
+    disks["worker_disk"] = arguments.worker_disk and 1e9 * arguments.worker_disk
     for name, length in {"1": 1, "4": 4, "full": layers}.items():
         run = Pass(layers, length, samples, arguments.micro_batch)
-        alone = simulate(costs, Machines(1, disk=disk), run).seconds
+        alone = simulate(costs, Machines(1, **disks), run).seconds
         for losses in (0.0, arguments.losses):
             seeds = SEEDS if losses else SEEDS[:1]
             seconds = {
-                workers: fmean(
-                    simulate(costs, Machines(workers, losses, disk=disk), run, seed).seconds for seed in seeds
-                )
+                workers: fmean(simulate(costs, Machines(workers, losses, **disks), run, seed).seconds for seed in seeds)
                 for workers in WORKERS
             }
             efficiency = {workers: alone / (workers * took) for workers, took in seconds.items()}

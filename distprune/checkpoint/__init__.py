@@ -9,6 +9,7 @@ from distprune.checkpoint.gguf import import_gguf
 from distprune.checkpoint.headers import TensorInfo, describe, entry_of
 from distprune.checkpoint.hub import HubFiles, HubModel, find_on_hub, open_on_hub
 from distprune.checkpoint.mishaps import failures_explained
+from distprune.checkpoint.parts import PartFolder, WrittenFile
 from distprune.checkpoint.publish import (
     hold_lock,
     is_locked,
@@ -26,10 +27,12 @@ __all__ = [
     "Checkpoint",
     "HubFiles",
     "HubModel",
+    "PartFolder",
     "ShardWriter",
     "TensorFiles",
     "TensorInfo",
     "TensorSource",
+    "WrittenFile",
     "check_free_space",
     "copy_side_files",
     "describe",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from distprune.checkpoint.mishaps import failures_explained, stalls_told
 
@@ -85,3 +85,12 @@ def write_tensors(target: Path, tensors: Mapping[str, torch.Tensor], scratch: Pa
         mode = stat.S_IMODE(temporary.stat().st_mode)
         save_file(dict(tensors), temporary, metadata={"format": "pt"})
         temporary.chmod(mode)  # save_file ignores the umask and leaves 0600, which shuts out everyone else
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    return load_file(file)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from distprune.checkpoint.assembly import Assembly, plan_assembly
 from distprune.checkpoint.disk import GB
-from distprune.checkpoint.durable import move, write_tensors, write_text
+from distprune.checkpoint.durable import move, read_tensors, write_tensors, write_text
 from distprune.checkpoint.headers import read_header
 from distprune.checkpoint.layout import INDEX_FILE
+from distprune.checkpoint.parts import OFFERED, SUFFIX, PartFolder, WrittenFile, separate_in_memory
+from distprune.errors import StorageFailed
 
-SUFFIX = ".safetensors"
+# Seconds within which a network file system shows a file that another machine has written.
+VISIBLE_WITHIN = 90.0
 
 
 class ShardWriter:
@@ -26,25 +29,42 @@ class ShardWriter:
     Every file appears wholly or not at all, so after a crash at any moment `done()` tells what need not be
     made again, and `assemble` goes on where it stopped. The bytes written depend on names, values and order
     alone. A work folder has one writer at a time: opening it removes what a killed one left unfinished.
+    Other processes may write parts and shards for it, see `announce`.
     """
 
     def __init__(self, work_dir: Path) -> None:
         self._parts = Path(work_dir) / "parts"
         self._plan_file = self._parts / "assembly.json"
         self._parts.mkdir(parents=True, exist_ok=True)
-        for unfinished in (*self._parts.glob("*.tmp"), *self._parts.glob(".tmp*")):
-            unfinished.unlink()
+        self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        for pattern in ("*.tmp", ".tmp*", f"*{OFFERED}"):
+            for unfinished in self._parts.glob(pattern):
+                unfinished.unlink(missing_ok=True)
+
+    def announce(self) -> PartFolder:
+        """What other processes must know to write files here, which `accept` and `accept_shard` take."""
+        return PartFolder.announce(self._parts)
+
+    def accept(self, part: str, written: WrittenFile) -> None:
+        """Let a file that another process has written be a part. It replaces the same part of before.
+
+        Raises:
+            StorageFailed: the file does not become visible here.
+        """
+        move(self._seen(written), self._part_file(part))
 
     def put(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write one part durably. The same part written again replaces the first.
 
         Tensors may lie on any device, be views of each other or not be contiguous; each is stored in full.
         """
-        write_tensors(self._part_file(part), _separate_in_memory(tensors))
+        write_tensors(self._part_file(part), separate_in_memory(tensors))
 
     def read(self, part: str) -> dict[str, torch.Tensor]:
         """The tensors of a part that waits in a file of its own."""
-        return load_file(self._part_file(part))
+        return read_tensors(self._part_file(part))
 
     def drop(self, part: str) -> None:
         """Remove a part, if it is there."""
@@ -58,17 +78,55 @@ class ShardWriter:
         """Make `destination` hold all parts as shards, in that order, and their index if there are several.
 
         A shard of one part is the part's file, moved; only a shard of several is written anew. May be called
-        again after a crash, or when it has finished. ValueError: `order` does not name each part once, two
-        parts hold a tensor of the same name, `destination` holds other weights, or an assembly begun earlier
-        had another order, destination or shard size.
+        again after a crash, or when it has finished. ValueError: as `begin_assembly`.
         """
-        destination = Path(destination)
-        destination.mkdir(parents=True, exist_ok=True)
-        plan = self._plan(list(order), destination, max_shard_bytes)
-        for shard, parts in plan.shards.items():
-            self._build_shard(destination / shard, parts)
-        if len(plan.shards) > 1:
-            _write_index(destination, list(plan.shards))
+        for shard in self.begin_assembly(order, destination, max_shard_bytes):
+            self.build(shard)
+        self.finish_assembly()
+
+    def begin_assembly(self, order: Sequence[str], destination: Path, max_shard_bytes: int) -> dict[str, list[str]]:
+        """Settle which parts make up which shard, or go on with what an earlier process has settled.
+
+        Returns:
+            The shards of several parts that are yet to be built, with the names of their parts.
+
+        Raises:
+            ValueError: `order` does not name each part once, two parts hold a tensor of the same name, `destination`
+                holds other weights, or an assembly begun earlier had another order, destination or shard size.
+        """
+        self._destination = Path(destination)
+        self._destination.mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
+        self._assembly = self._plan(list(order), self._destination, max_shard_bytes)
+        for shard, parts in self._assembly.shards.items():
+            if len(parts) == 1 or self._is_built(shard):
+                self.build(shard)
+        return {shard: parts for shard, parts in self._assembly.shards.items() if not self._is_built(shard)}
+
+    def build(self, shard: str) -> None:
+        """Make one shard of the assembly that was begun, unless it is there, and remove its parts."""
+        parts = self._assembly.shards[shard]
+        if not self._is_built(shard):
+            if len(parts) == 1:
+                move(self._part_file(parts[0]), self._destination / shard)
+            else:
+                tensors = {name: tensor for part in parts for name, tensor in self.read(part).items()}
+                write_tensors(self._destination / shard, tensors, scratch=self._parts)
+        self._drop_all(parts)
+
+    def accept_shard(self, shard: str, written: WrittenFile) -> None:
+        """Let a file that another process has merged from the shard's parts be that shard.
+
+        Raises:
+            StorageFailed: the file does not become visible here.
+        """
+        move(self._seen(written), self._destination / shard)
+        self._drop_all(self._assembly.shards[shard])
+
+    def finish_assembly(self) -> None:
+        """Write the index, if there are several shards."""
+        if len(self._assembly.shards) > 1:
+            _write_index(self._destination, list(self._assembly.shards))
 
     def discard(self) -> None:
         """Remove the parts folder, and with it the knowledge of what is done: for a finished checkpoint."""
@@ -118,28 +176,24 @@ class ShardWriter:
                     raise ValueError(f"tensor {name} is both in part {owner[name]} and in part {part}")
                 owner[name] = part
 
-    def _build_shard(self, shard: Path, parts: list[str]) -> None:
-        files = [self._part_file(part) for part in parts]
-        if not shard.is_file():
-            if len(files) == 1:
-                move(files[0], shard)
-            else:
-                tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-                write_tensors(shard, tensors, scratch=self._parts)
-        for file in files:
-            file.unlink(missing_ok=True)
+    def _is_built(self, shard: str) -> bool:
+        return (self._destination / shard).is_file()
 
+    def _drop_all(self, parts: Sequence[str]) -> None:
+        for part in parts:
+            self.drop(part)
 
-def _separate_in_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous CPU tensors of which no two share memory, as safetensors demands."""
-    separate: dict[str, torch.Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        stored = tensor.detach().cpu().contiguous()
-        storage = stored.untyped_storage().data_ptr()
-        separate[name] = stored.clone() if storage in storages else stored
-        storages.add(storage)
-    return separate
+    def _seen(self, written: WrittenFile) -> Path:
+        """A written file, once this process sees it whole."""
+        file, began = self._parts / written.name, time.monotonic()
+        while not (file.is_file() and file.stat().st_size == written.size):
+            if time.monotonic() - began > VISIBLE_WITHIN:
+                raise StorageFailed(
+                    f"{file}: a worker has written it, and it can't be seen here with its {written.size} bytes. Check "
+                    "the file system that both see, or give --writes driver; the same command resumes."
+                )
+            time.sleep(0.1)
+        return file
 
 
 def _write_index(folder: Path, shards: list[str]) -> None:

@@ -4,27 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from distprune.budgets import is_stock
-from distprune.checkpoint import Checkpoint, ShardWriter
+from distprune.checkpoint import Checkpoint, ShardWriter, WrittenFile
 from distprune.decoder_layer import LayerShape
-from distprune.engine.preflight import Job
+from distprune.engine.pool import WorkerPool
+from distprune.engine.preflight import Job, merged_at_once
+from distprune.engine.progress import Progress
+from distprune.engine.stages import merge_shards
+from distprune.engine.transport import Parcel, unpack
 from distprune.modeling import AUTO_MAP, PrunedConfig, copy_modeling_files
 
 
-def write_outer_tensors(job: Job, writer: ShardWriter) -> tuple[list[str], list[str]]:
-    """Copy embedding, final norm and head through, one tensor at a time.
+def copy_outer_tensors(
+    job: Job, writer: ShardWriter, pool: WorkerPool, progress: Progress
+) -> tuple[list[str], list[str]]:
+    """Let the workers copy embedding, final norm and head through, a part each.
 
     Returns:
         The names of the parts that come before and after the decoder layers.
     """
-    parts, done = [], writer.done()
-    for number, name in enumerate(job.family.outer_shapes(job.dense)):
-        parts.append(f"outer-{number}")
-        if parts[-1] not in done:
-            writer.put(parts[-1], job.checkpoint.read([name]))
-    return parts[:1], parts[1:]
+    parts = {f"outer-{number}": name for number, name in enumerate(job.family.outer_shapes(job.dense))}
+    missing = sorted(parts.keys() - writer.done())
+    progress.stage("Copying embedding and head", len(parts), len(parts) - len(missing))
+
+    def receive(part: str, copied: Parcel | WrittenFile) -> None:
+        if isinstance(copied, WrittenFile):
+            writer.accept(part, copied)
+        else:
+            writer.put(part, {parts[part]: unpack(copied)})
+        progress.advance()
+
+    for part in missing:
+        pool.submit(partial(receive, part), "copy_outer", parts[part])
+    pool.run()
+    first, *others = parts
+    return [first], others
 
 
 def write_config(job: Job, shapes: Sequence[LayerShape], folder: Path) -> str:
@@ -59,11 +76,19 @@ def verify(job: Job, shapes: Sequence[LayerShape], folder: Path) -> None:
 
 
 def assemble(
-    job: Job, shapes: Sequence[LayerShape], layer_parts: Sequence[str], writer: ShardWriter, folder: Path
+    job: Job,
+    shapes: Sequence[LayerShape],
+    layer_parts: Sequence[str],
+    writer: ShardWriter,
+    folder: Path,
+    pool: WorkerPool,
+    progress: Progress,
 ) -> str:
     """Turn the written parts into a verified checkpoint in ``folder``. Returns the layout."""
-    before, after = write_outer_tensors(job, writer)
+    before, after = copy_outer_tensors(job, writer, pool, progress)
     layout = write_config(job, shapes, folder)
-    writer.assemble([*before, *layer_parts, *after], folder, job.config.max_shard_size)
+    shards = writer.begin_assembly([*before, *layer_parts, *after], folder, job.config.max_shard_size)
+    merge_shards(pool, shards, writer.accept_shard, writer.build, merged_at_once(job.config), progress)
+    writer.finish_assembly()
     verify(job, shapes, folder)
     return layout

@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from distprune.calibration import open_calibration
-from distprune.checkpoint import Checkpoint, copy_side_files, failures_explained, hold_lock, partial_directory, publish
+from distprune.checkpoint import (
+    Checkpoint,
+    PartFolder,
+    copy_side_files,
+    failures_explained,
+    hold_lock,
+    partial_directory,
+    publish,
+)
 from distprune.config import PruneConfig
 from distprune.engine.assembly import assemble
 from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers
@@ -164,7 +172,8 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
     block_length = config.block_length(layers)
     calibration = config.calibration or work.checkpoint / CALIBRATION_FILE
     work.once("copy", lambda: copy_model_files(job, work.checkpoint))
-    with weight_access(job, workers) as model, worker_pool(job, workers, model, progress) as pool:
+    parts = work.writer.announce() if config.writes == "auto" else None
+    with weight_access(job, workers) as model, worker_pool(job, workers, model, progress, parts) as pool:
         work.once(CHECK, lambda: check_weights(pool, layers, progress))
         if config.calibration is None:
             work.once("own samples", lambda: write_own_samples(pool, calibration, progress))
@@ -185,12 +194,9 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
         if config.distill:
             with work.timed("distill"):
                 distill(job, pool, tokens, plan, files, journal, progress)
+        with work.timed("assemble"):
+            layout = assemble(job, plan, files.parts(), work.writer, work.checkpoint, pool, progress)
         peaks = pool.peak_memory()
-
-    progress.stage("Assembling", 1)
-    with work.timed("assemble"):
-        layout = assemble(job, plan, files.parts(), work.writer, work.checkpoint)
-    progress.advance()
     return RunRecord(
         model=config.model,
         method=config.method,
@@ -241,8 +247,11 @@ def copy_model_files(job: Job, folder: Path) -> None:
 
 
 @contextmanager
-def worker_pool(job: Job, workers: WorkerPlan, model: WeightAccess, progress: Progress) -> Iterator[WorkerPool]:
-    pool = WorkerPool(RayRuntime(workers, job.config, model), workers.count, progress, workers.needs)
+def worker_pool(
+    job: Job, workers: WorkerPlan, model: WeightAccess, progress: Progress, parts: PartFolder | None = None
+) -> Iterator[WorkerPool]:
+    """Inside, workers are up. Those that see the folder of parts write what they have finished there."""
+    pool = WorkerPool(RayRuntime(workers, job.config, model, parts), workers.count, progress, workers.needs)
     try:
         if not pool.are_up(workers.least, PATIENCE):
             wanted = f"{workers.cpus:g} CPUs and {workers.gpus:g} GPUs free for "

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from distprune.config import DistillConfig
-from distprune.decoder_layer import LayerShape, layer_from_state, state_of
+from distprune.decoder_layer import LayerShape, state_of
 from distprune.distillation import CURVE_POINTS, Lesson, averaged, shuffled_batches, split, warmup_and_cosine
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.pool import Later, WorkerPool
@@ -24,6 +24,7 @@ from distprune.engine.progress import Progress
 from distprune.engine.relay import Order, Relay
 from distprune.engine.stages import DistilledSink, LayerSource
 from distprune.engine.transport import Parcel, pack_all, unpack, unpack_all
+from distprune.engine.worker import Finished
 
 #: Journal entries of what all layers have learnt after a number of steps; and how many steps a crash may cost.
 LEARNT = "learnt"
@@ -195,8 +196,8 @@ class EndToEnd:
     # ---------------------------------------------------------------- the end
 
     def _graduate(self, layers: Sequence[int], lesson: Lesson) -> None:
-        def receive(index: int, tensors: dict[str, Parcel]) -> None:
-            self.sink(index, layer_from_state(unpack_all(tensors), self.shapes[index]), lesson)
+        def receive(index: int, finished: Finished) -> None:
+            self.sink(index, finished, lesson)
 
         for index in layers:
             learnt = self.learnt[index] if lesson.kept else {}

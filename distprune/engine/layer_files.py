@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from distprune.checkpoint import ShardWriter
-from distprune.decoder_layer import DecoderLayer, LayerShape
+from distprune.checkpoint import ShardWriter, WrittenFile
+from distprune.decoder_layer import DecoderLayer, LayerShape, layer_from_state
 from distprune.distillation import Lesson
 from distprune.engine.assembly import pruned_config
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.preflight import Job
 from distprune.engine.progress import Progress
 from distprune.engine.report import Report
+from distprune.engine.transport import unpack_all
+from distprune.engine.worker import Finished
 
 # Kinds of parts, and of the reports about them.
 PRUNED, DISTILLED = "pruned-layer", "distilled-layer"
@@ -25,7 +27,7 @@ class LayerFiles:
     """
 
     def __init__(self, job: Job, plan: Sequence[LayerShape], writer: ShardWriter, journal: Journal, progress: Progress):
-        self._family, self._config = job.family, pruned_config(job, plan)
+        self._family, self._plan, self._config = job.family, plan, pruned_config(job, plan)
         self._writer, self._journal, self._progress = writer, journal, progress
         self._layers, self._final = range(len(plan)), DISTILLED if job.config.distill else PRUNED
 
@@ -42,18 +44,22 @@ class LayerFiles:
             self._writer.drop(entry_of(PRUNED, index))
         return done
 
-    def keep_pruned(self, index: int, layer: DecoderLayer, report: Report) -> None:
+    def keep_pruned(self, index: int, finished: Finished, report: Report) -> None:
         for warning in report.warnings:
             self._progress.note(f"layer {index}: {warning}")
-        self._keep(entry_of(PRUNED, index), index, layer, report)
+        self._keep(entry_of(PRUNED, index), index, finished, report)
 
-    def keep_distilled(self, index: int, layer: DecoderLayer, lesson: Lesson) -> None:
-        self._keep(entry_of(DISTILLED, index), index, layer, lesson)
+    def keep_distilled(self, index: int, finished: Finished, lesson: Lesson) -> None:
+        self._keep(entry_of(DISTILLED, index), index, finished, lesson)
         self._writer.drop(entry_of(PRUNED, index))
 
-    def _keep(self, part: str, index: int, layer: DecoderLayer, report: Report | Lesson) -> None:
+    def _keep(self, part: str, index: int, finished: Finished, report: Report | Lesson) -> None:
         self._journal.write(part, asdict(report))
-        self._writer.put(part, self._family.layer_to_checkpoint(layer, index))
+        if isinstance(finished, WrittenFile):
+            self._writer.accept(part, finished)
+        else:
+            layer = layer_from_state(unpack_all(finished), self._plan[index])
+            self._writer.put(part, self._family.layer_to_checkpoint(layer, index))
 
     def read(self, index: int) -> DecoderLayer:
         """A pruned layer that is not yet distilled."""

@@ -33,6 +33,8 @@ from distprune.version import __version__
 
 #: Layers whose gradients lie in the journal at once, as long as profiles take no longer than passes.
 GRADIENTS_KEPT = 2
+#: Shards that workers merge at once, at most: so many lie on the disk beside the parts that they are made of.
+MERGED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -209,9 +211,14 @@ def space_needed(
     # Of every layer and of the model's end, with the gradients of some; or of every block, and of one layer more.
     passing = (layers + 1 + GRADIENTS_KEPT) * states if needs_gradients(method, dense) else 0
     pruning = (-(-layers // config.block_length(layers)) + 1) * states + weights
-    # Parts and the shard that is made of them lie side by side for a moment.
-    assembling = weights + min(weights, config.max_shard_size)
+    # Parts and the shards that are made of them lie side by side for a moment.
+    assembling = weights + min(weights, merged_at_once(config) * config.max_shard_size)
     return profiles + max(passing, pruning, assembling)
+
+
+def merged_at_once(config: PruneConfig) -> int:
+    """How many shards may be made of their parts at once."""
+    return 1 if config.writes == "driver" else min(MERGED_AT_ONCE, config.worker_range()[1] or MERGED_AT_ONCE)
 
 
 def expected_itemsize(config: PruneConfig, stored: torch.dtype) -> int:

@@ -20,13 +20,14 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from distprune.checkpoint import PartFolder
 from distprune.config import PruneConfig
 from distprune.engine.cluster import WorkerPlan, count_fitting
 from distprune.engine.sites import Site
 from distprune.engine.tasks import ForgottenError
 from distprune.engine.transport import fetch, in_pieces, put
 from distprune.engine.weights import WeightAccess
-from distprune.engine.worker import Worker
+from distprune.engine.worker import PART_FOLDER, Worker
 
 # Ray's label of every node.
 NODE_ID = "ray.io/node-id"
@@ -39,9 +40,10 @@ class RayRuntime:
     #: What fetching raises where the worker, and not what it did, is at fault.
     lost: tuple[type[Exception], ...] = LOST
 
-    def __init__(self, plan: WorkerPlan, config: PruneConfig, model: WeightAccess):
+    def __init__(self, plan: WorkerPlan, config: PruneConfig, model: WeightAccess, parts: PartFolder | None = None):
         self._options = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "max_restarts": -1}
         told = {"config": config.model_dump(mode="json"), "model": model.to_json(), "device": plan.device}
+        told["parts"] = PART_FOLDER.dump_python(parts, mode="json")
         self._told = (model.server, *in_pieces(told))
         self._asked, self._grows = {"CPU": plan.cpus, "GPU": plan.gpus}, isinstance(config.workers, str)
 

@@ -16,17 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distprune.checkpoint import WrittenFile
+from distprune.config import PruneConfig
 from distprune.decoder_layer import LayerShape
 from distprune.engine.dense_pass import DensePass
 from distprune.engine.journal import Journal
 from distprune.engine.pool import WorkerPool
+from distprune.engine.preflight import MERGED_AT_ONCE
 from distprune.engine.progress import Progress
 from distprune.engine.report import Report
 from distprune.engine.sites import Site
-from distprune.engine.stages import check_weights, prune_blocks
+from distprune.engine.stages import check_weights, merge_shards, prune_blocks
 from distprune.engine.transport import Parcel
 
 HOUR = 3600.0
+SHARD_BYTES = PruneConfig.model_fields["max_shard_size"].default
 NOWHERE = Site("", "", "", None, 0)
 
 
@@ -71,6 +75,9 @@ class Machines:
         replaced: seconds until a lost worker's place is taken, its start not counted.
         transfer: bytes a second between a node and the driver's.
         disk: bytes a second that the driver writes.
+        worker_disk: bytes a second that a worker writes to the output's file system, or reads there; None where the
+            driver alone writes.
+        shared_disk: bytes a second that this file system gives all workers together.
     """
 
     workers: int
@@ -78,6 +85,13 @@ class Machines:
     replaced: float = 180.0
     transfer: float = 5e9
     disk: float = 1e9
+    worker_disk: float | None = None
+    shared_disk: float = inf
+
+    @property
+    def writing(self) -> float | None:
+        """Bytes a second that a worker writes while all others do."""
+        return self.worker_disk and min(self.worker_disk, self.shared_disk / self.workers)
 
 
 @dataclass(frozen=True)
@@ -224,7 +238,22 @@ class SimulatedRuntime:
         costs = self.costs
         observed = 0.0 if self._is_carried(index) else costs.forward + costs.statistics
         seconds = costs.read + observed + costs.solve + propagate * costs.forward
-        return [{}, states if propagate else None, Report({}, [])], seconds, costs.pruned + propagate * costs.states
+        moved = propagate * costs.states
+        if writing := self.machines.writing:
+            seconds += costs.pruned / writing
+        else:
+            moved += costs.pruned
+        return [{}, states if propagate else None, Report({}, [])], seconds, moved
+
+    def _merge(self, worker: SimulatedWorker, parts: Sequence[str]) -> tuple:
+        writing, size = self.machines.writing, len(parts) * self.costs.pruned
+        if writing is None:
+            return [None], 0.0, 0.0
+        return [WrittenFile("", size)], 2 * size / writing, 0.0
+
+    def merge_here(self, size: int) -> None:
+        """The driver reads parts of that size and writes their shard."""
+        self.clock = max(self.clock, self.written) + 2 * size / self.machines.disk
 
     def _is_carried(self, index: int) -> bool:
         return self.costs.carried and index % self.run.block_length == 0
@@ -262,8 +291,19 @@ class Outcome:
     losses: int
 
 
+def shards_of(costs: Costs, run: Pass) -> dict[str, list[str]]:
+    """The shards that several layers are merged into; one of a single layer is that layer's file, moved."""
+    each = max(1, SHARD_BYTES // costs.pruned)
+    layers = [str(index) for index in range(run.layers)]
+    groups = [layers[start : start + each] for start in range(0, run.layers, each)]
+    return {str(number): parts for number, parts in enumerate(groups) if len(parts) > 1}
+
+
 def simulate(costs: Costs, machines: Machines, run: Pass, seed: int = 0) -> Outcome:
-    """Check, dense pass and pruning on a cluster, by the real scheduler."""
+    """Check, dense pass, pruning and assembly on a cluster, by the real scheduler.
+
+    Embedding and head are left out: two tensors among hundreds.
+    """
     runtime = SimulatedRuntime(costs, machines, run, seed)
     pool, journal, progress = WorkerPool(runtime, min(machines.workers, run.layers)), MemoryJournal(), Progress()
     tokens = np.zeros((run.samples, 1), np.int8)
@@ -271,4 +311,10 @@ def simulate(costs: Costs, machines: Machines, run: Pass, seed: int = 0) -> Outc
     profiles = DensePass(pool, tokens, run.layers, run.block_length, run.micro_batch, journal, progress).run()
     shapes = [LayerShape(1, 1, 1, 1, 1)] * run.layers
     prune_blocks(pool, shapes, profiles, run.block_length, (), journal, lambda *_: None, progress)
+    shards = shards_of(costs, run)
+
+    def merge_here(shard: str) -> None:
+        runtime.merge_here(len(shards[shard]) * costs.pruned)
+
+    merge_shards(pool, shards, lambda *_: None, merge_here, min(machines.workers, MERGED_AT_ONCE), progress)
     return Outcome(max(runtime.clock, runtime.written), runtime.busy, runtime.losses)

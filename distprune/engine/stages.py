@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,24 +11,26 @@ from typing import Any
 import numpy as np
 
 from distprune.calibration import CalibrationMetadata, write_calibration
+from distprune.checkpoint import WrittenFile
 from distprune.config import DistillConfig
-from distprune.decoder_layer import DecoderLayer, LayerShape, layer_from_state, state_of
+from distprune.decoder_layer import DecoderLayer, LayerShape, state_of
 from distprune.distillation import Lesson
 from distprune.engine.journal import Journal, entry_of
 from distprune.engine.pool import Later, WorkerPool
 from distprune.engine.progress import Progress
 from distprune.engine.report import Report
 from distprune.engine.states import DENSE, MOMENTS, PRUNED, load_states, save_states
-from distprune.engine.transport import Parcel, pack_all, unpack_all
+from distprune.engine.transport import Parcel, pack_all
+from distprune.engine.worker import Finished
 from distprune.engine.write_behind import write_behind
 from distprune.methods import Profile
 
-#: Called with each pruned layer as soon as it is back: index, layer, and what its task tells.
-PrunedSink = Callable[[int, DecoderLayer, Report], None]
+#: Called with each pruned layer as soon as it is there: index, tensors or file, and what its task tells.
+PrunedSink = Callable[[int, Finished, Report], None]
 #: Gives a pruned layer back.
 LayerSource = Callable[[int], DecoderLayer]
-#: Called with each distilled layer as soon as it is back: index, layer, and how its distillation went.
-DistilledSink = Callable[[int, DecoderLayer, Lesson], None]
+#: Called with each distilled layer as soon as it is there: index, tensors or file, and how its distillation went.
+DistilledSink = Callable[[int, Finished, Lesson], None]
 
 
 def check_weights(pool: WorkerPool, layers: int, progress: Progress) -> None:
@@ -91,15 +94,15 @@ def prune_blocks(
     def stored_moments(index: int) -> Any:
         return pack_all(journal.tensors(entry_of(MOMENTS, index)))
 
-    def receive(index: int, tensors: dict[str, Parcel], output: Parcel | None, report: Report) -> None:
+    def receive(index: int, finished: Finished, output: Parcel | None, report: Report) -> None:
         if not ends_block(index):
             submit(index + 1, pool.put(output), {})
-        write(partial(keep, index, tensors, output, report))
+        write(partial(keep, index, finished, output, report))
 
-    def keep(index: int, tensors: dict[str, Parcel], output: Parcel | None, report: Report) -> None:
+    def keep(index: int, finished: Finished, output: Parcel | None, report: Report) -> None:
         if output is not None:
             save_states(journal, PRUNED, index + 1, [output])
-        sink(index, layer_from_state(unpack_all(tensors), plan[index]), report)
+        sink(index, finished, report)
         for kind in (DENSE, PRUNED, MOMENTS):
             journal.remove(entry_of(kind, index))
         progress.advance()
@@ -163,14 +166,50 @@ def distill_layers(
         learning.add(index)
         layer = source(index)
         arguments = index, layer.shape, pack_all(state_of(layer)), *exercise
-        pool.submit(partial(receive, index, layer.shape), "distill", *arguments)
+        pool.submit(partial(receive, index), "distill", *arguments)
 
-    def receive(index: int, shape: LayerShape, tensors: dict[str, Parcel], lesson: Lesson) -> None:
-        sink(index, layer_from_state(unpack_all(tensors), shape), lesson)
+    def receive(index: int, finished: Finished, lesson: Lesson) -> None:
+        sink(index, finished, lesson)
         learning.remove(index)
         progress.advance()
         go_on()
 
     if waiting:
         pool.submit(partial(arrive, 0), "embed", pool.put(tokens))
+    pool.run()
+
+
+def merge_shards(
+    pool: WorkerPool,
+    shards: Mapping[str, Sequence[str]],
+    accept: Callable[[str, WrittenFile], None],
+    build: Callable[[str], None],
+    most: int,
+    progress: Progress,
+) -> None:
+    """Let the workers merge parts into shards, ``most`` of these at a time; what no worker can merge is built here.
+
+    Args:
+        shards: the names of each shard's parts.
+        accept: called with each shard and the file that a worker has written for it.
+        build: builds a shard here.
+    """
+    progress.stage("Assembling", len(shards))
+    waiting = deque(shards)
+
+    def submit() -> None:
+        if waiting:
+            shard = waiting.popleft()
+            pool.submit(partial(receive, shard), "merge", list(shards[shard]))
+
+    def receive(shard: str, written: WrittenFile | None) -> None:
+        if written is None:
+            build(shard)
+        else:
+            accept(shard, written)
+        progress.advance()
+        submit()
+
+    for _ in range(most):
+        submit()
     pool.run()

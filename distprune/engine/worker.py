@@ -7,11 +7,13 @@ import platform
 import numpy as np
 import ray
 import torch
+from pydantic import TypeAdapter
 from ray.actor import ActorHandle
 
 from distprune.calibration import CalibrationMetadata
+from distprune.checkpoint import PartFolder, WrittenFile
 from distprune.config import PruneConfig
-from distprune.decoder_layer import LayerShape, layer_from_state, state_of
+from distprune.decoder_layer import DecoderLayer, LayerShape, layer_from_state, state_of
 from distprune.determinism import make_cuda_deterministic
 from distprune.distillation import Exercise, Lesson
 from distprune.engine.lessons import Lessons
@@ -25,6 +27,9 @@ from distprune.engine.weights import WeightAccess, naming_node
 from distprune.errors import InputError
 
 Parcels = dict[str, Parcel]
+#: A finished layer's tensors, or the file that a worker has written them to.
+Finished = Parcels | WrittenFile
+PART_FOLDER = TypeAdapter(PartFolder | None)
 
 
 @ray.remote
@@ -42,6 +47,7 @@ class Worker:
         self.config = config
         self.model = WeightAccess.from_json(said["model"], weight_server)
         self.device: str = device
+        self._parts = PART_FOLDER.validate_python(said["parts"])
         self._tasks: LayerTasks | None = None
         self._lessons: Lessons | None = None
         MemoryMetrics(self, str(config.output), number).start()
@@ -61,7 +67,10 @@ class Worker:
             )
         # The driver could open the model, so a problem is about this node.
         with naming_node():
-            return LayerTasks(self.config, self.model.open(), torch.device(self.device))
+            tasks = LayerTasks(self.config, self.model.open(), torch.device(self.device))
+        if self._parts is not None and not self._parts.is_seen():
+            self._parts = None
+        return tasks
 
     @ray.method(max_task_retries=-1)
     def ready(self) -> Site:
@@ -125,11 +134,31 @@ class Worker:
         profile: Parcels,
         carried: Parcels,
         propagate: bool,
-    ) -> tuple[Parcels, Parcel | None, Report]:
+    ) -> tuple[Finished, Parcel | None, Report]:
         known = unpack_all(profile), unpack_all(carried)
         result = self.tasks.prune(index, unpack(hidden_states), planned, *known, propagate=propagate)
         output = None if result.output is None else pack(result.output)
-        return pack_all(state_of(result.layer)), output, result.report
+        return self._finished(index, result.layer), output, result.report
+
+    def _finished(self, index: int, layer: DecoderLayer) -> Finished:
+        """Write a layer to the folder of parts, where this node sees it; the driver writes what it gets otherwise."""
+        if self._parts is None:
+            return pack_all(state_of(layer))
+        return self._parts.write(self.tasks.family.layer_to_checkpoint(layer, index))
+
+    def copy_outer(self, name: str) -> Parcel | WrittenFile:
+        """Copy a tensor outside the decoder layers, as it is stored, to the folder of parts or to the driver."""
+        tensors = self.tasks.checkpoint.read([name])
+        return pack(tensors[name]) if self._parts is None else self._parts.write(tensors)
+
+    def merge(self, parts: list[str]) -> WrittenFile | None:
+        """Merge the files of parts into that of a shard. None: they are not seen here, or are no longer there."""
+        if self._parts is None:
+            return None
+        try:
+            return self._parts.merge(parts)
+        except FileNotFoundError:  # another worker has done the same meanwhile
+            return None
 
     def advance(self, index: int, hidden_states: Parcel) -> Parcel:
         return pack(self.tasks.advance(index, unpack(hidden_states)))
@@ -137,11 +166,11 @@ class Worker:
     @ray.method(num_returns=2)
     def distill(
         self, index: int, shape: LayerShape, tensors: Parcels, inputs: Parcel, outputs: Parcel, ahead: Parcel
-    ) -> tuple[Parcels, Lesson]:
+    ) -> tuple[Finished, Lesson]:
         layer = layer_from_state(unpack_all(tensors), shape)
         exercise = Exercise(unpack(inputs), unpack(outputs), unpack(ahead))
         learnt, lesson = self.tasks.distill(index, layer, exercise)
-        return pack_all(state_of(learnt)), lesson
+        return self._finished(index, learnt), lesson
 
     @property
     def lessons(self) -> Lessons:
@@ -176,9 +205,9 @@ class Worker:
     def step(self, index: int, pieces: int, rate: float) -> Parcels:
         return pack_all(self.lessons.step(index, pieces, rate))
 
-    def graduate(self, index: int, shape: LayerShape, tensors: Parcels, learnt: Parcels) -> Parcels:
+    def graduate(self, index: int, shape: LayerShape, tensors: Parcels, learnt: Parcels) -> Finished:
         layer = layer_from_state(unpack_all(tensors), shape)
-        return pack_all(state_of(self.lessons.graduate(index, layer, unpack_all(learnt))))
+        return self._finished(index, self.lessons.graduate(index, layer, unpack_all(learnt)))
 
     def peak_memory(self) -> PeakMemory:
         return peak_memory()
