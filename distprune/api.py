@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distprune.storage import local_folder, location
+
 if TYPE_CHECKING:
     from distprune.calibration import Calibration
     from distprune.comparison import ComparisonRow
@@ -57,7 +59,7 @@ def calibrate(
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,
-        output=Path(output),
+        output=location(output),
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
@@ -184,7 +186,7 @@ def compare(
         {"model": model, **common},
         config_file=None if config is None else Path(config),
         options=options or {},
-        keep=None if keep is None else Path(keep),
+        keep=None if keep is None else local_folder(keep, "keep"),
         progress=progress or Progress,
     ):
         rows.append(row)
@@ -233,7 +235,7 @@ def status(output: str | Path) -> RunStatus:
     """
     from distprune.engine import status as find
 
-    return find(Path(output))
+    return find(location(output))
 
 
 def inspect(directory: str | Path) -> RunRecord:
@@ -244,4 +246,4 @@ def inspect(directory: str | Path) -> RunRecord:
     """
     from distprune.engine import load_record
 
-    return load_record(Path(directory))
+    return load_record(location(directory))

@@ -54,7 +54,7 @@ Layout = Annotated[
     typer.Option(metavar="per-layer|stock", help="stock: same widths in all layers, a plain checkpoint [per-layer]"),
 ]
 Align = Annotated[Optional[int], typer.Option(help="widths and ranks are multiples of this [8]")]
-CalibrationFile = Annotated[Optional[Path], typer.Option(help="calibration set in Arrow [the model's own samples]")]
+CalibrationFile = Annotated[Optional[str], typer.Option(help="calibration set in Arrow [the model's own samples]")]
 Samples = Annotated[Optional[int], typer.Option(help="own samples to generate [128]")]
 SequenceLength = Annotated[Optional[int], typer.Option(help="tokens of each own sample [128]")]
 Seed = Annotated[Optional[int], typer.Option(help="seed of the own samples [0]")]
@@ -66,7 +66,7 @@ DistillObjective = Annotated[
     typer.Option(metavar="layers|logits", help="each layer alone, or all together by the model's predictions [layers]"),
 ]
 DistillCalibration = Annotated[
-    Optional[Path], typer.Option(help="calibration set to distil on, which may be larger [that of --calibration]")
+    Optional[str], typer.Option(help="calibration set to distil on, which may be larger [that of --calibration]")
 ]
 DistillEpochs = Annotated[Optional[int], typer.Option(help="how often each sample is learnt from [1]")]
 DistillLearningRate = Annotated[Optional[float], typer.Option(help="of AdamW, at its highest [0.0005; logits: 0.001]")]
@@ -166,7 +166,7 @@ def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
 @explains_bad_input
 def calibrate(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Arrow file to write")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Arrow file to write")],
     text: Annotated[
         Optional[list[str]], typer.Option(help="text, JSON, CSV or Parquet file, or dataset name; repeatable")
     ] = None,
@@ -201,7 +201,9 @@ def calibrate(
 @explains_bad_input
 def prune(
     model: OptionalModel = None,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="folder of the pruned checkpoint")] = None,
+    output: Annotated[
+        Optional[str], typer.Option("--output", "-o", help="folder of the pruned checkpoint, or its s3:// or gs:// URL")
+    ] = None,
     config: Config = None,
     method: Annotated[Optional[str], typer.Option(help="pruning method [curvature]")] = None,
     option: Annotated[
@@ -493,7 +495,7 @@ def evaluate(
 @app.command()
 @explains_bad_input
 def inspect(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="output folder of a pruning run")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="output folder of a pruning run")],
     as_json: Annotated[bool, typer.Option("--json", help="print the run's record as JSON")] = False,
 ) -> None:
     """What was taken from which layer."""
@@ -516,7 +518,7 @@ def inspect(
 @app.command()
 @explains_bad_input
 def status(
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the --output of a pruning run")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="the --output of a pruning run")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """How far a run is: running, stopped or finished."""

@@ -11,6 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from distprune.errors import InputError
+from distprune.storage import HUB_SCHEME, Location
 
 # What decides where and how fast a run goes, and never what it makes.
 PLACEMENT = ("output", "overwrite", "restart", "workers", "gpus_per_worker", "address", "weights", "writes")
@@ -34,7 +35,9 @@ class DistillConfig(BaseModel):
         "layers",
         description="each layer alone learns its dense outputs, or all together the dense model's predictions",
     )
-    calibration: Path | None = Field(None, description="calibration set to learn from; by default the pruning's own")
+    calibration: Location | None = Field(
+        None, description="calibration set to learn from; by default the pruning's own"
+    )
     epochs: int = Field(1, ge=1, description="how often each sample is learnt from")
     learning_rate: float = Field(5e-4, gt=0, description="at its highest; AdamW with warmup and cosine decay")
     train: Literal["full", "lora"] = Field("full", description="all weights, or low-rank updates folded in at the end")
@@ -73,13 +76,20 @@ def check_range(text: str) -> str:
     return text
 
 
+def without_hub_scheme(model: str) -> str:
+    """``hf://NAME`` is the hub id ``NAME``."""
+    return model.removeprefix(HUB_SCHEME)
+
+
 class PruneConfig(BaseModel):
     """Every option of a pruning run. The same names serve in YAML, on the command line and in Python."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(description="local Hugging Face folder, hub id, or .gguf file")
-    output: Path = Field(description="folder of the pruned checkpoint")
+    model: Annotated[str, AfterValidator(without_hub_scheme)] = Field(
+        description="local Hugging Face folder, hub id, .gguf file, or URL in an object store"
+    )
+    output: Location = Field(description="folder of the pruned checkpoint, or its URL in an object store")
     method: str = Field("curvature", description="pruning method")
     options: dict[str, Any] = Field(default_factory=dict, description="hyperparameters of the method")
     sparsity: float = Field(0.2, ge=0, lt=1, description="fraction of the decoder layers' parameters to remove")
@@ -92,7 +102,9 @@ class PruneConfig(BaseModel):
     )
     align: int = Field(8, ge=1, description="widths and ranks are multiples of this")
 
-    calibration: Path | None = Field(None, description="calibration set in Arrow; by default the model's own samples")
+    calibration: Location | None = Field(
+        None, description="calibration set in Arrow; by default the model's own samples"
+    )
     samples: int = Field(128, ge=1, description="own samples to generate when no calibration set is given")
     sequence_length: int = Field(128, ge=2, description="tokens of each own sample")
     seed: int = Field(0, ge=0, description="seed of the own samples")

@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
+from upath import UPath
 
 from distprune.errors import InputError
+from distprune.storage import is_remote, kept_locally, local_copy, location
 
 FORMAT_VERSION = 1
 _KEY = b"distprune.calibration"
@@ -70,12 +72,16 @@ class Calibration:
             )
 
 
-def prepare_output(path: str | Path) -> Path:
+def prepare_output(path: str | Path | UPath) -> Path | UPath:
     """Make the folder of a file to be written.
 
     Raises InputError when the file couldn't be put there, or would replace what is no calibration set: a text, say.
     """
-    path = Path(path)
+    path = location(path)
+    if is_remote(path):
+        if path.exists() and not _is_calibration(path):
+            raise InputError(f"{path}: exists and is no calibration set, so it is not replaced; choose another one.")
+        return path
     if path.is_dir():
         raise InputError(f"{path}: is a directory; give the name of a file to write.")
     if path.exists() and path.stat().st_size and not _is_calibration(path):
@@ -100,6 +106,11 @@ def write_calibration(path: str | Path, tokens: np.ndarray, metadata: Calibratio
         raise ValueError(f"tokens {tokens.dtype} {tokens.shape} don't fit windows of {metadata.sequence_length} int32")
     schema = _schema(length).with_metadata({_KEY: _encoded(metadata)})
     column = pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), type=schema.field(_COLUMN).type)
+    with kept_locally(path) as local:
+        _write_whole(local, schema, column)
+
+
+def _write_whole(path: Path, schema: pa.Schema, column: pa.Array) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -120,9 +131,9 @@ def open_calibration(path: str | Path) -> Calibration:
 
     Raises InputError when the file is missing, cut short, empty or not a calibration set.
     """
-    path = Path(path)
+    path = location(path)
     try:
-        reader = pa.ipc.open_file(pa.memory_map(os.fsencode(path)))
+        reader = pa.ipc.open_file(pa.memory_map(os.fsencode(local_copy(path))))
         metadata = _decoded(path, reader.schema)
         if not reader.schema.equals(_schema(metadata.sequence_length)) or reader.num_record_batches != 1:
             raise InputError(f"{path}: has another layout than a calibration set; {_MEND}.")

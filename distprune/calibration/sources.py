@@ -19,6 +19,7 @@ from distprune.calibration.chat import Conversation
 from distprune.calibration.records import document, document_fields, is_instruction
 from distprune.calibration.unicode import without_surrogates
 from distprune.errors import InputError
+from distprune.storage import is_url, local_copy, location
 
 _LOGGER = logging.getLogger(__name__)
 _JSON = (".jsonl", ".json", ".ndjson")
@@ -55,6 +56,8 @@ def read_source(source: str | Path, field: str | None = None) -> TextSource:
     compressed. A dataset is written NAME, NAME:CONFIG or NAME:CONFIG:SPLIT, the
     split being "train" unless given. Raises InputError when there is no such source, or no text in it.
     """
+    if is_url(source):
+        source = _fetched(source)
     path = Path(source).expanduser()
     if path.is_dir():
         raise InputError(f"{source}: is a directory; name the text files in it one by one.")
@@ -74,9 +77,17 @@ def read_source(source: str | Path, field: str | None = None) -> TextSource:
     return found
 
 
+def _fetched(url: str | Path) -> Path:
+    """A copy of a file in an object store. Raises InputError when there is none."""
+    try:
+        return local_copy(location(url))
+    except FileNotFoundError as error:
+        raise InputError(f"{url}: no such file.") from error
+
+
 def read_text(path: str | Path) -> str:
     """The whole of a UTF-8 text file, which may be compressed. Raises InputError when it is missing or no such file."""
-    path = Path(path)
+    path = _fetched(path) if is_url(path) else Path(path)
     content = _content(path)
     try:
         # Surrogates too are encoded by some programs.

@@ -4,7 +4,7 @@ Knows files and tensors only: no mathematics, no Ray, and no model family's tens
 """
 
 from distprune.checkpoint.disk import check_free_space
-from distprune.checkpoint.durable import write_tensors, write_text
+from distprune.checkpoint.durable import read_names, read_tensor, read_tensors, write_tensors, write_text
 from distprune.checkpoint.gguf import import_gguf
 from distprune.checkpoint.headers import TensorInfo, describe, entry_of
 from distprune.checkpoint.hub import HubFiles, HubModel, find_on_hub, open_on_hub
@@ -16,10 +16,12 @@ from distprune.checkpoint.publish import (
     partial_directory,
     prepare_output,
     publish,
+    published_mark,
 )
 from distprune.checkpoint.reader import Checkpoint
+from distprune.checkpoint.remote import fetch_model
 from distprune.checkpoint.side_files import copy_side_files
-from distprune.checkpoint.sources import is_hub_id, resolve_model
+from distprune.checkpoint.sources import is_hub_id, refuse_revision, resolve_model
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
 from distprune.checkpoint.writer import ShardWriter
 
@@ -38,6 +40,7 @@ __all__ = [
     "describe",
     "entry_of",
     "failures_explained",
+    "fetch_model",
     "find_on_hub",
     "hold_lock",
     "import_gguf",
@@ -48,6 +51,11 @@ __all__ = [
     "partial_directory",
     "prepare_output",
     "publish",
+    "published_mark",
+    "read_names",
+    "read_tensor",
+    "read_tensors",
+    "refuse_revision",
     "resolve_model",
     "write_tensors",
     "write_text",

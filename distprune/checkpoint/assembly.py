@@ -36,7 +36,7 @@ class Assembly:
 
     def built(self, file: Path) -> dict[str, list[str]]:
         """The shards that are already at the destination of the plan written at `file`."""
-        destination = file.parent / self.destination
+        destination = (file.parent / self.destination).resolve()
         return {shard: parts for shard, parts in self.shards.items() if (destination / shard).is_file()}
 
 
@@ -57,7 +57,7 @@ def plan_assembly(
         groups[-1].append(part)
         room -= sizes[part]
     names = _shard_names(len(groups))
-    relative = os.path.relpath(destination, file.parent)
+    relative = os.path.relpath(str(destination), str(file.parent))
     return Assembly(relative, max_shard_bytes, dict(zip(names, groups, strict=True)))
 
 

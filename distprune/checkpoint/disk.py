@@ -7,12 +7,18 @@ import shutil
 from pathlib import Path
 
 from distprune.errors import InputError
+from distprune.storage import is_remote
 
 GB = 1_000_000_000
 
 
 def check_free_space(path: Path, needed_bytes: int) -> None:
-    """Raise InputError unless `needed_bytes` can be written at `path`, which need not exist yet."""
+    """Raise InputError unless `needed_bytes` can be written at `path`, which need not exist yet.
+
+    An object store has room for anything.
+    """
+    if is_remote(path):
+        return
     free = free_bytes(path)
     if free < needed_bytes:
         raise InputError(

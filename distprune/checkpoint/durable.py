@@ -1,4 +1,4 @@
-"""Files that are either wholly there or not there at all, also after a crash or a power cut."""
+"""Files that are either wholly there or not there at all, also after a crash or a power cut; objects always are."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from distprune.checkpoint.headers import read_header
 from distprune.checkpoint.mishaps import failures_explained, stalls_told
+from distprune.checkpoint.objects import read_objects
+from distprune.storage import is_remote, upload
 
 
 def sync(path: Path) -> None:
@@ -36,7 +41,15 @@ def sync_tree(folder: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Give a flushed file another name, replacing `target`; copied only where the file systems differ."""
+    """Give a flushed file another name, replacing `target`; copied only where the file systems differ.
+
+    Of an object the store makes a copy, without its content passing through this machine.
+    """
+    if is_remote(target):
+        with stalls_told(target), failures_explained(target):
+            target.fs.copy(source.path, target.path)
+            source.unlink()
+        return
     try:
         os.replace(source, target)
     except OSError as error:
@@ -71,6 +84,10 @@ def replacing(target: Path, scratch: Path | None = None) -> Iterator[Path]:
 
 def write_text(target: Path, text: str) -> None:
     """Write a UTF-8 file durably and atomically."""
+    if is_remote(target):
+        with stalls_told(target), failures_explained(target):
+            target.write_text(text, encoding="utf-8")
+        return
     with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -78,8 +95,13 @@ def write_text(target: Path, text: str) -> None:
 def write_tensors(target: Path, tensors: Mapping[str, torch.Tensor], scratch: Path | None = None) -> None:
     """Write a safetensors file durably and atomically. Its bytes depend on the names and values alone.
 
-    `tensors` are contiguous CPU tensors that share no memory.
+    `tensors` are contiguous CPU tensors that share no memory. What becomes an object passes through a local file.
     """
+    if is_remote(target):
+        with TemporaryDirectory(prefix="distprune-upload-") as folder, stalls_told(target), failures_explained(target):
+            save_file(dict(tensors), file := Path(folder) / target.name, metadata={"format": "pt"})
+            upload(file, target)
+        return
     with replacing(target, scratch) as temporary:
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
@@ -93,4 +115,25 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    return load_file(file)
+    if not is_remote(file):
+        return load_file(file)
+    return read_objects(read_header(file))
+
+
+def read_names(file: Path) -> list[str]:
+    """The names of a safetensors file's tensors, sorted."""
+    return sorted(read_header(file))
+
+
+def read_tensor(file: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file, of which no more than that is read.
+
+    Raises:
+        KeyError: the file holds none of that name.
+    """
+    if is_remote(file):
+        return read_objects({name: read_header(file)[name]})[name]
+    with safe_open(file, "pt") as tensors:
+        if name not in tensors.keys():  # noqa: SIM118 - it is no mapping
+            raise KeyError(name)
+        return tensors.get_tensor(name)

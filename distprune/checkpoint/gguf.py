@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import os
 import re
 import shutil
 import tempfile
@@ -22,8 +21,8 @@ from transformers.utils import logging
 from distprune.checkpoint.durable import sync_tree
 from distprune.checkpoint.mishaps import failures_explained
 from distprune.errors import InputError
+from distprune.storage import CACHE_VARIABLE, cache_folder
 
-CACHE_VARIABLE = "DISTPRUNE_CACHE"
 # From 5.17 on, transformers leaves the weights packed unless told otherwise, and packed weights can't be saved.
 UNPACKED = (
     {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
@@ -70,7 +69,7 @@ def _require_writable(cache: Path, path: Path) -> None:
 
 
 def _cache_root(cache_dir: Path | None) -> Path:
-    return Path(cache_dir or os.environ.get(CACHE_VARIABLE) or "~/.cache/distprune").expanduser()
+    return Path(cache_dir).expanduser() if cache_dir else cache_folder()
 
 
 def _sha256(path: Path) -> str:

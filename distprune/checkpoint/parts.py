@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from upath import UPath
 
 from distprune.checkpoint.durable import read_tensors, write_tensors, write_text
+from distprune.storage import Location
 
 SUFFIX = ".safetensors"
 #: What a written file's name ends with until it is accepted.
@@ -36,11 +38,11 @@ class PartFolder:
     ``token`` is what a file in it holds, since the same path may be another folder on another machine.
     """
 
-    path: Path
+    path: Location
     token: str
 
     @classmethod
-    def announce(cls, path: Path) -> PartFolder:
+    def announce(cls, path: Path | UPath) -> PartFolder:
         """Put a new token into the folder."""
         folder = cls(path, uuid.uuid4().hex)
         write_text(path / TOKEN_FILE, folder.token)

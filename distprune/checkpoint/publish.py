@@ -10,28 +10,36 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from upath import UPath
 
-from distprune.checkpoint.durable import sync, sync_tree
+from distprune.checkpoint.durable import sync, sync_tree, write_text
 from distprune.checkpoint.layout import CONFIG_FILE
+from distprune.checkpoint.lease import Held, hold_lease, is_held
 from distprune.errors import InputError
+from distprune.storage import is_remote, objects_in, remove_tree
 
 # Seconds within which whoever asks `is_locked` has let go of the lock again.
 GLANCE = 1.0
+# In a run's work folder in an object store: its result is being copied to the output, and has been.
+BEGUN, PUBLISHED = "publishing", "published"
 
 
-def partial_directory(output: Path) -> Path:
+def partial_directory(output: Path | UPath) -> Path | UPath:
     """Where a run works until its output is finished: `OUTPUT.partial`, beside the output."""
-    output = Path(os.path.abspath(output))
+    if not is_remote(output):
+        output = Path(os.path.abspath(output))
     return output.with_name(f"{output.name}.partial")
 
 
-def prepare_output(output: Path, overwrite: bool) -> None:
+def prepare_output(output: Path | UPath, overwrite: bool) -> None:
     """Make the output's parent folder, and raise InputError where the output can't be put.
 
     An existing folder is accepted only with `overwrite`, and then only if it is empty or holds a config.json:
     a folder that is not a checkpoint is never removed.
     """
-    output = Path(output)
+    if is_remote(output):
+        prepare_objects(output, overwrite)
+        return
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,11 +59,15 @@ def prepare_output(output: Path, overwrite: bool) -> None:
         )
 
 
-def publish(partial: Path, output: Path, overwrite: bool) -> None:
+def publish(partial: Path | UPath, output: Path | UPath, overwrite: bool) -> None:
     """Make the finished folder `partial` visible as `output`, by one rename on one file system.
 
-    An old output is first moved aside to `OUTPUT.replaced-*`, put back if the rename fails, and then removed.
+    An old output is first moved aside to `OUTPUT.replaced-*`, put back if the rename fails, and then removed. For an
+    object store see `publish_objects`.
     """
+    if is_remote(output):
+        publish_objects(partial, output)
+        return
     output = Path(os.path.abspath(output))
     prepare_output(output, overwrite)
     sync_tree(partial)
@@ -69,15 +81,20 @@ def publish(partial: Path, output: Path, overwrite: bool) -> None:
 @contextmanager
 def hold_lock(partial: Path) -> Iterator[None]:
     """Let only one run at a time work in `partial`; InputError where another one does."""
-    lock_file = partial.with_name(f"{partial.name}.lock")
+    if is_remote(partial):
+        try:
+            with hold_lease(lock_of(partial)):
+                yield
+        except Held:
+            raise _is_taken(partial) from None
+        return
+    lock_file = lock_of(partial)
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_file, timeout=GLANCE)
     try:
         lock.acquire()
     except Timeout as error:
-        raise InputError(
-            f"another run is writing to {partial}. Wait for it to end, or choose another output."
-        ) from error
+        raise _is_taken(partial) from error
     try:
         yield
     finally:
@@ -88,7 +105,9 @@ def hold_lock(partial: Path) -> Iterator[None]:
 
 def is_locked(partial: Path) -> bool:
     """Whether a run is at work in `partial` now."""
-    lock_file = partial.with_name(f"{partial.name}.lock")
+    lock_file = lock_of(partial)
+    if is_remote(partial):
+        return is_held(lock_file)
     if not lock_file.exists():
         return False
     lock = FileLock(lock_file, timeout=0)
@@ -97,6 +116,62 @@ def is_locked(partial: Path) -> bool:
             return False
     except Timeout:
         return True
+
+
+def lock_of(partial: Path | UPath) -> Path | UPath:
+    """The file that says that a run is at work in `partial`."""
+    return partial.with_name(f"{partial.name}.lock")
+
+
+def _is_taken(partial: Path | UPath) -> InputError:
+    return InputError(f"another run is writing to {partial}. Wait for it to end, or choose another output.")
+
+
+def prepare_objects(output: UPath, overwrite: bool) -> None:
+    """See that a checkpoint can be put into an object store; InputError where it can't.
+
+    What is there already is accepted only with `overwrite`, and then only if it holds a config.json; or if it is what
+    a run that is to be resumed has published of its result.
+    """
+    probe = partial_directory(output) / "probe"
+    try:
+        write_text(probe, "Can this be written?")
+        probe.unlink()
+        there = objects_in(output)
+    except Exception as error:  # the clients of stores share no base class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{output} can't be written to ({reason}). Check the URL and your access to it.") from error
+    if (partial_directory(output) / BEGUN).is_file():
+        return
+    is_checkpoint = (output / CONFIG_FILE).is_file()
+    if is_checkpoint and not overwrite:
+        raise InputError(f"{output} exists. Choose another output, or allow overwriting it.")
+    if there and not is_checkpoint:
+        raise InputError(
+            f"{output} is not written to: it holds objects but no config.json, so it is not a checkpoint. "
+            "Choose another output, or remove them yourself."
+        )
+
+
+def publish_objects(partial: UPath, output: UPath) -> None:
+    """Make the finished folder `partial` visible as `output` in an object store, where nothing can be renamed.
+
+    The store copies object after object, config.json last; without that, no tool takes the folder for a checkpoint. An
+    old output's config.json goes first.
+    """
+    work = partial_directory(output)
+    write_text(work / BEGUN, "")
+    (output / CONFIG_FILE).unlink(missing_ok=True)
+    remove_tree(output)
+    files = objects_in(partial)
+    for file in sorted(files, key=lambda file: file.name == CONFIG_FILE):
+        output.fs.copy(file.path, (output / file.path.removeprefix(partial.path).lstrip("/")).path)
+    write_text(work / PUBLISHED, "")
+
+
+def published_mark(work: Path | UPath) -> UPath | None:
+    """What says that the result of a run in that work folder was published; None where a rename says so."""
+    return work / PUBLISHED if is_remote(work) else None
 
 
 def _replace_folder(partial: Path, output: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
+from upath import UPath
 
 from distprune.checkpoint.fingerprint import compute_fingerprint
 from distprune.checkpoint.headers import TensorInfo, read_header
@@ -21,10 +23,13 @@ from distprune.checkpoint.layout import (
     refuse_adapter,
     require_checkpoint,
 )
+from distprune.checkpoint.remote import fetch_model, fingerprint_of
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
 from distprune.errors import InputError
+from distprune.storage import is_remote, location
 
 LISTED = 5
+HEADERS_AT_ONCE = 8
 DEQUANTIZE = "Quantized checkpoints must be dequantized first: use the model's bf16 or fp16 release."
 # What quantizers (GPTQ, AWQ, compressed-tensors, bitsandbytes) call the tensors that they put in a weight's place.
 PACKED = (
@@ -43,19 +48,31 @@ class Checkpoint:
     source: TensorSource = field(default_factory=TensorFiles, compare=False)
 
     @classmethod
-    def open(cls, path: Path | str, trust_remote_code: bool = False) -> Checkpoint:
-        """Open a local checkpoint folder: config.json and one safetensors file, or an index and its shards.
+    def open(cls, path: Path | UPath | str, trust_remote_code: bool = False) -> Checkpoint:
+        """Open a checkpoint folder: config.json and one safetensors file, or an index and its shards.
+
+        Of one in an object store, what lies beside the weights is fetched, and of these the headers; `path` is then
+        the folder in this machine's cache.
 
         InputError: a file is missing, broken or not what the index says; the checkpoint is quantized, or has an
         adapter; transformers does not know the architecture.
         """
-        path = Path(path)
-        require_checkpoint(path)
-        refuse_adapter(path)
+        place = location(path)
+        require_checkpoint(place)
+        refuse_adapter(place)
+        path = fetch_model(place, weights=False) if is_remote(place) else place
         config = read_config(path, trust_remote_code)
-        entry = find_entry(path, lambda name: (path / name).is_file())
-        headers = {str(file.relative_to(path)): read_header(file) for file in find_weight_files(path, entry)}
-        return cls(path, config, tensors_of(entry, headers))
+        entry = find_entry(path, lambda name: (place / name).is_file())
+        files = find_weight_files(place, place / entry.name)
+        with ThreadPoolExecutor(HEADERS_AT_ONCE) as threads:
+            headers = dict(zip(files, threads.map(read_header, files), strict=True))
+        by_name = {str(file).removeprefix(f"{place}/"): header for file, header in headers.items()}
+        return cls(path, config, tensors_of(place / entry.name, by_name))
+
+    def whole_folder(self) -> Path:
+        """A folder of this machine that holds all of it; an object store's is fetched into the cache."""
+        files = self.weight_files
+        return fetch_model(files[0].parent) if files and is_remote(files[0]) else self.path
 
     @property
     def weight_files(self) -> list[Path]:
@@ -105,7 +122,11 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """The checkpoint's identity; see `compute_fingerprint` for what it catches and what it misses."""
-        return compute_fingerprint(self.path, self.weight_files)
+        files = self.weight_files
+        if files and is_remote(files[0]):
+            beside = files[0].parent / CONFIG_FILE
+            return fingerprint_of({file.name: file for file in (beside, *files)})
+        return compute_fingerprint(self.path, files)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

@@ -7,17 +7,23 @@ from pathlib import Path
 from distprune.checkpoint.gguf import import_gguf
 from distprune.checkpoint.hub import download, no_safetensors
 from distprune.checkpoint.layout import require_checkpoint
+from distprune.checkpoint.remote import fetch_model
 from distprune.errors import InputError
+from distprune.storage import HUB_SCHEME, is_url, location
 
 
 def resolve_model(source: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Path:
-    """The local checkpoint folder for a folder, a .gguf file (imported once) or a hub id (downloaded).
+    """The local checkpoint folder for a folder, a .gguf file (imported once), a hub id or a URL (both downloaded).
 
     `revision` is a hub branch, tag or commit. `cache_dir` replaces the hub's cache and that of imported GGUF
     files. InputError: no such path or repository, or what is found is no safetensors checkpoint.
     """
+    source = source.removeprefix(HUB_SCHEME)
     path = Path(source).expanduser()
-    if is_hub_id(source):
+    if is_url(source):
+        refuse_revision(source, revision)
+        folder = fetch_model(location(source))
+    elif is_hub_id(source):
         folder = _resolve_hub(source, revision, cache_dir)
     else:
         folder = _resolve_local(path, revision, cache_dir)
@@ -39,9 +45,14 @@ def _is_gguf(path: Path) -> bool:
 def _resolve_local(path: Path, revision: str | None, cache_dir: Path | None) -> Path:
     if not path.exists():
         raise InputError(f"{path} does not exist. Give a checkpoint folder, a .gguf file or a Hugging Face hub id.")
-    if revision is not None:
-        raise InputError(f"{path} is local, so it has no revision {revision}. Leave the revision out.")
+    refuse_revision(str(path), revision)
     return import_gguf(path, cache_dir) if _is_gguf(path) and path.is_file() else path
+
+
+def refuse_revision(source: str, revision: str | None) -> None:
+    """Raise InputError where a revision is given for a model that is not on the hub."""
+    if revision is not None:
+        raise InputError(f"{source} is not on the hub, so it has no revision {revision}. Leave the revision out.")
 
 
 def _resolve_hub(repository: str, revision: str | None, cache_dir: Path | None) -> Path:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from distprune.checkpoint.headers import LENGTH_BYTES, TensorInfo
+from distprune.checkpoint.objects import read_objects
 from distprune.errors import Unreachable
+from distprune.storage import is_remote
 
 
 class TensorSource(Protocol):
@@ -32,10 +34,11 @@ class TensorFiles:
         return file
 
     def read(self, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-        return {name: self.map(info) for name, info in infos.items()}
+        remote = read_objects({name: info for name, info in infos.items() if is_remote(info.file)})
+        return {name: remote[name] if name in remote else self.map(info) for name, info in infos.items()}
 
     def read_rows(self, name: str, info: TensorInfo, rows: Tensor) -> Tensor:
-        return self.map(info)[rows]
+        return self.read({name: info})[name][rows]
 
     def map(self, info: TensorInfo) -> Tensor:
         try:

@@ -18,6 +18,7 @@ from distprune.checkpoint.headers import read_header
 from distprune.checkpoint.layout import INDEX_FILE
 from distprune.checkpoint.parts import OFFERED, SUFFIX, PartFolder, WrittenFile, separate_in_memory
 from distprune.errors import StorageFailed
+from distprune.storage import location, make_folder
 
 # Seconds within which a network file system shows a file that another machine has written.
 VISIBLE_WITHIN = 90.0
@@ -33,9 +34,9 @@ class ShardWriter:
     """
 
     def __init__(self, work_dir: Path) -> None:
-        self._parts = Path(work_dir) / "parts"
+        self._parts = location(work_dir) / "parts"
         self._plan_file = self._parts / "assembly.json"
-        self._parts.mkdir(parents=True, exist_ok=True)
+        make_folder(self._parts)
         self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
@@ -94,8 +95,8 @@ class ShardWriter:
             ValueError: `order` does not name each part once, two parts hold a tensor of the same name, `destination`
                 holds other weights, or an assembly begun earlier had another order, destination or shard size.
         """
-        self._destination = Path(destination)
-        self._destination.mkdir(parents=True, exist_ok=True)
+        self._destination = location(destination)
+        make_folder(self._destination)
         self._remove_unfinished()
         self._assembly = self._plan(list(order), self._destination, max_shard_bytes)
         for shard, parts in self._assembly.shards.items():

@@ -16,6 +16,7 @@ from distprune.engine.progress import Progress
 from distprune.engine.stages import merge_shards
 from distprune.engine.transport import Parcel, unpack
 from distprune.modeling import AUTO_MAP, PrunedConfig, copy_modeling_files
+from distprune.storage import staged
 
 
 def copy_outer_tensors(
@@ -50,13 +51,14 @@ def write_config(job: Job, shapes: Sequence[LayerShape], folder: Path) -> str:
     Returns:
         The layout: "stock" (the original architecture) or "per-layer" (our class).
     """
-    if is_stock(job.dense, shapes):
-        job.family.stock_config(job.checkpoint.config, shapes[0]).save_pretrained(folder)
-        return "stock"
-    config = pruned_config(job, shapes)
-    config.save_pretrained(folder)
-    copy_modeling_files(folder)
-    return "per-layer"
+    with staged(folder) as local:
+        if is_stock(job.dense, shapes):
+            job.family.stock_config(job.checkpoint.config, shapes[0]).save_pretrained(local)
+            return "stock"
+        config = pruned_config(job, shapes)
+        config.save_pretrained(local)
+        copy_modeling_files(local)
+        return "per-layer"
 
 
 def pruned_config(job: Job, shapes: Sequence[LayerShape]) -> PrunedConfig:

@@ -5,7 +5,6 @@ Only some methods have a gradient pass.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -57,6 +56,7 @@ from distprune.engine.work import CHECK, PUBLISHING, Outline, Work
 from distprune.errors import InputError, InterruptedWhenDone, Unreachable
 from distprune.hardware import AUTO
 from distprune.methods import Plan
+from distprune.storage import copy, kept_locally, staged
 
 #: What a worker of a run needs on a kind of device.
 NeedsOf = Callable[[PruneConfig, Checkpoint, str], Needs]
@@ -108,7 +108,7 @@ def prune_job(
             config = job.config
             if needs:
                 workers = workers.needing(needs(config, job.checkpoint, workers.device))
-            with work_folder(job, workers, progress) as work, json_file(work.log), log.errors():
+            with work_folder(job, workers, progress) as work, logged(work), log.errors():
                 log.run_began(config, goes_on=work.goes_on, dtype_reason=dtype.reason)
                 with Unfailing("metrics", lambda: RunMetrics(name)) as metrics:
                     told = Together(progress, log, metrics)
@@ -117,12 +117,19 @@ def prune_job(
                     record = run_on_workers(job, workers, work, told)
                 log.run_done(record.seconds, record.decoder_sparsity, record.total_sparsity)
         record.save(work.checkpoint, config)
-        shutil.copyfile(work.log, work.checkpoint / LOG_FILE)
+        copy(work.log, work.checkpoint / LOG_FILE)
         work.journal.write(PUBLISHING)
         past_interruption()
         publish(work.checkpoint, config.output, config.overwrite)
         work.clear_away()
     return record
+
+
+@contextmanager
+def logged(work: Work) -> Iterator[None]:
+    """Inside, what happens is appended to the run's log. To an object nothing can be appended: it is copied back."""
+    with kept_locally(work.log) as file, json_file(file):
+        yield
 
 
 def finish_publishing(config: PruneConfig, past_interruption: Callable[[], None]) -> RunRecord | None:
@@ -241,9 +248,10 @@ def distill(
 
 def copy_model_files(job: Job, folder: Path) -> None:
     """The model's tokenizer, licence and the like; not what an earlier run left beside a model it made."""
-    copy_side_files(job.model_path, folder, trust_remote_code=job.config.trust_remote_code)
-    for name in OWN_FILES:
-        (folder / name).unlink(missing_ok=True)
+    with staged(folder) as local:
+        copy_side_files(job.model_path, local, trust_remote_code=job.config.trust_remote_code)
+        for name in OWN_FILES:
+            (local / name).unlink(missing_ok=True)
 
 
 @contextmanager

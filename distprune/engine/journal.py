@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from distprune.checkpoint import write_tensors, write_text
+from distprune.checkpoint import read_names, read_tensor, read_tensors, write_tensors, write_text
 from distprune.errors import InputError
+from distprune.storage import make_folder
 
 IDENTITY = "run"
 #: Letters of a value that an error message shows; a digest has more.
@@ -57,7 +56,7 @@ class Journal:
                     "options to go on with it, or --restart to begin anew."
                 )
             return True
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self.write(IDENTITY, identity)
         return False
 
@@ -74,7 +73,7 @@ class Journal:
 
     def tensors(self, entry: str) -> dict[str, Tensor]:
         file = self._tensors_file(entry)
-        return load_file(file) if file.is_file() else {}
+        return read_tensors(file) if file.is_file() else {}
 
     def stored_tensors(self, entry: str) -> Mapping[str, Tensor]:
         """The same, each read when it is asked for."""
@@ -114,14 +113,10 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __init__(self, file: Path):
         self._file = file
-        with safe_open(file, "pt") as tensors:
-            self._names = list(tensors.keys())
+        self._names = read_names(file)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        with safe_open(self._file, "pt") as tensors:
-            return tensors.get_tensor(name)
+        return read_tensor(self._file, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from upath import UPath
 
 from distprune.budgets import Target, target_of
 from distprune.calibration import Calibration, load_tokenizer, open_calibration, tokenizer_fingerprint
@@ -21,6 +22,7 @@ from distprune.checkpoint import (
     open_on_hub,
     partial_directory,
     prepare_output,
+    refuse_revision,
     resolve_model,
 )
 from distprune.config import PruneConfig
@@ -29,6 +31,7 @@ from distprune.families import UNTIED, Family, family_of, untied_where_different
 from distprune.hardware import AUTO, ComputeDtype, compute_dtype
 from distprune.methods import Method, make_method
 from distprune.modeling import PrunedConfig
+from distprune.storage import is_remote, is_url, location
 from distprune.version import __version__
 
 #: Layers whose gradients lie in the journal at once, as long as profiles take no longer than passes.
@@ -67,7 +70,7 @@ class Job:
 
     def whole_folder(self) -> Path:
         """The model's folder with its weights, which a hub model's are fetched into."""
-        return self.hub.fetch_all() if self.hub else self.model_path
+        return self.hub.fetch_all() if self.hub else self.checkpoint.whole_folder()
 
     def identity(self, device: str) -> dict[str, Any]:
         """All that decides the bytes of the result on one kind of device, as JSON would give it back.
@@ -129,7 +132,7 @@ def check_apart(config: PruneConfig) -> None:
     Raises:
         InputError: one of them does; names both.
     """
-    model = Path(config.model).expanduser()
+    model = location(config.model) if is_url(config.model) else Path(config.model).expanduser()
     read = {"the model": None if is_hub_id(config.model) else model, "the calibration set": config.calibration}
     if config.distill:
         read["distillation's calibration set"] = config.distill.calibration
@@ -142,8 +145,11 @@ def check_apart(config: PruneConfig) -> None:
                 )
 
 
-def overlap(path: Path, folder: Path) -> bool:
+def overlap(path: Path | UPath, folder: Path | UPath) -> bool:
     """Whether one is the other or lies somewhere inside it, links followed."""
+    if is_remote(path) or is_remote(folder):
+        one, other = f"{path}/", f"{folder}/"
+        return one.startswith(other) or other.startswith(one)
     one, other = path.resolve(), folder.expanduser().resolve()
     return one == other or one in other.parents or other in one.parents
 
@@ -152,7 +158,7 @@ def check_paths(config: PruneConfig) -> None:
     """See that every path is UTF-8: Ray passes on no others."""
     paths = {"model": config.model, "output": config.output, "calibration": config.calibration}
     for name, path in (paths | {"distill-calibration": config.distill and config.distill.calibration}).items():
-        shown = os.fsencode(path or "").decode(errors="backslashreplace")
+        shown = os.fsencode(str(path or "")).decode(errors="backslashreplace")
         if path and shown != str(path):
             raise InputError(f"{name} {shown}: is not UTF-8, and Ray can't pass it on. Rename it, or choose another.")
 
@@ -169,6 +175,9 @@ def open_model(config: PruneConfig) -> tuple[HubModel | None, Checkpoint]:
         return hub, Checkpoint.open(hub.fetch_all(), trust) if config.weights == "shared" else open_on_hub(hub, trust)
     if config.weights == "hub":
         raise InputError(f"--weights hub: {config.model} is no hub id. Leave the option out, or give the model's id.")
+    if is_url(config.model):
+        refuse_revision(config.model, config.revision)
+        return None, Checkpoint.open(location(config.model), trust)
     return None, Checkpoint.open(resolve_model(config.model, revision=config.revision).absolute(), trust)
 
 
@@ -229,7 +238,10 @@ def expected_itemsize(config: PruneConfig, stored: torch.dtype) -> int:
     return stored.itemsize if on_gpu else compute_dtype(stored, "cpu").dtype.itemsize
 
 
-def folder_size(folder: Path) -> int:
+def folder_size(folder: Path | UPath) -> int:
+    """Bytes of the files in a folder; of an object store none, where room is no concern."""
+    if is_remote(folder):
+        return 0
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 

@@ -38,6 +38,7 @@ from distprune.engine.transport import Parcel, fetch, in_pieces, pack, unpack, w
 from distprune.errors import InputError
 from distprune.families import FAMILIES, Family
 from distprune.modeling import PrunedConfig
+from distprune.storage import location
 
 PIECE = 64 * 2**20  # bytes of a file that are served at once
 HUB = TypeAdapter(HubModel | None)
@@ -65,7 +66,9 @@ class Model:
     def from_json(cls, said: Mapping[str, Any]) -> Model:
         """The model that :meth:`to_json` said, its checkpoint with our configuration in place of its own."""
         dense = PrunedConfig.from_dict(said["dense"])
-        tensors = {name: describe(Path(entry.pop("file")), name, **entry) for name, entry in said["tensors"].items()}
+        tensors = {
+            name: describe(location(entry.pop("file")), name, **entry) for name, entry in said["tensors"].items()
+        }
         return cls(FAMILIES[said["family"]], dense, Checkpoint(Path(said["path"]), dense, tensors))
 
 
@@ -107,7 +110,7 @@ class WeightAccess:
     def whole_folder(self) -> Iterator[Path]:
         """A folder with the whole model, for the one task that needs it: the node's own, or a copy until the end."""
         if self._reads_folder():
-            yield self.model.checkpoint.path
+            yield self.model.checkpoint.whole_folder()
             return
         if self.hub and self.way != "served":
             try:

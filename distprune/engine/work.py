@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -10,9 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distprune.checkpoint import ShardWriter
+from upath import UPath
+
+from distprune.checkpoint import ShardWriter, published_mark
 from distprune.engine.journal import IDENTITY, Journal
 from distprune.errors import StorageFailed
+from distprune.storage import make_folder, remove_tree
 
 # Journal entries: a step that needs no repeating, seconds by stage, that the result is about to be published, and what
 # the run is about.
@@ -40,7 +42,7 @@ class Work:
     - ``log.jsonl``: what happened when.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | UPath):
         self.folder = folder
         self.checkpoint = folder / "checkpoint"
         self.journal = Journal(folder / "journal")
@@ -55,7 +57,7 @@ class Work:
         if not self.journal.has(IDENTITY):
             self.remove()
         goes_on = self.goes_on = self.journal.begin(identity)
-        self.checkpoint.mkdir(exist_ok=True)
+        make_folder(self.checkpoint)
         self.journal.write(OUTLINE, asdict(outline))
         self.writer = ShardWriter(self.folder)
         return goes_on
@@ -64,18 +66,16 @@ class Work:
         """Give up what is here."""
         for entry in (PUBLISHING, IDENTITY):  # first of all, or half a run could be published or gone on with
             self.journal.remove(entry)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_tree(self.folder)
 
     def clear_away(self) -> None:
         """Remove what is left when the result is published, last of all what says so."""
-        last = self.journal.file_of(PUBLISHING)
-        for path in self.folder.rglob("*"):
-            if path != last and not path.is_dir():
-                path.unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_tree(self.folder, last=published_mark(self.folder) or self.journal.file_of(PUBLISHING))
 
     def is_published(self) -> bool:
         """Whether the result was published, and what is here was to be cleared away."""
+        if mark := published_mark(self.folder):
+            return mark.is_file()
         return self.journal.has(PUBLISHING) and not self.checkpoint.exists()
 
     def is_cleared(self) -> bool:

@@ -10,10 +10,19 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from distprune.checkpoint import Checkpoint, TensorInfo, find_on_hub, is_hub_id, open_on_hub, resolve_model
+from distprune.checkpoint import (
+    Checkpoint,
+    TensorInfo,
+    find_on_hub,
+    is_hub_id,
+    open_on_hub,
+    refuse_revision,
+    resolve_model,
+)
 from distprune.errors import InputError
 from distprune.families import Family, family_of, with_embedding
 from distprune.modeling import PrunedConfig
+from distprune.storage import is_url, location
 
 
 def open_headers(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
@@ -23,9 +32,12 @@ def open_headers(source: str, revision: str | None = None, trust_remote_code: bo
         InputError: no such model, it can't be pruned, or its headers can't be had.
     """
     path = Path(source).expanduser()
-    if path.suffix.lower() == ".gguf":
+    if is_url(source):
+        refuse_revision(source, revision)
+        checkpoint = Checkpoint.open(location(source), trust_remote_code)
+    elif path.suffix.lower() == ".gguf":
         return _gguf_headers(path)
-    if is_hub_id(source):
+    elif is_hub_id(source):
         checkpoint = open_on_hub(find_on_hub(source, revision), trust_remote_code)
     else:
         checkpoint = Checkpoint.open(resolve_model(source, revision=revision), trust_remote_code)

@@ -71,8 +71,10 @@ def prune_here(monkeypatch, save_model, calibrate) -> Callable[..., RunRecord]:
     llama = save_model(num_hidden_layers=3)
 
     def prune_one(output: Path, model: Path = llama, **changes) -> RunRecord:
-        options = {"calibration": calibrate(model), "device": "cpu", "workers": 1, "micro_batch": 3, **OPTIONS}
-        return prune(str(model), output, **options | changes)
+        options = {"device": "cpu", "workers": 1, "micro_batch": 3, **OPTIONS} | changes
+        if "calibration" not in options:
+            options["calibration"] = calibrate(model)
+        return prune(str(model), output, **options)
 
     return prune_one
 

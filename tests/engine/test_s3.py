@@ -1,0 +1,72 @@
+"""Runs on a real Ray cluster whose nodes share nothing but an S3 server."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+from test_object_store import digests_in
+
+from distprune import status
+from distprune.storage import copy, location, objects_in
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A bucket of a server here, which the environment names for whoever opens an s3:// URL."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket="models")
+        yield location("s3://models")
+    server.stop()
+
+
+def command(model, output, calibration, *more: str) -> list[str]:
+    options = {"--output": output, "--calibration": calibration, "--method": "olica", "--sparsity": 0.3}
+    options |= {"--micro-batch": 3, "--device": "cpu", "--workers": 2, "--max-shard-size": 60_000}
+    given = [str(part) for option in options.items() for part in option]
+    return [sys.executable, "-m", "distprune.cli", "prune", str(model), *given, *more]
+
+
+@pytest.fixture(scope="module")
+def model(bucket, dense_path):
+    for file in dense_path.iterdir():
+        copy(file, bucket / "dense" / file.name)
+    return bucket / "dense"
+
+
+def test_from_s3_to_s3_by_two_workers_interrupted_and_resumed(
+    run, dense_path, calibration_path, digests, bucket, model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DISTPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    output = bucket / "pruned"
+    pruning = command(model, output, calibration_path)
+    first = subprocess.Popen(pruning, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while first.poll() is None and not any(
+        "pruned-layer" in file.name for file in objects_in(bucket / "pruned.partial")
+    ):
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    told, _ = first.communicate(timeout=120)
+    assert first.returncode == 130, told
+    assert status(str(output)).state == "stopped"
+    done = subprocess.run(pruning, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    there, _ = run(sparsity=0.3, max_shard_size=60_000, calibration=calibration_path)
+    assert digests_in(output) == digests(there)
+    assert objects_in(bucket / "pruned.partial") == []
+    again = subprocess.run(pruning, capture_output=True, text=True, timeout=240, check=False)
+    assert again.returncode == 2
+    assert "s3://models/pruned exists" in again.stderr
