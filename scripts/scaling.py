@@ -67,6 +67,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="70b")
     parser.add_argument("--method", default="olica")
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--windows", type=int, help="simulate so many windows of 128 tokens; by default those measured")
+    parser.add_argument("--workers", type=int, nargs="+", default=WORKERS)
     parser.add_argument("--micro-batch", type=int, default=1, help="samples of 128 tokens that are never parted")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--losses", type=float, default=0.05, help="workers lost in an hour, of each")
@@ -145,7 +147,9 @@ class Curve:
 
 
 def curves_of(layers: int, costs: Costs, arguments: argparse.Namespace) -> Iterator[Curve]:
-    samples = arguments.tokens // WINDOW
+    measured = arguments.tokens // WINDOW
+    samples = arguments.windows or measured
+    costs = costs.on_samples(samples / measured)
     disks = {"disk": 1e9 * arguments.disk, "shared_disk": 1e9 * arguments.shared_disk}
     disks["worker_disk"] = arguments.worker_disk and 1e9 * arguments.worker_disk
     for name, length in {"1": 1, "4": 4, "full": layers}.items():
@@ -155,16 +159,17 @@ def curves_of(layers: int, costs: Costs, arguments: argparse.Namespace) -> Itera
             seeds = SEEDS if losses else SEEDS[:1]
             seconds = {
                 workers: fmean(simulate(costs, Machines(workers, losses, **disks), run, seed).seconds for seed in seeds)
-                for workers in WORKERS
+                for workers in arguments.workers
             }
             efficiency = {workers: alone / (workers * took) for workers, took in seconds.items()}
             yield Curve(layers, name, losses, efficiency, {workers: took / 3600 for workers, took in seconds.items()})
 
 
 def print_table(curves: list[Curve]) -> None:
-    table = Table("layers", "propagation", "lost an hour", *map(str, WORKERS), title="parallel efficiency (hours)")
+    numbers = list(curves[0].efficiency)
+    table = Table("layers", "propagation", "lost an hour", *map(str, numbers), title="parallel efficiency (hours)")
     for curve in curves:
-        cells = [f"{curve.efficiency[workers]:.2f} ({curve.hours[workers]:.1f})" for workers in WORKERS]
+        cells = [f"{curve.efficiency[workers]:.2f} ({curve.hours[workers]:.1f})" for workers in numbers]
         table.add_row(str(curve.layers), curve.propagation, f"{curve.losses:.0%}", *cells)
     Console(width=160).print(table)
 
@@ -177,15 +182,15 @@ def plot(curves: list[Curve]) -> go.Figure:
     for curve in curves:
         lost = f", {curve.losses:.0%} of workers lost an hour" if curve.losses else ""
         figure.add_scatter(
-            x=WORKERS,
-            y=[curve.efficiency[workers] for workers in WORKERS],
+            x=list(curve.efficiency),
+            y=list(curve.efficiency.values()),
             name=f"propagation {curve.propagation}{lost}",
             line={"color": colours[curve.propagation], "dash": "dot" if curve.losses else "solid"},
             showlegend=curve.layers == MODELS[0],
             col=MODELS.index(curve.layers) + 1,
             row=1,
         )
-    figure.update_xaxes(type="log", title="workers", tickvals=WORKERS)
+    figure.update_xaxes(type="log", title="workers", tickvals=list(curves[0].efficiency))
     figure.update_yaxes(range=[0, 1.05])
     figure.update_layout(title="Parallel efficiency, T(1) / (N T(N))", template="plotly_white")
     return figure

@@ -34,7 +34,7 @@ def read_objects(infos: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
 
 def _data_start(file: UPath) -> int:
     with _explained(file):
-        length = file.fs.cat_file(file.path, 0, LENGTH_BYTES)
+        length = file.fs.cat_file(file.path, start=0, end=LENGTH_BYTES)
     return LENGTH_BYTES + int.from_bytes(length, "little")
 
 

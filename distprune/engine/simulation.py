@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -63,6 +63,12 @@ class Costs:
     solve: float
     states: int
     pruned: int
+
+    def on_samples(self, share: float) -> Costs:
+        """The costs with that share of the samples: solves and weights stay, all else grows with them."""
+        grown = ("forward", "dense_statistics", "statistics")
+        seconds = {name: share * getattr(self, name) for name in grown}
+        return replace(self, **seconds, states=round(share * self.states))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import subprocess
 import sys
@@ -10,10 +11,18 @@ import time
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
-from test_object_store import digests_in
 
 from distprune import status
 from distprune.storage import copy, location, objects_in
+
+
+def digests_in(folder) -> dict[str, str]:
+    """As the fixture ``digests`` has them of a local folder."""
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in objects_in(folder)
+        if file.name.endswith((".safetensors", ".index.json")) or file.name == "config.json"
+    }
 
 
 @pytest.fixture(scope="module")
