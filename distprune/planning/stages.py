@@ -149,18 +149,28 @@ def _prune(scenario: Scenario) -> StagePlan:
     chains = [sum(seconds[start : start + length]) for start in range(0, scenario.layers, length)]
     propagated = scenario.layers - scenario.blocks
     states = propagated * scenario.hidden_states(scenario.calibration)
-    journal = Work(written=float(states + scenario.bytes_after))
+    journal = Work(written=float(states)) + total(_by_driver(scenario, size) for size in scenario.pruned_bytes)
     return _stage("prune", total(calls) + journal, _while_written(scenario, _shared_out(scenario, chains), journal))
 
 
 def _prune_layer(scenario: Scenario, index: int) -> Work:
     work = scenario.observation(index, pruning=True) + scenario.solve(index, pruning=True).work
-    work += Work(stored=scenario.pruned_bytes[index])
+    work += _handed_over(scenario, scenario.pruned_bytes[index])
     if (index + 1) % scenario.block_length and index + 1 < scenario.layers:
         work += scenario.forward(scenario.shapes[index], scenario.calibration)
         states = 2.0 * scenario.hidden_states(scenario.calibration)
         work += Work(stored=states) + scenario.moved(states)
     return work
+
+
+def _handed_over(scenario: Scenario, size: int) -> Work:
+    """What handing over a finished layer takes a worker, whose node is taken to see the output's file system."""
+    return Work(stored=size) if scenario.config.writes == "driver" else Work(written=float(size))
+
+
+def _by_driver(scenario: Scenario, size: int) -> Work:
+    """What the driver writes of it."""
+    return Work(written=float(size)) if scenario.config.writes == "driver" else Work()
 
 
 def _distill(scenario: Scenario) -> StagePlan:
@@ -174,7 +184,7 @@ def _distill(scenario: Scenario) -> StagePlan:
         learning.append(_learn(scenario, index))
     relay, learnt = ([_seconds(scenario, call) for call in calls] for calls in (ahead, learning))
     seconds = max(sum(relay) + learnt[-1], (sum(relay) + sum(learnt)) / scenario.placement.workers)
-    parts = Work(written=float(scenario.bytes_after))
+    parts = total(_by_driver(scenario, size) for size in scenario.pruned_bytes)
     return _stage("distill", total([*ahead, *learning]) + parts, _while_written(scenario, seconds, parts))
 
 
@@ -195,7 +205,8 @@ def _learn(scenario: Scenario, index: int) -> Work:
     optimizer = Work(passed=float(steps) * matrix_parameters(shape, scenario.hidden) * 12 * FLOAT32)
     exercise = 3.0 if options.look_ahead else 2.0
     lesson = scenario.moved(exercise * options.epochs * scenario.hidden_states(lessons))
-    return work + optimizer + lesson + Work(stored=2.0 * scenario.pruned_bytes[index])
+    pruned = scenario.pruned_bytes[index]
+    return work + optimizer + lesson + Work(stored=float(pruned)) + _handed_over(scenario, pruned)
 
 
 def _end_to_end(scenario: Scenario) -> StagePlan:
