@@ -66,7 +66,7 @@ class Crew:
 
     def send_away(self, worker: Any) -> None:
         """A worker goes for good."""
-        self._works.pop(worker, None)
+        self._drop_work(worker)
         self._progress.left(self._names[worker])
         self._nodes.pop(worker, None)
         self.workers.remove(worker)

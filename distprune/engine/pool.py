@@ -198,8 +198,8 @@ class WorkerPool:
             ray.exceptions.RayError: a call failed otherwise.
         """
         while self._queue or self._waiting or any(not running.share.call.done for running in self._running.values()):
-            ended = self._runtime.wait([*self._running, *self._starting], timeout=LOOK_EVERY)
             self._look_for_draining_nodes()
+            ended = self._runtime.wait([*self._running, *self._starting], timeout=LOOK_EVERY)
             if not ended:
                 self._take_over_stragglers()
             elif ended[0] in self._starting:
