@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import isinf
 from typing import Any
 
 from distprune.engine.memory import PeakMemory
@@ -33,6 +34,7 @@ class Crew:
         self._runtime, self._sites, self._progress = runtime, sites, progress
         self._names: dict[Any, WorkerName] = {}
         self._works: dict[Any, Work] = {}
+        self._nodes: dict[Any, str] = {}  # Ray's ids, of the workers that are up
         self._on_this_node: set[Any] = set()
 
     # ---------------------------------------------------------------- who takes part
@@ -52,16 +54,23 @@ class Crew:
         self._on_this_node.discard(worker)  # it may have been before it was lost
         if self._runtime.holds_results_of(site):
             self._on_this_node.add(worker)
+        self._nodes[worker] = site.node_id
         if self._sites.suits(site):
             self._progress.joined(name)
             if warning := self._sites.crowding(site):
                 self._progress.note(warning)
             return True
-        self._progress.left(name)
+        self.send_away(worker)
         self._progress.note(self._sites.refusal(site))
+        return False
+
+    def send_away(self, worker: Any) -> None:
+        """A worker goes for good."""
+        self._drop_work(worker)
+        self._progress.left(self._names[worker])
+        self._nodes.pop(worker, None)
         self.workers.remove(worker)
         self._runtime.stop([worker], [])
-        return False
 
     def replace(self) -> Any | None:
         """Another worker in place of one that went, if there is room elsewhere.
@@ -76,10 +85,29 @@ class Crew:
         return None
 
     def lose(self, worker: Any) -> None:
-        """A worker was lost; Ray restarts it, here or elsewhere."""
-        work = self._works.pop(worker, None)
-        self._progress.lost(self._names[worker], work and work.assignment)
+        """A worker was lost."""
+        self._nodes.pop(worker, None)
+        self._progress.lost(self._names[worker], self._drop_work(worker))
+
+    def comes_back(self, worker: Any) -> None:
+        """Ray restarts a worker that was lost, here or elsewhere."""
         self._progress.joining(self._names[worker])
+
+    def drains(self, worker: Any, seconds: float) -> None:
+        """A worker's node will be gone in so many seconds, or sometime."""
+        self._progress.draining(self._names[worker], None if isinf(seconds) else seconds)
+
+    def gives_up(self, worker: Any) -> None:
+        """A worker can't end what it is at."""
+        self._progress.gave_up(self._names[worker], self._drop_work(worker))
+
+    def _drop_work(self, worker: Any) -> Assignment | None:
+        work = self._works.pop(worker, None)
+        return work and work.assignment
+
+    def nodes(self) -> list[tuple[Any, str]]:
+        """The workers that are up, each with Ray's id of its node."""
+        return list(self._nodes.items())
 
     def is_on_this_node(self, worker: Any) -> bool:
         """Whether its results lie on the driver's node."""

@@ -157,6 +157,13 @@ class RunLog(Progress):
     def left(self, worker: WorkerName) -> None:
         self.tell("worker sent away", logging.WARNING, **place(worker))
 
+    def draining(self, worker: WorkerName, seconds: float | None) -> None:
+        left = None if seconds is None else round(seconds, 1)
+        self.tell("worker draining", logging.WARNING, **place(worker), seconds_left=left)
+
+    def gave_up(self, worker: WorkerName, assignment: Assignment | None) -> None:
+        self.tell("call given up", logging.WARNING, **(call(assignment) if assignment else {}), **place(worker))
+
 
 def place(worker: WorkerName) -> dict[str, Any]:
     return {"worker": worker.number, "node": worker.node}

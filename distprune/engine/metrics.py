@@ -59,6 +59,10 @@ class RunMetrics(Progress):
         if assignment:
             self._lost.inc(1, self._run | {"call": assignment.method})
 
+    def left(self, worker: WorkerName) -> None:
+        self._up.discard(worker.number)
+        self._tell_workers()
+
     def ended(self, worker: WorkerName, assignment: Assignment, seconds: float) -> None:
         by_call = self._run | {"call": assignment.method}
         self._calls.observe(seconds, by_call)

@@ -4,7 +4,8 @@ Workers join when there is room for them. A worker, or the node it is on, may va
 into the queue for whichever worker is idle next, and Ray restarts it where it finds room. What calls give is fetched to
 the driver's node at once, so that nothing but the call itself is ever lost with a worker. A call that takes far longer
 than its like is also given to an idle worker; calls are pure, so whichever ends first gives the bytes that the other
-would.
+would. A worker whose node is about to go takes no further calls, and leaves as soon as its present one is done, or when
+that can't be done in time.
 
 A call may have several steps, all by the one worker that has begun it and each as soon as it is known. Of two such
 calls the second can live on what the first gives step by step, so that both go on at once: a pipeline. A step is handed
@@ -18,11 +19,11 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import inf
-from statistics import median
 from typing import Any
 
 from distprune.engine.crew import Crew
+from distprune.engine.draining import Draining
+from distprune.engine.durations import Durations
 from distprune.engine.memory import PeakMemory
 from distprune.engine.progress import Progress
 from distprune.engine.runtime import RayRuntime
@@ -33,7 +34,6 @@ from distprune.errors import WorkersLost
 LOSSES = 4
 # An idle worker takes over a call that has run this many times as long as its like usually do.
 STRAGGLES = 3
-FEWEST_ENDED = 3  # calls of a kind that must have ended before one is said to straggle
 LOOK_EVERY = 1.0  # seconds
 
 
@@ -81,6 +81,11 @@ class Call:
     def done(self) -> bool:
         return self.taken == self.length
 
+    def methods(self, number: int) -> list[str]:
+        """Of the steps from this one on; those that are not known yet are taken to be as the last that is."""
+        known = [step.method for step in self.steps]
+        return (known + known[-1:] * (self.length - len(known)))[number:]
+
 
 @dataclass(frozen=True)
 class Share:
@@ -127,7 +132,8 @@ class WorkerPool:
         self._running: dict[Any, Running] = {}
         self._ahead: dict[Any, Handed] = {}  # by worker, the step after the running one
         self._waiting: list[Share] = []  # workers whose call's next step is not known yet
-        self._took: dict[str, list[float]] = {}
+        self._durations = Durations()
+        self._draining = Draining(runtime, self._crew)
         self._starting: dict[Any, Any] = {}
         self._at_hand: dict[int, Any] = {}  # by its id, where a value that was just fetched lies on this node
         self._idle: deque[Any] = deque()
@@ -192,6 +198,7 @@ class WorkerPool:
             ray.exceptions.RayError: a call failed otherwise.
         """
         while self._queue or self._waiting or any(not running.share.call.done for running in self._running.values()):
+            self._look_for_draining_nodes()
             ended = self._runtime.wait([*self._running, *self._starting], timeout=LOOK_EVERY)
             if not ended:
                 self._take_over_stragglers()
@@ -205,15 +212,17 @@ class WorkerPool:
         try:
             values = self._runtime.fetch(running.results)
         except self._runtime.lost as error:
-            call.copies -= 1
-            self._ahead.pop(share.worker, None)
             self._crew.lose(share.worker)
-            self._await(share.worker)
-            if not call.done and not call.copies:
-                self._put_back(share, error)
+            if self._draining.is_leaving(share.worker):
+                self._send_away(share.worker)
+            else:
+                self._count_loss(share, error)
+                self._crew.comes_back(share.worker)
+                self._await(share.worker)
+            self._give_back(share)
             return
         seconds = self._runtime.now() - running.since
-        self._took.setdefault(share.step.method, []).append(seconds)
+        self._durations.add(share.step.method, seconds)
         self._crew.ends(share.worker, seconds, values)
         is_new = share.number == call.taken
         call.taken += is_new
@@ -247,11 +256,54 @@ class WorkerPool:
 
     def _take_over_stragglers(self) -> None:
         for running in list(self._running.values()):
-            took, call = self._took.get(running.share.step.method, []), running.share.call
-            usual = median(took) if len(took) >= FEWEST_ENDED else inf
+            usual, call = self._durations.usual(running.share.step.method), running.share.call
             late = self._runtime.now() - running.since > STRAGGLES * max(usual, LOOK_EVERY)
             if late and call.copies == 1 and not call.done and (worker := self._worker_for(call)):
                 self._begin(worker, call)
+
+    def _look_for_draining_nodes(self) -> None:
+        """Workers there leave as soon as they have nothing to do, or can't do it in time; others are asked for."""
+        if (found := self._draining.look()) is None:
+            return
+        for worker in found:
+            self._crew.drains(worker, self._draining.seconds_left(worker))
+            self._await(self._crew.ask())
+            if worker in self._idle:
+                self._idle.remove(worker)
+                self._send_away(worker)
+        for result, running in list(self._running.items()):
+            spent = self._runtime.now() - running.since
+            if self._is_late(running.share, spent) and not self._runtime.wait([result], timeout=0):
+                del self._running[result]
+                self._give_up(running.share)
+        for share in [share for share in self._waiting if self._is_late(share)]:
+            self._waiting.remove(share)
+            self._give_up(share)
+
+    def _is_late(self, share: Share, spent: float = 0.0) -> bool:
+        """Whether a worker's node is gone before its call is done, by what such calls usually take."""
+        if not self._draining.is_leaving(share.worker):
+            return False
+        left = self._durations.left(share.call.methods(share.number), spent)
+        return share.call.done or not self._draining.can_end(share.worker, left)
+
+    def _give_up(self, share: Share) -> None:
+        """A worker leaves its call, which others have done or are to do."""
+        if not share.call.done:
+            self._crew.gives_up(share.worker)
+        self._send_away(share.worker)
+        self._give_back(share)
+
+    def _send_away(self, worker: Any) -> None:
+        self._draining.forget(worker)
+        self._crew.send_away(worker)
+
+    def _give_back(self, share: Share) -> None:
+        """A worker ends its part in a call, which goes back into the queue unless others are at it."""
+        share.call.copies -= 1
+        self._ahead.pop(share.worker, None)
+        if not share.call.done and not share.call.copies:
+            self._enqueue(share.call)
 
     def _enqueue(self, call: Call) -> None:
         insort(self._queue, call, key=lambda queued: queued.order)
@@ -268,6 +320,9 @@ class WorkerPool:
 
     def _employ(self, worker: Any) -> None:
         self._crew.rests(worker)
+        if self._draining.is_leaving(worker):
+            self._send_away(worker)
+            return
         self._idle.append(worker)
         self._dispatch()
 
@@ -283,7 +338,8 @@ class WorkerPool:
         """
         if self._idle:
             return self._idle.popleft()
-        later = [share for share in self._waiting if share.call.order > call.order]
+        staying = [share for share in self._waiting if not self._draining.is_leaving(share.worker)]
+        later = [share for share in staying if share.call.order > call.order]
         if not later:
             return None
         share = max(later, key=lambda share: share.call.order)
@@ -317,14 +373,15 @@ class WorkerPool:
         if share.is_known and share.worker not in self._ahead:
             self._ahead[share.worker] = self._hand(share)
 
-    def _put_back(self, share: Share, error: Exception) -> None:
+    def _count_loss(self, share: Share, error: Exception) -> None:
+        if share.call.done or share.call.copies > 1:
+            return
         share.call.losses += 1
         if share.call.losses > LOSSES:
             raise WorkersLost(
                 f"{share.step} lost {share.call.losses} workers in a row, most likely for lack of memory. "
                 f"Take fewer --workers or a smaller --micro-batch. Ray says: {str(error).strip()}"
             ) from error
-        self._enqueue(share.call)
 
     def peak_memory(self) -> list[PeakMemory]:
         """Peak memory of every worker that is up."""

@@ -57,7 +57,13 @@ class Progress(AbstractContextManager):
         """A worker, or its node, is gone, with what it was working on."""
 
     def left(self, worker: WorkerName) -> None:
-        """A worker was sent away, since its device is too small."""
+        """A worker was sent away: its device is too small, or its node is about to go."""
+
+    def draining(self, worker: WorkerName, seconds: float | None) -> None:
+        """A worker's node will be gone in so many seconds, if that is known; the worker takes no further calls."""
+
+    def gave_up(self, worker: WorkerName, assignment: Assignment | None) -> None:
+        """A worker gave up what it was working on, since its node goes before that ends; another repeats it."""
 
     def moved(self, size: int) -> None:
         """So many bytes of tensors went through the object store."""
@@ -102,6 +108,12 @@ class Together(Progress):
 
     def left(self, worker: WorkerName) -> None:
         self._tell("left", worker)
+
+    def draining(self, worker: WorkerName, seconds: float | None) -> None:
+        self._tell("draining", worker, seconds)
+
+    def gave_up(self, worker: WorkerName, assignment: Assignment | None) -> None:
+        self._tell("gave_up", worker, assignment)
 
     def moved(self, size: int) -> None:
         self._tell("moved", size)

@@ -6,12 +6,13 @@ The scheduler knows nothing else of Ray, so that the simulation of large cluster
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import inf
 from typing import Any
 
 import ray
 from ray import ObjectRef
+from ray._private.state import state
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
@@ -19,6 +20,7 @@ from ray.exceptions import (
     RayActorError,
     WorkerCrashedError,
 )
+from ray.util.client import ray as client
 
 from distprune.checkpoint import PartFolder
 from distprune.config import PruneConfig
@@ -59,6 +61,17 @@ class RayRuntime:
         """How many workers the other nodes can hold; any number where the cluster is expected to grow."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in avoided]
         return inf if self._grows else sum(count_fitting(self._asked, node) for node in nodes)
+
+    def draining(self) -> Mapping[str, float]:
+        """The nodes that Ray was told will go, by id, each with the seconds that it has left; infinite if not told.
+
+        Ray's client, as of an address that begins with ray://, does not hear of any.
+        """
+        if client.is_connected():
+            return {}
+        # The only way that Ray offers; its own libraries take it too. The times are milliseconds, and 0 is none.
+        ends = state.get_draining_nodes()
+        return {node: end / 1000 - time.time() if end else inf for node, end in ends.items()}
 
     def call(self, worker: Any, method: str, arguments: Sequence[Any] = ()) -> list[ObjectRef]:
         """A worker's method begins when it is free and its arguments are there; its results to be."""

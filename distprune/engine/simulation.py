@@ -177,6 +177,9 @@ class SimulatedRuntime:
         self.clock = max(self.clock, min(ended[-1].at, inf if timeout is None else self.clock + timeout))
         return [result for result in ended if result.at <= self.clock]
 
+    def draining(self) -> Mapping[str, float]:
+        return {}
+
     def holds_results_of(self, site: Site) -> bool:
         return False  # a copy more on the driver's node is not simulated
 

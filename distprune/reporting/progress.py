@@ -64,6 +64,15 @@ class Spectator(Progress):
         self._pace.gone(worker.number)
         self.note(f"{worker} is lost" + (f" in '{assignment}', which another takes" if assignment else ""))
 
+    def draining(self, worker: WorkerName, seconds: float | None) -> None:
+        when = "soon" if seconds is None else f"in {max(0, seconds):.0f} s"
+        self.note(f"{worker} takes no further calls: its node goes {when}. Another worker is asked for.")
+
+    def gave_up(self, worker: WorkerName, assignment: Assignment | None) -> None:
+        self._pace.gone(worker.number)
+        what = f"'{assignment}'" if assignment else "its call"
+        self.note(f"{worker} can't end {what} before its node goes; another worker takes it")
+
     def left(self, worker: WorkerName) -> None:
         self._pace.gone(worker.number)
         self._crew.pop(worker.number, None)

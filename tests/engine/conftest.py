@@ -37,6 +37,9 @@ class InlineRuntime(RayRuntime):
     def wait(self, results, count=1, timeout=None):
         return list(results)[:count]
 
+    def draining(self):
+        return {}
+
     def holds_results_of(self, site):
         return False
 

@@ -17,6 +17,8 @@ TOLD = {
     "ended": (WORKER, Assignment("prune", 2), 1.5),
     "lost": (WORKER, None),
     "left": (WORKER,),
+    "draining": (WORKER, 30.0),
+    "gave_up": (WORKER, Assignment("prune", 2)),
     "moved": (10,),
 }
 
