@@ -3,7 +3,8 @@
 #
 # It asks the instance's metadata service until that gives notice (two minutes ahead on AWS, half a minute on GCP), tells
 # Ray by when the node will be gone, and ends. Ray then places nothing new there. Start it in the background on every
-# spot node once Ray is up. METADATA is the address of the metadata service, POLL the seconds between two questions.
+# spot node once Ray is up, with RAY_ADDRESS set, and RAY_AUTH_MODE and the token where the cluster has one. METADATA is
+# the address of the metadata service, POLL the seconds between two questions.
 set -euo pipefail
 
 cloud=${1:?give aws or gcp}
