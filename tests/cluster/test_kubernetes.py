@@ -99,7 +99,9 @@ def test_all_files_have_the_same_cluster(name):
 
 
 def test_a_worker_pod_has_room_for_a_worker_on_each_of_its_gpus():
-    limits = SPECS["raycluster.yaml"]()["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    limits = SPECS["raycluster.yaml"]()["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"][
+        "limits"
+    ]
     config = load_config(FOLDER / "runs" / "70b-eight-gpus.yaml", {})
     asked = {"CPU": float(config.threads_per_worker), "GPU": 1.0}
     assert count_fitting(asked, {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])}) == 8

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_nodes import RayNodes
+from ray_nodes import RayNodes, wait_for
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "preemption_notice.sh"
 TOKEN = "a-token"
@@ -40,7 +40,9 @@ class Metadata(ThreadingHTTPServer):
 
 class Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        text = self.server.answer(self.command, self.path, {name.lower(): value for name, value in self.headers.items()})
+        text = self.server.answer(
+            self.command, self.path, {name.lower(): value for name, value in self.headers.items()}
+        )
         self.send_response(404 if text is None else 200)
         self.end_headers()
         self.wfile.write((text or "").encode())
@@ -113,10 +115,11 @@ print(json.dumps(ray.nodes()))
 
 @pytest.mark.slow
 def test_ray_drains_the_node(metadata, tmp_path):
-    """With Ray's own command, which is told the node, since here all nodes have one address. An idle one goes at once."""
+    """With Ray's own command, which is told the node, as here all nodes have one address. An idle one goes at once."""
     metadata.notice = datetime.now(timezone.utc) + timedelta(seconds=120)
     with RayNodes() as nodes:
-        head, worker = nodes.start(cpus=0), nodes.start(cpus=1)
+        nodes.start(cpus=0)
+        nodes.start(cpus=1)
 
         def seen() -> list[dict[str, Any]]:
             return json.loads(nodes.run("python", "-c", NODES, nodes.address).stdout.splitlines()[-1])
@@ -130,7 +133,6 @@ def test_ray_drains_the_node(metadata, tmp_path):
         process = watch("aws", metadata, os.pathsep.join([str(tmp_path), nodes.environment["PATH"]]), **given)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, output
-        worker.wait(60)
-        (gone,) = (each for each in seen() if each["NodeID"] == node)
-        assert (gone["Alive"], gone["DeathReasonMessage"]) == (False, "aws takes this instance back")
-        assert head.poll() is None
+        drained = wait_for(seen, lambda all_nodes: any(not each["Alive"] for each in all_nodes))
+        told = {each["NodeID"]: each["DeathReasonMessage"] for each in drained if not each["Alive"]}
+        assert told == {node: "aws takes this instance back"}
