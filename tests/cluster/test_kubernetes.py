@@ -18,8 +18,8 @@ import pytest
 import yaml
 from crd_schemas import schema_of
 
-from distprune.config import PruneConfig, load_config
-from distprune.engine.cluster import count_fitting
+from distprune.config import load_config
+from distprune.engine.cluster import WorkerPlan, count_fitting, plan_workers
 
 FOLDER = Path(__file__).parents[2] / "cluster"
 CRDS = Path(os.environ.get("KUBERAY_CRDS", "no such folder"))
@@ -107,11 +107,14 @@ def test_a_worker_pod_has_room_for_a_worker_on_each_of_its_gpus():
     assert count_fitting(asked, {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])}) == 8
 
 
-def test_the_job_gives_options_that_distprune_has():
+def test_the_job_starts_where_there_is_no_gpu_yet():
+    """Its command is a run of the configuration that storage.yaml names, and asks Ray for GPUs that are to come."""
     program, command, *words = shlex.split(only("rayjob.yaml")["spec"]["entrypoint"])
-    options = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
-    assert (program, command) == ("distprune", "prune")
-    assert options <= {*PruneConfig.model_fields, "config"}
+    options = dict(zip((word[2:].replace("-", "_") for word in words[::2]), words[1::2], strict=True))
+    assert (program, command, options.pop("config")) == ("distprune", "prune", "/config/run.yaml")
+    config = load_config(FOLDER / "runs" / "70b-eight-gpus.yaml", options)
+    assert plan_workers(config, [{"CPU": 0.0}], layers=80) == WorkerPlan(16, "cuda", config.threads_per_worker, 1, 1)
+    assert config.dtype == "bfloat16"
 
 
 # ------------------------------------------------------------------ the scheduler of cronjob.yaml

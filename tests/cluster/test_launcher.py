@@ -12,7 +12,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from distprune.config import load_config
-from distprune.engine.cluster import count_fitting
+from distprune.engine.cluster import WorkerPlan, count_fitting, plan_workers
 
 FOLDER = Path(__file__).parents[2] / "cluster"
 CLOUDS = ["aws", "gcp"]
@@ -45,7 +45,9 @@ def test_a_spot_machine_has_room_for_a_worker_on_each_of_its_gpus_and_the_head_f
     kinds = load(cloud)["available_node_types"]
     assert count_fitting(asked, kinds["spot_h100"]["resources"]) == 8
     assert count_fitting(asked, kinds["head"]["resources"]) == 0
-    assert config.worker_range() == (2, 8 * kinds["spot_h100"]["max_workers"])
+    most = 8 * kinds["spot_h100"]["max_workers"]
+    assert plan_workers(config, [kinds["head"]["resources"]], layers=126) == WorkerPlan(most, "cuda", 20, 1, least=2)
+    assert config.dtype == "bfloat16"
 
 
 def test_aws_takes_its_machines():
