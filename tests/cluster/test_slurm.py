@@ -27,9 +27,9 @@ esac
 """
 # Ends with the status that it is given, or, given none, is interrupted as distprune is.
 DISTPRUNE = """#!/usr/bin/env bash
+trap 'sleep 0.5; exit 130' TERM
 echo "joins $RAY_ADDRESS" "$@"
 [[ -n ${1-} ]] && exit "$1"
-trap 'sleep 0.5; exit 130' TERM
 for ((;;)); do sleep 0.1; done
 """
 
@@ -89,12 +89,15 @@ def test_the_exit_status_is_that_of_distprune(allocate, status):
     assert not allocation.left_behind()
 
 
-def test_sigterm_interrupts_distprune_and_puts_the_job_back_into_the_queue(allocate):
-    allocation = allocate(ray=RAY, distprune=DISTPRUNE)
+@pytest.mark.parametrize(
+    ("distprune", "status"), [(DISTPRUNE, 130), (DISTPRUNE.replace("trap", "# trap"), 143)], ids=["running", "starting"]
+)
+def test_sigterm_interrupts_distprune_and_puts_the_job_back_into_the_queue(allocate, distprune, status):
+    allocation = allocate(ray=RAY, distprune=distprune)
     process = allocation.start()
     assert process.stdout.readline().startswith("joins")
     process.terminate()
-    assert process.wait(60) == 130
+    assert process.wait(60) == status
     assert allocation.times_requeued() == 1
 
 
