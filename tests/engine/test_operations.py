@@ -97,6 +97,7 @@ def head() -> Iterator[Head]:
     options = ["--system-config", json.dumps({"metrics_report_interval_ms": 500})]
     # A job that is stopped is killed after three seconds, unless it is given more; and a node that is, after thirty.
     environment = os.environ | {"RAY_JOB_STOP_WAIT_TIME_S": "60", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    environment["RAY_AUTH_MODE"] = "disabled"  # else it asks for a token where the user happens to have one
     environment.pop("RAY_ADDRESS", None)
     process = subprocess.Popen([*command.split(), *options], env=environment, stdout=subprocess.DEVNULL)
     try:

@@ -1,17 +1,14 @@
-"""Checkpoints that are headers and nothing else, and plans of them."""
+"""Plans of checkpoints that are headers and nothing else."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from headers import write_headers
 
 from distprune.config import PruneConfig
-from distprune.families import family_of
 from distprune.planning import Cluster, RunPlan, plan_run
 
 LLAMA_70B = {
@@ -32,32 +29,6 @@ SMALL = {
     "vocab_size": 1000,
     "max_position_embeddings": 512,
 }
-
-
-def write_headers(folder: Path, **geometry) -> Path:
-    """A Llama in bfloat16, a shard a layer, in whose files there is a hole where the weights would be."""
-    config = LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16", **geometry)
-    config.save_pretrained(folder)
-    family, shards = family_of(config), {}
-    for name, shape in family.tensor_shapes(family.dense_config(config)).items():
-        number = name.split(".")[2] if ".layers." in name else name.split(".")[-2]
-        shards.setdefault(f"model-{number}.safetensors", {})[name] = shape
-    for file, shapes in shards.items():
-        write_shard(folder / file, shapes)
-    weight_map = {name: file for file, shapes in shards.items() for name in shapes}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
-
-
-def write_shard(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    with file.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        stream.truncate(8 + len(encoded) + end)
 
 
 @pytest.fixture(scope="session")
