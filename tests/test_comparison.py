@@ -275,7 +275,7 @@ def test_an_evaluation_apart_finds_what_distprune_evaluate_finds(pruned, text_pa
 
 def test_what_an_evaluation_apart_refuses_is_bad_input_here(dense_path):
     config = PruneConfig(model="m", output="o")
-    with pytest.raises(InputError, match=r"^/none\.txt: the text can't be read"):
+    with pytest.raises(InputError, match=r"^/none\.txt: no such file"):
         evaluate_apart(dense_path, Evaluation(Path("/none.txt")), config)
 
 

@@ -7,8 +7,6 @@ tokens; the cache is measured after decoding, as it is.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -31,6 +29,7 @@ from distprune.evaluation.environment import environment
 from distprune.evaluation.scorer import Loading
 from distprune.hardware import name_of
 from distprune.modeling import CACHE
+from distprune.resident import peak_resident
 
 
 @dataclass(frozen=True)
@@ -240,9 +239,5 @@ def cache_bytes(cache: Cache) -> int:
 def sizes_of(model: PreTrainedModel) -> Sizes:
     """Bytes of a model and of the process that it is in."""
     parameters = sum(parameter.nbytes for parameter in model.parameters())
-    if input_device(model).type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = torch.cuda.max_memory_allocated() if input_device(model).type == "cuda" else peak_resident()
     return Sizes(parameters, peak, name_of(model.dtype))

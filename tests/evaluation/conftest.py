@@ -69,9 +69,9 @@ def only_our_tasks():
         yield
 
 
-@pytest.fixture
-def text_path(tmp_path) -> Path:
-    path = tmp_path / "text.txt"
+@pytest.fixture(scope="session")
+def text_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT)
     return path
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from lm_eval_alone import lm_eval_alone
 
 from distprune import api
 from distprune.errors import InputError
@@ -26,32 +23,11 @@ def evaluated(only_our_tasks, dense_path, pruned, task_folder) -> list[ModelEval
     return api.evaluate([str(dense_path), str(pruned[0])], tasks=TASKS, include_path=task_folder, **HERE)
 
 
-def lm_eval_alone(model: Path, tasks: Path, output: Path, *options: str) -> dict[str, dict[str, float]]:
-    """What lm-eval's command line finds, which knows nothing of distprune."""
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--output_path", output]
-    command += ["--model_args", f"pretrained={model},dtype=float32,trust_remote_code=True"]
-    command += ["--tasks", ",".join(TASKS), "--include_path", tasks, "--batch_size", BATCH, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(list(map(str, command)), check=True, env=environment, capture_output=True, cwd=output.parent)
-    [file] = output.rglob("results_*.json")
-    return json.loads(file.read_text())["results"]
-
-
-def named_as_we_do(results: dict[str, dict]) -> dict[str, dict[str, float]]:
-    return {
-        task: {
-            key.removesuffix(",none"): value
-            for key, value in scores.items()
-            if "," in key and isinstance(value, int | float)
-        }
-        for task, scores in results.items()
-    }
-
-
 @pytest.mark.parametrize("which", [0, 1], ids=["dense", "pruned"])
 def test_scores_are_those_of_lm_evals_own_command_line(evaluated, dense_path, pruned, task_folder, tmp_path, which):
     folder = [dense_path, pruned[0]][which]
-    assert evaluated[which].tasks == named_as_we_do(lm_eval_alone(folder, task_folder, tmp_path / "output"))
+    alone = lm_eval_alone(folder, TASKS, task_folder, tmp_path / "output", BATCH)
+    assert evaluated[which].tasks == alone
 
 
 def test_models_stand_side_by_side_with_lm_evals_names(evaluated, dense_path, pruned):
@@ -67,8 +43,8 @@ def test_models_stand_side_by_side_with_lm_evals_names(evaluated, dense_path, pr
 def test_examples_and_limits_reach_the_tasks(dense_path, task_folder, tmp_path):
     options = {"num_fewshot": 1, "limit": 4}
     [found] = api.evaluate(str(dense_path), tasks=["tiny_*"], include_path=task_folder, **options, **HERE)
-    alone = lm_eval_alone(dense_path, task_folder, tmp_path / "output", "--num_fewshot", 1, "--limit", 4)
-    assert found.tasks == named_as_we_do(alone)
+    given = ("--num_fewshot", 1, "--limit", 4)
+    assert found.tasks == lm_eval_alone(dense_path, TASKS, task_folder, tmp_path / "output", BATCH, *given)
 
 
 # ------------------------------------------------------------------ what is refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +21,8 @@ HERE = {"batch_size": 3, "device": "cpu", "dtype": "float32", "sequence_length":
 pytestmark = pytest.mark.usefixtures("new_workers")
 
 
-@pytest.fixture
-def evaluate(pruned, text_path, task_folder):
+@pytest.fixture(scope="module")
+def evaluate(pruned, text_path, task_folder) -> Callable[..., ModelEvaluation]:
     """Evaluates the pruned Llama on text and tasks; seconds left out."""
 
     def run(**options) -> ModelEvaluation:
@@ -30,6 +31,12 @@ def evaluate(pruned, text_path, task_folder):
         return replace(found, perplexity=replace(found.perplexity, seconds=0.0))
 
     return run
+
+
+@pytest.fixture(scope="module")
+def here(only_our_tasks, evaluate) -> ModelEvaluation:
+    """The same without workers."""
+    return evaluate()
 
 
 @pytest.fixture
@@ -47,9 +54,7 @@ def told(monkeypatch) -> list[tuple[object, str]]:
     return told
 
 
-def test_one_worker_and_two_find_what_is_found_here(evaluate, told):
-    here = evaluate()
-    assert told == []
+def test_one_worker_and_two_find_what_is_found_here(here, evaluate, told):
     assert evaluate(workers=1) == here
     assert len({worker for worker, _ in told}) == 1
     told.clear()
@@ -59,9 +64,16 @@ def test_one_worker_and_two_find_what_is_found_here(evaluate, told):
         assert len({worker for worker, asked in told if asked == question}) == 2
 
 
-@pytest.mark.parametrize("question", ["loss", "log_likelihoods", "generations"])
-def test_a_lost_worker_changes_nothing(evaluate, told, monkeypatch, question):
-    here, hand, killed = evaluate(), pool.WorkerPool._hand, []
+@pytest.mark.parametrize(
+    "question",
+    [
+        "log_likelihoods",
+        pytest.param("loss", marks=pytest.mark.slow),
+        pytest.param("generations", marks=pytest.mark.slow),
+    ],
+)
+def test_a_lost_worker_changes_nothing(here, evaluate, told, monkeypatch, question):
+    hand, killed = pool.WorkerPool._hand, []
 
     def kill_and_hand(self, share):
         if share.step.method == question and not killed:
