@@ -79,7 +79,9 @@ def find_tasks(
     found = tuple(dict.fromkeys(match for name in names for match in matches(manager, name)))
     for name in found:
         with loading_tasks(f"--tasks {name}"):
-            manager.load([name])
+            loaded = manager.load([name])
+        for task in loaded["tasks"].values():
+            refuse_special(name, task)
     return Tasks(found, manager, num_fewshot, limit)
 
 
@@ -97,6 +99,17 @@ def matches(manager: TaskManager, name: str) -> list[str]:
         f"--tasks {name}: lm-eval has no such task.{guess} `lm_eval ls tasks` lists those that it has; give the folder "
         "that holds the YAML file of your own as --include-path."
     )
+
+
+def refuse_special(name: str, task: Any) -> None:
+    """Raise InputError for a task that runs the code that a model writes, or shows it pictures."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise InputError(
+            f"--tasks {name}: runs code that models write. Where that is safe, run lm_eval itself on the folder, with "
+            "--confirm_run_unsafe_code."
+        )
+    if getattr(task, "MULTIMODAL", False):
+        raise InputError(f"--tasks {name}: asks about more than text; leave it out.")
 
 
 @contextmanager

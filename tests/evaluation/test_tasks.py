@@ -88,6 +88,12 @@ def test_a_task_whose_data_are_missing_is_named(dense_path, task_folder, tmp_pat
         api.evaluate(str(dense_path), tasks=["tiny_choice"], include_path=tmp_path, **HERE)
 
 
+def test_a_task_that_runs_what_models_write_is_refused(dense_path, task_folder, tmp_path, no_weights):
+    (tmp_path / "code.yaml").write_text((task_folder / "generation.yaml").read_text() + "unsafe_code: true\n")
+    with pytest.raises(InputError, match=r"--tasks tiny_generation: runs code that models write"):
+        api.evaluate(str(dense_path), tasks=["tiny_generation"], include_path=tmp_path, **HERE)
+
+
 def test_without_lm_eval_the_message_says_what_to_install(dense_path, monkeypatch, no_weights):
     monkeypatch.delitem(sys.modules, "distprune.evaluation.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
