@@ -40,6 +40,7 @@ def test_models_stand_side_by_side_with_lm_evals_names(evaluated, dense_path, pr
     assert dense["tiny_rolling"] != other["tiny_rolling"]
 
 
+@pytest.mark.slow
 def test_examples_and_limits_reach_the_tasks(dense_path, task_folder, tmp_path):
     options = {"num_fewshot": 1, "limit": 4}
     [found] = api.evaluate(str(dense_path), tasks=["tiny_*"], include_path=task_folder, **options, **HERE)
