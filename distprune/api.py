@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from distprune.comparison import ComparisonRow
     from distprune.engine import RunRecord, RunStatus
     from distprune.engine.progress import Progress
-    from distprune.evaluation import PerplexityResult
+    from distprune.evaluation import ModelEvaluation, SpeedOptions
     from distprune.planning import RunPlan
 
 # Ray and the rest are imported when a function needs them, so that `import distprune` only registers the model class.
@@ -141,6 +141,7 @@ def compare(
     methods: Sequence[str],
     sparsities: Sequence[float],
     text: str | Path,
+    field: str | None = None,
     max_tokens: int | None = None,
     evaluation_length: int = 128,
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -156,7 +157,8 @@ def compare(
         model: local Hugging Face folder, hub id or .gguf file.
         methods: names of methods.
         sparsities: fractions to remove.
-        text: the text file to evaluate on.
+        text: a file or data set to evaluate on, as :func:`calibrate` reads them.
+        field: the field of a record that holds its text, or the messages of its conversation.
         max_tokens: use the text's first tokens only.
         evaluation_length: tokens of each window of the text.
         options: hyperparameters by method, such as ``{"olica": {"percdamp": 0.5}}``.
@@ -182,7 +184,7 @@ def compare(
     for row in run(
         methods,
         sparsities,
-        Evaluation(Path(text), max_tokens, evaluation_length),
+        Evaluation(text, max_tokens, evaluation_length, field),
         {"model": model, **common},
         config_file=None if config is None else Path(config),
         options=options or {},
@@ -196,35 +198,100 @@ def compare(
 
 
 def evaluate(
-    model: str,
-    text: str | Path,
+    models: str | Sequence[str],
+    text: str | Path | None = None,
     *,
+    field: str | None = None,
+    tasks: Sequence[str] = (),
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    speed: bool | SpeedOptions = False,
     sequence_length: int = 128,
     max_tokens: int | None = None,
     batch_size: int = 16,
     device: str = "auto",
     dtype: str = "auto",
+    workers: int | None = None,
+    threads_per_worker: int = 1,
+    gpus_per_worker: float | None = None,
+    address: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> PerplexityResult:
-    """Perplexity of a model, pruned or not, on a text file, in windows of ``sequence_length`` tokens.
+) -> list[ModelEvaluation]:
+    """Evaluate models, pruned or not, side by side: perplexity on a text, lm-eval's tasks, speed.
+
+    Args:
+        models: local Hugging Face folders, hub ids or .gguf files; the first is what the others are compared with.
+        text: a file or data set that :func:`calibrate` reads too; its documents are joined by blank lines.
+        field: the field of a record that holds its text, or the messages of its conversation.
+        tasks: names or patterns of lm-eval's tasks.
+        include_path: a folder of YAML files with further tasks.
+        num_fewshot: examples before each question; by default each task's own number.
+        limit: questions of each task, or the fraction of them where less than 1.
+        speed: whether to measure speed and memory, each model in a process of its own on this machine.
+        sequence_length: tokens of each window of the text.
+        max_tokens: use the text's first tokens only.
+        batch_size: windows, or requests of a task, in one forward pass.
+        workers: spread each model's work over so many Ray actors, which all hold it; by default it is done here.
+        threads_per_worker: CPU threads of each.
+        gpus_per_worker: GPUs that each asks Ray for; 1 on "cuda" by default.
+        address: the Ray cluster to join; by default RAY_ADDRESS, or a local one.
+        revision: branch, tag or commit of those models that are on the hub.
+
+    Returns:
+        One evaluation a model, in their order.
 
     Raises:
-        InputError: the model or the text is unusable.
+        InputError: a model, the text, a task or an option is unusable. What can be known before weights are read is
+            found before.
     """
-    from distprune.checkpoint import resolve_model
-    from distprune.evaluation import evaluate_perplexity
+    from distprune.checkpoint import is_hub_id, resolve_model
+    from distprune.errors import InputError
+    from distprune.evaluation import EvaluationOptions, Loading, SpeedOptions, evaluate_models
 
-    return evaluate_perplexity(
-        resolve_model(model, revision=revision),
-        Path(text),
+    names = [models] if isinstance(models, str) else list(models)
+    options = EvaluationOptions(
+        text=text,
+        field=field,
         sequence_length=sequence_length,
         max_tokens=max_tokens,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        tasks=tuple(tasks),
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        speed=SpeedOptions() if speed is True else speed or None,
+        loading=Loading(device, dtype, batch_size, trust_remote_code),
     )
+    if not names:
+        raise InputError("no model to evaluate; name at least one.")
+    if text is None and not tasks and not options.speed:
+        raise InputError("nothing to evaluate; give --text, --tasks or --speed.")
+    if workers is None and address is not None:
+        raise InputError(f"--address {address}: belongs to --workers, which is not given.")
+    # A revision is of hub models; where there is none, it is refused as that of a folder.
+    on_hub = {name for name in names if is_hub_id(name)} or set(names)
+    found = [(name, resolve_model(name, revision=revision if name in on_hub else None)) for name in names]
+    if workers is None:
+        return evaluate_models(found, options)
+
+    from distprune.config import load_config
+    from distprune.engine.evaluators import spread
+
+    # Workers are asked for as those of a run are; an evaluation has no output.
+    asked = {
+        "model": names[0],
+        "output": "none",
+        "device": device,
+        "dtype": dtype,
+        "micro_batch": batch_size,
+        "workers": workers,
+        "threads_per_worker": threads_per_worker,
+        "gpus_per_worker": gpus_per_worker,
+        "address": address,
+        "trust_remote_code": trust_remote_code,
+    }
+    return evaluate_models(found, options, spread(load_config(None, asked)))
 
 
 def status(output: str | Path) -> RunStatus:

@@ -36,6 +36,8 @@ INTERRUPTED = 130
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="local Hugging Face folder, hub id or .gguf file")]
 Revision = Annotated[Optional[str], typer.Option(help="branch, tag or commit of a hub model")]
+SOURCE = "text, JSON, CSV or Parquet file, or dataset name"
+Field = Annotated[Optional[str], typer.Option(help="field of a record that holds its text or messages")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
 
 # Options of runs; None where the command line doesn't say, so that the YAML file can.
@@ -167,10 +169,8 @@ def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
 def calibrate(
     model: Model,
     output: Annotated[str, typer.Option("--output", "-o", help="Arrow file to write")],
-    text: Annotated[
-        Optional[list[str]], typer.Option(help="text, JSON, CSV or Parquet file, or dataset name; repeatable")
-    ] = None,
-    field: Annotated[Optional[str], typer.Option(help="field of a record that holds its text or messages")] = None,
+    text: Annotated[Optional[list[str]], typer.Option(help=f"{SOURCE}; repeatable")] = None,
+    field: Field = None,
     samples: Annotated[int, typer.Option(help="windows in all")] = 128,
     sequence_length: Annotated[int, typer.Option(help="tokens of each window")] = 128,
     seed: Annotated[int, typer.Option(help="seed of the choice of windows")] = 0,
@@ -354,7 +354,8 @@ def compare(
     *,
     methods: Annotated[str, typer.Option(metavar="NAME,...", help="pruning methods; NAME+distill: with distillation")],
     sparsity: Annotated[str, typer.Option(metavar="NUMBER,...", help="fractions of decoder parameters to remove")],
-    text: Annotated[Path, typer.Option(help="plain text file to evaluate on")],
+    text: Annotated[str, typer.Option(help=f"to evaluate on: {SOURCE}")],
+    field: Field = None,
     max_tokens: Annotated[Optional[int], typer.Option(help="use the text's first tokens only")] = None,
     evaluation_length: Annotated[int, typer.Option(help="tokens of each window of the text")] = 128,
     option: Annotated[
@@ -459,37 +460,58 @@ def parse_option(text: str, option: str = "--option") -> tuple[str, Any]:
 @app.command()
 @explains_bad_input
 def evaluate(
-    model: Model,
-    text: Annotated[Path, typer.Option(help="plain text file")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="folders, hub ids, .gguf files; others against the first"),
+    ],
+    text: Annotated[Optional[str], typer.Option(help=f"perplexity on a {SOURCE}")] = None,
+    field: Field = None,
     sequence_length: Annotated[int, typer.Option(help="tokens of each window")] = 128,
     max_tokens: Annotated[Optional[int], typer.Option(help="use the text's first tokens only")] = None,
-    batch_size: Annotated[int, typer.Option(help="windows in one forward pass")] = 16,
+    tasks: Annotated[Optional[str], typer.Option(metavar="NAME,...", help="lm-eval's tasks, or patterns")] = None,
+    include_path: Annotated[Optional[Path], typer.Option(help="folder with YAML files of further tasks")] = None,
+    num_fewshot: Annotated[Optional[int], typer.Option(help="examples before each question [each task's own]")] = None,
+    limit: Annotated[Optional[float], typer.Option(help="questions of each task, or a fraction of them")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="tokens a second, KV cache and memory")] = False,
+    speed_batches: Annotated[str, typer.Option(metavar="NUMBER,...", help="sequences at a time")] = "1,16",
+    speed_prompt: Annotated[int, typer.Option(help="tokens of each prompt")] = 128,
+    speed_new: Annotated[int, typer.Option(help="tokens to decode after it")] = 32,
+    speed_rounds: Annotated[int, typer.Option(help="times that each is measured")] = 5,
+    speed_threads: Annotated[int, typer.Option(help="CPU threads of each model's process")] = 1,
+    batch_size: Annotated[int, typer.Option(help="windows, or a task's requests, in one forward pass")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help=DTYPES)] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    workers: Annotated[Optional[int], typer.Option(help="Ray actors that share each model's work [none]")] = None,
+    threads_per_worker: Annotated[int, typer.Option(help="CPU threads of each worker")] = 1,
+    gpus_per_worker: GpusPerWorker = None,
+    address: Address = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON: a list of one object a model")] = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Perplexity of a model, pruned or not, on a text."""
-    result = api.evaluate(
-        model,
-        text,
-        sequence_length=sequence_length,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    """Models side by side, pruned or not: perplexity on a text, lm-eval's tasks, speed."""
+    given = dict(locals())
+    as_json, given["tasks"] = given.pop("as_json"), tasks.split(",") if tasks else ()
+    timed = {name: given.pop(f"speed_{name}") for name in ("batches", "prompt", "new", "rounds", "threads")}
+    if speed:
+        from distprune.evaluation import SpeedOptions
+
+        given["speed"] = SpeedOptions(**timed | {"batches": parse_batches(timed["batches"])})
+    found = api.evaluate(**given)
     if as_json:
-        print(json.dumps(asdict(result)))
-    else:
-        output_console.print(
-            f"perplexity {result.perplexity:.2f} on {result.tokens} tokens "
-            f"({result.windows} windows of {result.sequence_length}, in {result.dtype}, {result.seconds:.1f} s)",
-            highlight=False,
-        )
+        print(json.dumps([asdict(evaluation) for evaluation in found]))
+        return
+    from distprune.reporting import evaluation_lines
+
+    for part in evaluation_lines(found):
+        output_console.print(part, highlight=False, markup=False)
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise InputError(f"--speed-batches {text}: write numbers of sequences, as in 1,16.") from None
 
 
 @app.command()

@@ -161,7 +161,7 @@ class Bench:
 
     def perplexities(self, model: str) -> list[float]:
         sizes = {"sequence_length": self.arguments.sequence_length, "max_tokens": self.arguments.max_tokens}
-        return [distprune.evaluate(model, text, **sizes).perplexity for text in self.arguments.evaluate]
+        return [distprune.evaluate(model, text, **sizes)[0].perplexity.perplexity for text in self.arguments.evaluate]
 
 
 def listed(perplexities: list[float]) -> str:

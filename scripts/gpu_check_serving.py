@@ -6,7 +6,6 @@ Random weights, since speed does not depend on them: the dense 8B shape, what cu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +13,15 @@ from pathlib import Path
 import torch
 from gpu_check_report import Rows, part_arguments
 from random_model import config_of
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from distprune.budgets import Target
+from distprune.evaluation.speed import measure
 from distprune.families import family_of
 from distprune.methods import make_method
 from distprune.methods.curvature.menus import Reach
 from distprune.methods.curvature.stock import equal_shapes
-from distprune.modeling import CACHE, PrunedConfig, PrunedForCausalLM
+from distprune.modeling import PrunedConfig, PrunedForCausalLM
 from distprune.planning.shapes import expected_shapes
 
 SPARSITY = 0.3
@@ -36,7 +36,7 @@ def main() -> None:
     dense: dict[int, tuple[float, float]] = {}
     for name, model in models(arguments, device):
         for batch in BATCHES[arguments.device]:
-            prefill, decode = measure(model, batch, device)
+            prefill, decode = best_speed(model, batch)
             dense.setdefault(batch, (prefill, decode))
             ratios = prefill / dense[batch][0], decode / dense[batch][1]
             found = (
@@ -80,28 +80,10 @@ def build(
     return model
 
 
-@torch.inference_mode()
-def measure(model: PreTrainedModel, batch: int, device: torch.device) -> tuple[float, float]:
-    """Tokens a second of prefill and of decoding, over the whole batch: the best of some rounds."""
-    tokens = torch.randint(model.config.vocab_size, (batch, PROMPT), device=device)
-    prefills, decodes = [], []
-    for _ in range(ROUNDS + 1):
-        cache = DynamicCache(config=model.config)
-        options = {"use_cache": True, "logits_to_keep": 1, CACHE: cache}
-        start = now(device)
-        step = model(tokens, **options)
-        prefilled = now(device)
-        for _ in range(NEW):
-            step = model(step.logits[:, -1:].argmax(-1), **options)
-        prefills.append(prefilled - start)
-        decodes.append(now(device) - prefilled)
-    return batch * PROMPT / min(prefills[1:]), batch * NEW / min(decodes[1:])
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def best_speed(model: PreTrainedModel, batch: int) -> tuple[float, float]:
+    """Tokens a second of prefill and of decoding, over the whole batch: the best of some rounds, but for the first."""
+    rounds = [measure(model, batch, PROMPT, NEW) for _ in range(ROUNDS + 1)][1:]
+    return max(made.prefill for made in rounds), max(made.decode for made in rounds)
 
 
 if __name__ == "__main__":

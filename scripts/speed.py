@@ -101,7 +101,8 @@ class Race:
 
     def _perplexity(self, output: Path) -> float:
         sizes = {"sequence_length": self.arguments.sequence_length, "max_tokens": self.arguments.max_tokens}
-        return distprune.evaluate(str(output), self.arguments.evaluate, **sizes).perplexity
+        [found] = distprune.evaluate(str(output), self.arguments.evaluate, **sizes)
+        return found.perplexity.perplexity
 
 
 def show(propagation: str, single: Measurement, ours: Measurement) -> None:

@@ -207,7 +207,7 @@ def test_common_options_may_stand_in_a_yaml_file(comparison, tmp_path):
         ({"sparsities": [0.2, 1.2]}, "^option 'sparsity' is 1.2"),
         ({"options": {"oops": {"selection": "best"}}}, "^oops at 20%: option 'selection' of method oops"),
         ({"options": {"flap": {"metric": "x"}}}, "^--option flap.metric: 'flap' is not among --methods"),
-        ({"text": "none.txt"}, "^none.txt: the text can't be read"),
+        ({"text": "none.txt"}, "^none.txt: no such file"),
         ({"evaluation_length": 65}, "^--evaluation-length 65: .* takes windows of 2 to 64 tokens"),
         ({"evaluation_length": 1}, "^--evaluation-length 1: "),
         ({"max_tokens": 15}, "^--max-tokens 15: is less than one window of 16 tokens"),
@@ -275,7 +275,7 @@ def test_an_evaluation_apart_finds_what_distprune_evaluate_finds(pruned, text_pa
 
 def test_what_an_evaluation_apart_refuses_is_bad_input_here(dense_path):
     config = PruneConfig(model="m", output="o")
-    with pytest.raises(InputError, match=r"^/none\.txt: the text can't be read"):
+    with pytest.raises(InputError, match=r"^/none\.txt: no such file"):
         evaluate_apart(dense_path, Evaluation(Path("/none.txt")), config)
 
 

@@ -9,13 +9,14 @@ from distprune.budgets import outer_parameters
 from distprune.calibration import load_tokenizer
 from distprune.calibration.model import check_sequence_length, load_config
 from distprune.calibration.own_samples import opening_token
-from distprune.calibration.sources import read_text
+from distprune.calibration.sources import read_source
 from distprune.calibration.tokenizer import tokenize
 from distprune.checkpoint import check_free_space
 from distprune.comparison.evaluation import Evaluation
 from distprune.comparison.runs import Run, naming
 from distprune.engine.preflight import Job, check_job
 from distprune.errors import InputError
+from distprune.evaluation.text import whole_text
 
 
 def check_runs(runs: Sequence[Run]) -> list[Job]:
@@ -50,7 +51,8 @@ def check_text(evaluation: Evaluation, dense: Job) -> None:
     if evaluation.max_tokens is not None and evaluation.max_tokens < length:
         raise InputError(f"--max-tokens {evaluation.max_tokens}: is less than one window of {length} tokens.")
     tokenizer = load_tokenizer(dense.model_path, dense.config.trust_remote_code)
-    tokens = len(tokenize(tokenizer, [read_text(evaluation.text)])[0])
+    text = whole_text(read_source(evaluation.text, evaluation.field), tokenizer)
+    tokens = len(tokenize(tokenizer, [text])[0])
     if tokens < length:
         raise InputError(
             f"{evaluation.text}: has {tokens} tokens, fewer than one window of {length}; "

@@ -21,11 +21,15 @@ BAD_INPUT = 2
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What perplexity is taken on: the first ``max_tokens`` of a text file, in windows of ``length`` tokens."""
+    """What perplexity is taken on: the first ``max_tokens`` of a text, in windows of ``length`` tokens.
 
-    text: Path
+    ``text`` is a file or data set that ``distprune evaluate`` takes, ``field`` the one of its records.
+    """
+
+    text: str | Path
     max_tokens: int | None = None
     length: int = 128
+    field: str | None = None
 
 
 def evaluate_apart(model: Path, evaluation: Evaluation, config: PruneConfig) -> float:
@@ -37,7 +41,8 @@ def evaluate_apart(model: Path, evaluation: Evaluation, config: PruneConfig) -> 
     """
     command = [sys.executable, "-m", "distprune.cli", "evaluate", str(model.absolute()), "--json"]
     options = {
-        "--text": evaluation.text.absolute(),
+        "--text": evaluation.text,
+        "--field": evaluation.field,
         "--sequence-length": evaluation.length,
         "--max-tokens": evaluation.max_tokens,
         "--batch-size": config.micro_batch,
@@ -49,7 +54,8 @@ def evaluate_apart(model: Path, evaluation: Evaluation, config: PruneConfig) -> 
     command += ["--trust-remote-code"] if config.trust_remote_code else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
-        return json.loads(done.stdout)["perplexity"]
+        [found] = json.loads(done.stdout)
+        return found["perplexity"]["perplexity"]
     if done.returncode == BAD_INPUT:
         raise InputError(re.split(r"^distprune: ", done.stderr, flags=re.MULTILINE)[-1].strip())
     raise RuntimeError(f"distprune evaluate ended with status {done.returncode}:\n{done.stderr}")

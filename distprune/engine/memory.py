@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import resource
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from distprune.resident import peak_resident
 
 #: Of glibc's mallopt, and the largest values that serve: blocks below the one are taken from the heap, whose end is
 #: given back when more than the other is free.
@@ -39,14 +38,4 @@ class PeakMemory:
 
 def peak_memory() -> PeakMemory:
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
-    return PeakMemory(resident=_peak_resident(), device=device)
-
-
-def _peak_resident() -> int:
-    """VmHWM where /proc has it: unlike getrusage's figure it does not start at the parent process's peak."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return PeakMemory(resident=peak_resident(), device=device)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distprune.calibration.model import check_sequence_length, input_device, load_config, load_model
-from distprune.calibration.sources import read_text
+from distprune.calibration.sources import TextSource, read_source
 from distprune.calibration.tokenizer import load_tokenizer, tokenize
 from distprune.errors import InputError
+from distprune.evaluation.text import whole_text
 from distprune.hardware import AUTO, name_of
 
 
@@ -37,7 +39,7 @@ class PerplexityResult:
 
 def evaluate_perplexity(
     model_path: str | Path,
-    text_path: str | Path,
+    text: str | Path,
     sequence_length: int = 128,
     max_tokens: int | None = None,
     batch_size: int = 16,
@@ -45,16 +47,15 @@ def evaluate_perplexity(
     dtype: str | torch.dtype = AUTO,
     trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    field: str | None = None,
 ) -> PerplexityResult:
-    """Load a model and measure its perplexity on a text file. See `perplexity_of_model`.
+    """Load a model and measure its perplexity on a text source. See `perplexity_of_model`.
 
-    Everything that can be wrong with the text is checked before the weights are read. Raises InputError.
+    `text` and `field` are what `read_source` takes. Everything that can be wrong with the text is checked before the
+    weights are read. Raises InputError.
     """
-    _check_counts(batch_size, max_tokens)
-    text = read_text(text_path)
-    check_sequence_length(sequence_length, load_config(model_path, trust_remote_code), model_path)
-    tokenizer = load_tokenizer(model_path, trust_remote_code)
-    windows = _windows(text, tokenizer, sequence_length, max_tokens, str(text_path))
+    check_counts(batch_size, max_tokens)
+    windows = read_windows(model_path, read_source(text, field), sequence_length, max_tokens, trust_remote_code)
     model = load_model(model_path, device, dtype, trust_remote_code)
     return _perplexity_of_windows(model, windows, batch_size, on_progress)
 
@@ -79,16 +80,24 @@ def perplexity_of_model(
     return _perplexity_of_windows(model, windows, batch_size, on_progress)
 
 
-def _check_counts(batch_size: int, max_tokens: int | None) -> None:
+def check_counts(batch_size: int, max_tokens: int | None) -> None:
+    """Raise InputError unless both counts are positive."""
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size}: at least 1 is needed.")
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"--max-tokens {max_tokens}: at least 1 is needed.")
 
 
-def _windows(
-    text: str, tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None, name: str
-) -> torch.Tensor:
+def read_windows(
+    model_path: str | Path, source: TextSource, length: int, max_tokens: int | None, trust_remote_code: bool = False
+) -> Tensor:
+    """Cut a source's text into the model's windows: int64 (windows, length). Reads no weights. Raises InputError."""
+    check_sequence_length(length, load_config(model_path, trust_remote_code), model_path)
+    tokenizer = load_tokenizer(model_path, trust_remote_code)
+    return _windows(whole_text(source, tokenizer), tokenizer, length, max_tokens, source.name)
+
+
+def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None, name: str) -> Tensor:
     """int64 (windows, length)"""
     ids = torch.from_numpy(tokenize(tokenizer, [text])[0][:max_tokens]).long()
     if len(ids) < length:
@@ -100,35 +109,45 @@ def _windows(
     return ids[: len(ids) // length * length].view(-1, length)
 
 
-@torch.inference_mode()
 def _perplexity_of_windows(
-    model: PreTrainedModel,
-    windows: torch.Tensor,
-    batch_size: int,
-    on_progress: Callable[[int, int], None] | None,
+    model: PreTrainedModel, windows: Tensor, batch_size: int, on_progress: Callable[[int, int], None] | None
 ) -> PerplexityResult:
-    count, length = windows.shape
-    device, start = input_device(model), time.perf_counter()
-    total, done = 0.0, 0
+    start, losses, done = time.perf_counter(), [], 0
     for batch in windows.split(batch_size):
-        logits = model(input_ids=batch.to(device), use_cache=False).logits
-        # One window at a time, so that float32 logits are held for one and not for the batch.
-        losses = [
-            F.cross_entropy(row[:-1].float(), ids[1:].to(row.device), reduction="sum")
-            for row, ids in zip(logits, batch, strict=True)
-        ]
-        total += torch.stack(losses).double().sum().item()
+        losses.append(summed_loss(model, batch))
         done += len(batch)
         if on_progress:
-            on_progress(done, count)
+            on_progress(done, len(windows))
+    return perplexity_result(losses, windows, time.perf_counter() - start, name_of(model.dtype))
+
+
+@torch.inference_mode()
+def summed_loss(model: PreTrainedModel, windows: Tensor) -> float:
+    """The negative log-likelihood, in nats, of all windows' tokens but the first, in one forward pass.
+
+    Args:
+        windows: int64 (windows, length).
+    """
+    logits = model(input_ids=windows.to(input_device(model)), use_cache=False).logits
+    # One window at a time, so that float32 logits are held for one and not for the batch.
+    losses = [
+        F.cross_entropy(row[:-1].float(), ids[1:].to(row.device), reduction="sum")
+        for row, ids in zip(logits, windows, strict=True)
+    ]
+    return torch.stack(losses).double().sum().item()
+
+
+def perplexity_result(losses: Sequence[float], windows: Tensor, seconds: float, dtype: str) -> PerplexityResult:
+    """What the batches' summed losses, added up in their order, come to."""
+    count, length = windows.shape
     tokens = count * (length - 1)
-    nll = total / tokens
+    nll = sum(losses) / tokens
     return PerplexityResult(
         perplexity=torch.tensor(nll, dtype=torch.float64).exp().item(),
         nll=nll,
         tokens=tokens,
         windows=count,
         sequence_length=length,
-        seconds=time.perf_counter() - start,
-        dtype=name_of(model.dtype),
+        seconds=seconds,
+        dtype=dtype,
     )
