@@ -291,11 +291,12 @@ def drain(node):
     subprocess.run([*command, "--deadline-remaining-seconds", seconds], check=True, capture_output=True)
 
 class Drains(Progress):
-    # As soon as all workers are up.
-    up = 0
-    def joined(self, worker):
-        self.up += 1
-        if self.up == 3:
+    # As soon as the dense pass is done with the first layer, and all workers are at others.
+    def stage(self, name, total, done=0):
+        self.name, self.done = name, done
+    def advance(self):
+        self.done += 1
+        if (self.name, self.done) == ("Dense pass", 1):
             drain(nodes[0])
 
 distprune.prune(model, output, calibration=calibration, method="olica", sparsity=0.3, device="cpu", micro_batch=1,
