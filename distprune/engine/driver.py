@@ -28,6 +28,7 @@ from distprune.engine.dense_pass import DensePass
 from distprune.engine.end_to_end import EndToEnd
 from distprune.engine.gradient_pass import GradientPass
 from distprune.engine.harmless import Unfailing
+from distprune.engine.hub_output import is_on_hub, prune_to_hub
 from distprune.engine.journal import Journal, fingerprint
 from distprune.engine.layer_files import LayerFiles
 from distprune.engine.log import RunLog, json_file
@@ -80,6 +81,8 @@ def prune(config: PruneConfig, progress: Progress | None = None, needs: NeedsOf 
         RunFailed: workers or storage gave out; the same call goes on.
         KeyboardInterrupt: SIGINT or SIGTERM came; an InterruptedWhenDone, if the result was published by then.
     """
+    if is_on_hub(config):
+        return prune_to_hub(config, lambda here: prune(here, progress, needs))
     log, interruptions = RunLog(str(config.output)), []
     with sigterm_interrupts(), log.errors(), ExitStack() as at_last:
 
