@@ -20,6 +20,7 @@ from distprune.checkpoint.reader import Checkpoint
 from distprune.checkpoint.side_files import copy_side_files
 from distprune.checkpoint.sources import is_hub_id, resolve_model
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
+from distprune.checkpoint.upload import check_destination, read_published, upload_folder
 from distprune.checkpoint.writer import ShardWriter
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "TensorFiles",
     "TensorInfo",
     "TensorSource",
+    "check_destination",
     "check_free_space",
     "copy_side_files",
     "describe",
@@ -45,7 +47,9 @@ __all__ = [
     "partial_directory",
     "prepare_output",
     "publish",
+    "read_published",
     "resolve_model",
+    "upload_folder",
     "write_tensors",
     "write_text",
 ]

@@ -1,0 +1,72 @@
+"""Which results are good enough to ship: bounds on numbers, and which of them a number breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isfinite
+
+from distprune.errors import InputError
+from distprune.pipeline.config import Bound, GateConfig
+from distprune.pipeline.evaluation import Measured
+
+PERPLEXITY = "perplexity"
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A number that a bound does not let through. ``limit`` is the bound in the number's own units."""
+
+    metric: str
+    value: float
+    bound: str
+    limit: float
+
+    def __str__(self) -> str:
+        if not isfinite(self.value):
+            return f"{self.metric} is {self.value}, which is no number to ship ({self.bound} {self.limit:.4g})"
+        side = "below" if "least" in self.bound else "above"
+        return f"{self.metric} {self.value:.4g} is {side} {self.limit:.4g} ({self.bound})"
+
+
+def judge(gate: GateConfig, dense: Measured, pruned: Measured) -> list[Miss]:
+    """What keeps a pruned model from shipping; nothing where it passes.
+
+    Raises:
+        InputError: a bound is on a metric that its task does not give.
+    """
+    return [miss for bound, metric, *values in bounded(gate, dense, pruned) for miss in misses(bound, metric, *values)]
+
+
+def check_metrics(gate: GateConfig, measured: Measured) -> None:
+    """See that every bound is on a number that there is, as soon as one model was measured.
+
+    Raises:
+        InputError: one is not; names those that are.
+    """
+    list(bounded(gate, measured, measured))
+
+
+def bounded(gate: GateConfig, dense: Measured, pruned: Measured) -> Iterator[tuple[Bound, str, float, float]]:
+    """Every bound with the name of its number, and the dense and the pruned model's."""
+    if gate.perplexity:
+        yield gate.perplexity, PERPLEXITY, dense.perplexity, pruned.perplexity
+    for task, bounds in gate.tasks.items():
+        for metric, bound in bounds.items():
+            yield bound, f"{task} {metric}", score(dense, task, metric), score(pruned, task, metric)
+
+
+def score(measured: Measured, task: str, metric: str) -> float:
+    found = measured.tasks.get(task, {})
+    if metric not in found:
+        raise InputError(f"gate.tasks.{task}.{metric}: {task} gives no '{metric}', but {', '.join(sorted(found))}.")
+    return found[metric]
+
+
+def misses(bound: Bound, metric: str, dense: float, pruned: float) -> Iterator[Miss]:
+    """The parts of a bound that a number breaks. One that is not finite breaks all."""
+    for name, factor in bound.model_dump(exclude_none=True).items():
+        limit = factor * dense if name.endswith("times_dense") else factor
+        keeps = pruned >= limit if name.startswith("at_least") else pruned <= limit
+        if not (isfinite(pruned) and keeps):
+            yield Miss(metric, pruned, name, limit)
