@@ -26,7 +26,8 @@ def digest_of_text(source: str) -> str:
         return f"{name}@{HfApi().dataset_info(name).sha}"
     except Exception as error:  # the hub's client and its transport share no base class
         raise InputError(
-            f"{source}: no such file, and no Hugging Face dataset of that name was found. Check the name and the network."
+            f"{source}: no such file, and no Hugging Face dataset of that name was found. Check the name and the "
+            "network."
         ) from error
 
 

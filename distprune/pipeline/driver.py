@@ -39,6 +39,7 @@ from distprune.pipeline.summary import (
 )
 from distprune.version import __version__
 
+# Why a step was skipped.
 NOT_PICKED, HELD_BACK, NOT_REACHED = (
     "another result was picked",
     "the gate holds it back",

@@ -39,8 +39,7 @@ def step_table(summary: PipelineSummary) -> Table:
 
 def result_table(summary: PipelineSummary) -> Table:
     """One row a result: sparsity, parameters, and each number beside its ratio to the dense model's."""
-    metrics = [name for result in summary.results for name in figures_of(result)]
-    metrics = list(dict.fromkeys(metrics))
+    metrics = list(dict.fromkeys(name for result in summary.results for name in figures_of(result)))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for column in ("asked", "reached", "parameters", *metrics, "gate"):
         table.add_column(column, justify="right")
@@ -66,5 +65,5 @@ def figures_of(result: ResultSummary) -> dict[str, Figure]:
 def shown(figure: Figure | None) -> str:
     if figure is None:
         return UNKNOWN
-    ratio = "" if figure.times_dense is None else f" ({figure.times_dense:.3f}×)"
+    ratio = "" if figure.times_dense is None else f" ({figure.times_dense:.3f} times)"
     return f"{figure.value:.4g}{ratio}"
