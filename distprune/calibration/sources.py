@@ -256,7 +256,7 @@ def _rows(table: pa.Table, name: str) -> Iterator[tuple[str, Mapping]]:
 
 
 def _dataset_records(source: str, field: str | None) -> Iterator[tuple[str, Mapping]]:
-    _refuse_missing_file(source)
+    refuse_missing_file(source)
     name, config, split = (*source.split(":", 2), "", "")[:3]
     try:
         import datasets
@@ -275,7 +275,7 @@ def _dataset_records(source: str, field: str | None) -> Iterator[tuple[str, Mapp
     return _rows(dataset.select_columns(list(columns)).with_format("arrow")[:], source)
 
 
-def _refuse_missing_file(source: str) -> None:
+def refuse_missing_file(source: str) -> None:
     """Say at once that a file is missing, in place of asking the hub for a dataset of that name."""
     path = Path(source)
     endings = (*_PROSE, *_JSON, *_PARQUET, *_SEPARATORS, *_PACKED)

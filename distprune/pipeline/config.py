@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -91,11 +92,13 @@ class DistillSection(Section, DistillConfig):
 class EvaluateConfig(Section):
     """What the dense model and each result are measured on."""
 
-    text: Path | None = Field(None, description="plain text file to take perplexity on")
+    text: str | None = Field(None, description="text file to take perplexity on")
     sequence_length: int = Field(128, ge=2, description="tokens of each window of the text")
     max_tokens: int | None = Field(None, ge=1, description="use the text's first tokens only")
     batch_size: int = Field(16, ge=1, description="windows in one forward pass")
-    tasks: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field((), description="tasks of lm-evaluation-harness")
+    tasks: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
+        (), description="names or patterns of lm-eval's tasks"
+    )
     include_path: Path | None = Field(None, description="folder with definitions of further tasks")
     num_fewshot: int | None = Field(None, ge=0, description="examples in each prompt")
     limit: float | None = Field(None, gt=0, description="use each task's first samples only")
@@ -212,7 +215,7 @@ class PipelineConfig(Section):
         if self.gate.perplexity and self.evaluate.text is None:
             raise refuse("gate.perplexity needs evaluate.text.")
         for task in self.gate.tasks:
-            if task not in self.evaluate.tasks:
+            if not any(fnmatch(task, pattern) for pattern in self.evaluate.tasks):
                 raise refuse(f"gate.tasks.{task}: '{task}' is not among evaluate.tasks.")
 
     def _check_destinations(self, publish: PublishConfig) -> None:

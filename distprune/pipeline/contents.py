@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from distprune.calibration.sources import refuse_missing_file
 from distprune.errors import InputError
 
 PIECE = 2**20  # bytes
@@ -21,6 +22,7 @@ def digest_of_text(source: str) -> str:
     path = Path(source).expanduser()
     if path.exists():
         return digest_of_file(path)
+    refuse_missing_file(source)
     name = source.partition(":")[0]
     try:
         return f"{name}@{HfApi().dataset_info(name).sha}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distprune.pipeline.config import EvaluateConfig
-from distprune.pipeline.contents import digest_of_file, digest_of_folder
+from distprune.pipeline.contents import digest_of_folder, digest_of_text
 from distprune.pipeline.evaluation import measure
 from distprune.pipeline.step import Step, Surroundings
 
@@ -43,6 +43,6 @@ def plan_evaluation(name: str, find: Callable[[], Path], made_by: str, settings:
         InputError: the text or the folder of tasks does not exist.
     """
     inputs = {"model": made_by, **settings.model_dump(mode="json", exclude={"text", "include_path", "workers"})}
-    inputs["text"] = settings.text and digest_of_file(settings.text)
+    inputs["text"] = settings.text and digest_of_text(settings.text)
     inputs["tasks' definitions"] = settings.include_path and digest_of_folder(settings.include_path)
     return Evaluate(name, find, settings, inputs)

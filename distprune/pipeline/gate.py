@@ -59,7 +59,10 @@ def bounded(gate: GateConfig, dense: Measured, pruned: Measured) -> Iterator[tup
 def score(measured: Measured, task: str, metric: str) -> float:
     found = measured.tasks.get(task, {})
     if metric not in found:
-        raise InputError(f"gate.tasks.{task}.{metric}: {task} gives no '{metric}', but {', '.join(sorted(found))}.")
+        given = (
+            f"'{metric}', but {', '.join(sorted(found))}" if found else f"scores, but {', '.join(measured.tasks)} do"
+        )
+        raise InputError(f"gate.tasks.{task}.{metric}: {task} gives no {given}.")
     return found[metric]
 
 
