@@ -39,8 +39,7 @@ def check_pipeline(config: PipelineConfig, plan: PipelinePlan, execution: Execut
         check_prunings([before_calibration(run, plan) for run in runs], config.work)
     for result in plan.results:
         for step in result.publish:
-            is_published = result.prune.name not in changed and step.is_published()
-            if step.name in changed and not is_published:
+            if step.name in changed and (result.prune.name in changed or not step.is_published()):
                 check_publishing(step, config)
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 
 from distprune.errors import InputError
 from distprune.pipeline.config import Bound, GateConfig
 from distprune.pipeline.evaluation import Measured
 
-PERPLEXITY = "perplexity"
+PERPLEXITY, FINITE = "perplexity", "finite"
 
 
 @dataclass(frozen=True)
 class Miss:
-    """A number that a bound does not let through. ``limit`` is the bound in the number's own units."""
+    """A number that a bound does not let through. ``limit`` is the bound in the number's own units.
+
+    The bound "finite" is every number's, whether it is given or not.
+    """
 
     metric: str
     value: float
@@ -24,7 +27,7 @@ class Miss:
 
     def __str__(self) -> str:
         if not isfinite(self.value):
-            return f"{self.metric} is {self.value}, which is no number to ship ({self.bound} {self.limit:.4g})"
+            return f"{self.metric} is {self.value}, which is no number to ship"
         side = "below" if "least" in self.bound else "above"
         return f"{self.metric} {self.value:.4g} is {side} {self.limit:.4g} ({self.bound})"
 
@@ -47,9 +50,12 @@ def check_metrics(gate: GateConfig, measured: Measured) -> None:
     list(bounded(gate, measured, measured))
 
 
-def bounded(gate: GateConfig, dense: Measured, pruned: Measured) -> Iterator[tuple[Bound, str, float, float]]:
-    """Every bound with the name of its number, and the dense and the pruned model's."""
-    if gate.perplexity:
+def bounded(gate: GateConfig, dense: Measured, pruned: Measured) -> Iterator[tuple[Bound | None, str, float, float]]:
+    """Every number to judge: its bound, its name, and the dense and the pruned model's value.
+
+    Perplexity, where it was measured, is always one of them: it has to be finite at least.
+    """
+    if pruned.perplexity is not None:
         yield gate.perplexity, PERPLEXITY, dense.perplexity, pruned.perplexity
     for task, bounds in gate.tasks.items():
         for metric, bound in bounds.items():
@@ -66,10 +72,12 @@ def score(measured: Measured, task: str, metric: str) -> float:
     return found[metric]
 
 
-def misses(bound: Bound, metric: str, dense: float, pruned: float) -> Iterator[Miss]:
-    """The parts of a bound that a number breaks. One that is not finite breaks all."""
-    for name, factor in bound.model_dump(exclude_none=True).items():
+def misses(bound: Bound | None, metric: str, dense: float, pruned: float) -> Iterator[Miss]:
+    """The parts of a bound that a number breaks."""
+    if not isfinite(pruned):
+        yield Miss(metric, pruned, FINITE, inf)
+        return
+    for name, factor in (bound.model_dump(exclude_none=True) if bound else {}).items():
         limit = factor * dense if name.endswith("times_dense") else factor
-        keeps = pruned >= limit if name.startswith("at_least") else pruned <= limit
-        if not (isfinite(pruned) and keeps):
+        if not (pruned >= limit if name.startswith("at_least") else pruned <= limit):
             yield Miss(metric, pruned, name, limit)

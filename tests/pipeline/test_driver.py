@@ -79,7 +79,7 @@ def test_each_change_repeats_what_depends_on_it_and_says_why(run_pipeline, setti
 
 def test_another_version_of_distprune_repeats_all(run_pipeline, monkeypatch):
     run_pipeline({"sparsities": [0.3]})
-    for module in ("step", "driver"):
+    for module in ("step", "course"):
         monkeypatch.setattr(f"distprune.pipeline.{module}.__version__", "9.9")
     monkeypatch.setattr("distprune.engine.preflight.__version__", "9.9")
     summary = run_pipeline({"sparsities": [0.3]})

@@ -99,22 +99,16 @@ def test_a_stopped_job_resumes_inside_its_run_and_gives_the_same_bytes(head, sub
 
 
 def test_a_node_that_is_lost_changes_nothing(head, submit, run, larger, work, digests):
-    """Of six workers, two are on a node that vanishes while layers are pruned there."""
-    larger["prune"] |= {"workers": 6, "propagation": 1}
+    """Of six workers, two are on a node that vanishes on the way."""
+    larger["prune"] |= {"workers": "6:6", "propagation": 1}
     with joining_node(head, cpus=2) as vanish:
         job = submit(larger)
-        log = work / "pruned-30.partial" / "log.jsonl"
-        wait_for(lambda: log.is_file() and log.read_text(), lambda text: text and pruned_on_both_nodes(text))
+        logs = wait_for(lambda: head.jobs.get_job_logs(job), lambda logs: "Dense pass" in logs or "distprune: " in logs)
+        assert "distprune: " not in logs, logs
         vanish()
         ended = head.ended(job)
     assert (ended.status, ended.driver_exit_code) == ("SUCCEEDED", 0), head.jobs.get_job_logs(job)
-    lost = [json.loads(line) for line in (work / "pruned-30" / "distprune_log.jsonl").open()]
-    assert any(line["event"] == "worker lost" for line in lost)
+    events = [json.loads(line)["event"] for line in (work / "pruned-30" / "distprune_log.jsonl").open()]
+    assert "worker lost" in events
     folder, _ = run(Path(larger["model"]), sparsity=0.3, calibration=work / "calibration.arrow", propagation=1)
     assert digests(work / "pruned-30") == digests(folder)
-
-
-def pruned_on_both_nodes(text: str) -> bool:
-    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-    ups = [line for line in lines if line["event"] == "worker up"]
-    return len(ups) == 6 and any(line.get("stage") == "Dense pass" for line in lines)
