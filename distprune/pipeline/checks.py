@@ -29,8 +29,9 @@ def check_pipeline(config: PipelineConfig, plan: PipelinePlan, execution: Execut
         InputError: one can't; names the option and how to fix it.
     """
     changed = {step.name for step in plan.steps() if execution.reason(step)}
-    check_measurable(config.evaluate)
-    check_text(config.evaluate, plan.model.folder, config.trust_remote_code)
+    if changed & {plan.dense.name, *(result.evaluate.name for result in plan.results)}:
+        check_measurable(config.evaluate)
+        check_text(config.evaluate, plan.model.folder, config.trust_remote_code)
     for step in plan.calibrations:
         if step.name in changed:
             check_calibration(step)

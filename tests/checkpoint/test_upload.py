@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import fsspec
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from distprune.checkpoint import check_destination, read_published, upload, upload_folder
@@ -156,10 +158,22 @@ def test_a_missing_package_and_an_unknown_protocol_are_named(monkeypatch):
 
 
 class Hub:
-    """What of the hub's client an upload asks; repositories are folders."""
+    """What of the hub's client an upload asks, by the client's own names; repositories are folders."""
 
     def __init__(self, root: Path):
         self.root, self.made, self.commits = root, [], 0
+
+    def __getattribute__(self, name):
+        found = object.__getattribute__(self, name)
+        real = getattr(HfApi, name, None)
+        if real is None:
+            return found
+
+        def checked(*arguments, **options):
+            inspect.signature(real).bind(self, *arguments, **options)
+            return found(*arguments, **options)
+
+        return checked
 
     def create_repo(self, repository, private, exist_ok):
         self.made.append((repository, private))
@@ -204,7 +218,7 @@ def test_the_hub_gets_one_commit_in_which_a_model_card_stays(hub, checkpoint, tm
 
 
 def test_a_repository_that_was_made_beforehand_is_filled(hub, checkpoint):
-    hub.create_repo("org/model", True, True)
+    hub.create_repo("org/model", private=True, exist_ok=True)
     (hub.root / "org" / "model" / "README.md").write_text("mine")
     upload_folder(checkpoint, "hf://org/model")
     assert contents(hub.root / "org" / "model") == {**contents(checkpoint), "README.md": b"mine"}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
+import ray
 from typer.testing import CliRunner, Result
 
 from distprune.cli import app
@@ -74,3 +78,28 @@ def test_a_file_that_is_no_pipeline_is_refused_in_a_sentence(command):
     refused = command({"prune": {"sparsity": 0.2}})
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert "pipeline.yaml: prune: 'sparsity' is not given here, but by sparsities." in refused.stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_ends_on_its_way_resumes_and_gives_the_same_bytes(
+    run, run_pipeline, save_model, pipeline_file, settings, work, digests, sent
+):
+    model = save_model(num_hidden_layers=24)
+    settings |= {"model": str(model), "sparsities": [0.3], "address": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "-m", "distprune.cli", "pipeline", str(pipeline_file(settings)), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        told = []
+        for line in process.stderr:
+            if line.startswith("Pruning: 6/24") and line not in told:
+                process.send_signal(sent)
+            told.append(line)
+        said = process.stdout.read()
+    assert process.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130), "".join(told)
+    assert sent == signal.SIGKILL or json.loads(said)["state"] == "interrupted"
+    assert (work / "pruned-30.partial").is_dir()
+
+    summary = run_pipeline()
+    assert [step.state for step in summary.steps] == ["unchanged", "unchanged", "done", "done"]
+    assert "run resumed" in (work / "pruned-30" / "distprune_log.jsonl").read_text()
+    folder, _ = run(model, sparsity=0.3, calibration=work / "calibration.arrow")
+    assert digests(work / "pruned-30") == digests(folder)
