@@ -57,8 +57,3 @@ def run_pipeline(ray_cluster, settings, pipeline_file) -> Callable[..., Pipeline
         return api.pipeline(pipeline_file({**settings, **(changes or {})}), **how)
 
     return run
-
-
-def states(summary: PipelineSummary) -> dict[str, str]:
-    """Every step's state; those of publishing without the mark of their destination."""
-    return {step.name: step.state for step in summary.steps}

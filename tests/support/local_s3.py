@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,9 +18,11 @@ CREDENTIALS = {
 @contextmanager
 def serving_s3() -> Iterator[dict[str, str]]:
     """Inside, there is one. Gives the environment in which S3's clients, here and in other processes, ask it."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
-    _, port = server.get_host_and_port()
     environment = CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
