@@ -7,6 +7,7 @@ import shutil
 import time
 
 import pytest
+from local_hub import REPOSITORY, join, serving
 
 from distprune import InputError, api
 from distprune.engine.progress import Progress
@@ -191,3 +192,19 @@ def test_one_pipeline_at_a_time_works_in_a_folder(run_pipeline):
 
     with pytest.raises(InterruptedError):
         run_pipeline(progress=RunsAnother)
+
+
+def test_a_new_commit_of_a_hub_model_repeats_all(run_pipeline, settings, dense_path, tmp_path, monkeypatch, reasons):
+    settings |= {"model": REPOSITORY, "revision": "main", "sparsities": [0.3]}
+    settings["prune"]["weights"] = "shared"
+    with serving(dense_path) as hub:
+        join(hub, tmp_path / "cache", monkeypatch)
+        first = run_pipeline()
+        assert (first.commit, done(first)) == (hub.commit, ["calibrate", "evaluate-dense", "prune-30", "evaluate-30"])
+        assert done(run_pipeline()) == []
+        hub.commit = "f" * 40
+        second = run_pipeline()
+    assert second.commit == hub.commit
+    found = reasons(second)
+    assert {found[name] for name in ("calibrate", "evaluate-dense", "evaluate-30")} == {"changed: model"}
+    assert found["prune-30"] == "changed: calibration, model"
