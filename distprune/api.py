@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from distprune.engine import RunRecord, RunStatus
     from distprune.engine.progress import Progress
     from distprune.evaluation import ModelEvaluation, SpeedOptions
+    from distprune.pipeline import PipelineConfig, PipelineSummary
     from distprune.planning import RunPlan
 
 # Ray and the rest are imported when a function needs them, so that `import distprune` only registers the model class.
@@ -292,6 +293,41 @@ def evaluate(
         "trust_remote_code": trust_remote_code,
     }
     return evaluate_models(found, options, spread(load_config(None, asked)))
+
+
+def pipeline(
+    config: str | Path | PipelineConfig,
+    *,
+    restart: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[], Progress] | None = None,
+    on_summary: Callable[[PipelineSummary], None] | None = None,
+) -> PipelineSummary:
+    """Calibrate, prune at several sparsities, evaluate, and publish what passes a gate; nothing unchanged is repeated.
+
+    Args:
+        config: a YAML file, or what :func:`distprune.pipeline.load_pipeline` makes of one.
+        restart: do every step anew.
+        dry_run: check everything and tell which steps would be done, but do none.
+        progress: makes what tells how far each step is; silent by default.
+        on_summary: called once with the summary, however the pipeline ends; ``summary.json`` in its work folder has it
+            too.
+
+    Raises:
+        InputError: the input is unusable; names it and the fix.
+        GateFailed: no result is as good as the gate asks; nothing was published. Its ``summary`` tells why.
+        RunFailed: workers, storage or a destination gave out; the same call resumes.
+    """
+    from distprune.engine.progress import Progress
+    from distprune.pipeline import load_pipeline, run_pipeline
+
+    return run_pipeline(
+        load_pipeline(Path(config)) if isinstance(config, str | Path) else config,
+        restart=restart,
+        dry_run=dry_run,
+        progress=progress or Progress,
+        on_summary=on_summary,
+    )
 
 
 def status(output: str | Path) -> RunStatus:

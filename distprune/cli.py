@@ -1,4 +1,4 @@
-"""The command line: distprune calibrate | plan | prune | compare | evaluate | inspect."""
+"""The command line: distprune calibrate | plan | prune | compare | evaluate | inspect | status | pipeline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from distprune import api
-from distprune.errors import InputError, InterruptedWhenDone, RunFailed
+from distprune.errors import GateFailed, InputError, InterruptedWhenDone, RunFailed
 
 app = typer.Typer(
     help="Prune large language models on a Ray cluster, without retraining.",
@@ -32,6 +32,7 @@ error_console = Console(stderr=True, soft_wrap=True)
 
 FAILED = 1
 BAD_INPUT = 2
+GATE_FAILED = 3
 INTERRUPTED = 130
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="local Hugging Face folder, hub id or .gguf file")]
@@ -141,9 +142,9 @@ def ignore_signals() -> None:
 
 
 def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
-    """Print an error's message alone and exit with status 2 for bad input, 1 for a run that can go on later.
+    """Print an error's message alone and exit with status 2 for bad input, 1 for a run that can be resumed later.
 
-    An interrupted one exits with 130.
+    A pipeline whose gate lets nothing through exits with 3, whatever was interrupted with 130.
     """
 
     @wraps(command)
@@ -155,7 +156,7 @@ def explains_bad_input(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(BAD_INPUT) from None
         except RunFailed as error:
             error_console.print(f"distprune: {error}", style="red", markup=False, highlight=False)
-            raise typer.Exit(FAILED) from None
+            raise typer.Exit(GATE_FAILED if isinstance(error, GateFailed) else FAILED) from None
         except KeyboardInterrupt:
             ignore_signals()
             error_console.print("distprune: interrupted. The same command goes on from what was done.", style="red")
@@ -551,6 +552,40 @@ def status(
         print(json.dumps(asdict(found)))
     else:
         output_console.print(status_lines(found), highlight=False, markup=False)
+
+
+@app.command()
+@explains_bad_input
+def pipeline(
+    config: Annotated[Path, typer.Argument(metavar="PIPELINE.YAML", help="the pipeline's configuration")],
+    as_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
+    log_format: Annotated[
+        LogFormatName, typer.Option(help="progress on stderr: for people, or a JSON object for each event")
+    ] = LogFormatName.text,
+    restart: Annotated[bool, typer.Option("--restart", help="do every step anew")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything and tell which steps would be done")
+    ] = False,
+) -> None:
+    """Calibrate, prune at several sparsities, evaluate, and publish what passes a gate. For schedulers.
+
+    What has not changed is not done again, and an interrupted pipeline resumes. Exits with 0 where something passes,
+    3 where nothing does, 2 for bad input, 1 where it failed and 130 where it was interrupted.
+    """
+    from distprune.engine.harmless import harmless
+    from distprune.engine.log import json_lines
+    from distprune.reporting.pipeline_tables import print_summary
+
+    def tell(summary: Any) -> None:
+        with harmless("standard output"):
+            if as_json:
+                print(summary.to_json(), flush=True)
+            else:
+                print_summary(output_console, summary)
+
+    is_text = log_format == LogFormatName.text
+    with nullcontext() if is_text else json_lines(sys.stderr):
+        api.pipeline(config, restart=restart, dry_run=dry_run, progress=display if is_text else None, on_summary=tell)
 
 
 def main() -> None:

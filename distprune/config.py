@@ -177,7 +177,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> PruneConfig:
     Raises:
         InputError: the file is missing or no YAML mapping, or an option is unknown, missing or out of range.
     """
-    settings = {} if path is None else _read_yaml(path)
+    settings = {} if path is None else read_yaml(path)
     given = {name: value for name, value in overrides.items() if value is not None}
     merged = {**settings, **given}
     for group in ("options", "distill"):
@@ -219,11 +219,16 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
+    """The mapping in a YAML file, which the option named.
+
+    Raises:
+        InputError: the file is missing, or holds something else.
+    """
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror}). Check --config.") from None
+        raise InputError(f"{path}: can't be read ({error.strerror}). Check {option}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is not valid YAML: {error}") from None
     if not isinstance(settings, dict):

@@ -17,6 +17,17 @@ class RunFailed(RuntimeError):
     """
 
 
+class GateFailed(RunFailed):
+    """No result of a pipeline is as good as its gate asks; nothing was published. ``summary`` is the pipeline's.
+
+    The command line exits with status 3.
+    """
+
+    def __init__(self, message: str, summary: object):
+        super().__init__(message)
+        self.summary = summary
+
+
 class WorkersLost(RunFailed):
     """A task lost worker after worker: with fewer workers the same run may go on."""
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from local_s3 import serving_s3
 from ray.actor import ActorHandle
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -229,6 +230,14 @@ def run(ray_cluster, dense_path, calibrate, tmp_path_factory) -> Callable[..., t
 def pruned(run) -> tuple[Path, RunRecord]:
     """The Llama at a sparsity of 0.3, in several shards, by one worker."""
     return run(sparsity=0.3, max_shard_size=60_000)
+
+
+@pytest.fixture(scope="session")
+def s3_environment():
+    """An S3 on this machine; variables that say where it is, which this process has too."""
+    pytest.importorskip("s3fs")
+    with serving_s3() as environment:
+        yield environment
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def read_source(source: str | Path, field: str | None = None) -> TextSource:
     split being "train" unless given. Raises InputError when there is no such source, or no text in it.
     """
     if is_url(source):
-        source = _fetched(source)
+        source = fetched(source)
     path = Path(source).expanduser()
     if path.is_dir():
         raise InputError(f"{source}: is a directory; name the text files in it one by one.")
@@ -77,7 +77,7 @@ def read_source(source: str | Path, field: str | None = None) -> TextSource:
     return found
 
 
-def _fetched(url: str | Path) -> Path:
+def fetched(url: str | Path) -> Path:
     """A copy of a file in an object store. Raises InputError when there is none."""
     try:
         return local_copy(location(url))
@@ -87,7 +87,7 @@ def _fetched(url: str | Path) -> Path:
 
 def read_text(path: str | Path) -> str:
     """The whole of a UTF-8 text file, which may be compressed. Raises InputError when it is missing or no such file."""
-    path = _fetched(path) if is_url(path) else Path(path)
+    path = fetched(path) if is_url(path) else Path(path)
     content = _content(path)
     try:
         # Surrogates too are encoded by some programs.
@@ -267,7 +267,7 @@ def _rows(table: pa.Table, name: str) -> Iterator[tuple[str, Mapping]]:
 
 
 def _dataset_records(source: str, field: str | None) -> Iterator[tuple[str, Mapping]]:
-    _refuse_missing_file(source)
+    refuse_missing_file(source)
     name, config, split = (*source.split(":", 2), "", "")[:3]
     try:
         import datasets
@@ -286,7 +286,7 @@ def _dataset_records(source: str, field: str | None) -> Iterator[tuple[str, Mapp
     return _rows(dataset.select_columns(list(columns)).with_format("arrow")[:], source)
 
 
-def _refuse_missing_file(source: str) -> None:
+def refuse_missing_file(source: str) -> None:
     """Say at once that a file is missing, in place of asking the hub for a dataset of that name."""
     path = Path(source)
     endings = (*_PROSE, *_JSON, *_PARQUET, *_SEPARATORS, *_PACKED)

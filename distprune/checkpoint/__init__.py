@@ -23,6 +23,7 @@ from distprune.checkpoint.remote import fetch_model
 from distprune.checkpoint.side_files import copy_side_files
 from distprune.checkpoint.sources import is_hub_id, refuse_revision, resolve_model
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
+from distprune.checkpoint.upload import check_destination, read_published, upload_folder
 from distprune.checkpoint.writer import ShardWriter
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "WrittenFile",
+    "check_destination",
     "check_free_space",
     "copy_side_files",
     "describe",
@@ -53,10 +55,12 @@ __all__ = [
     "publish",
     "published_mark",
     "read_names",
+    "read_published",
     "read_tensor",
     "read_tensors",
     "refuse_revision",
     "resolve_model",
+    "upload_folder",
     "write_tensors",
     "write_text",
 ]

@@ -1,0 +1,234 @@
+"""Putting a finished checkpoint where its users open it: a folder, an object store, or the Hugging Face hub.
+
+Whoever opens the destination finds the old checkpoint, the new one or none, and never a part of one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+from fsspec.core import url_to_fs
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from distprune.checkpoint.disk import check_free_space
+from distprune.checkpoint.layout import CONFIG_FILE
+from distprune.checkpoint.publish import hold_lock, prepare_output, publish
+from distprune.errors import InputError, RunFailed, StorageFailed
+
+# Lies in an object store beside a checkpoint of which not all files are there yet.
+UNFINISHED = "distprune_upload_unfinished"
+HUB = "hf"
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+# What an older checkpoint on the hub may have that a newer one lacks; a model card or a licence stays.
+STALE_ON_HUB = ["*.safetensors", "*.safetensors.index.json", "modeling_*.py", "configuration_*.py"]
+
+
+def upload_folder(folder: Path, destination: str, *, overwrite: bool = False, private: bool = True) -> None:
+    """Copy a checkpoint folder to a destination.
+
+    Args:
+        folder: the checkpoint.
+        destination: a local folder, ``hf://ORGANIZATION/NAME``, or the URL of a folder that fsspec knows how to reach,
+            such as ``s3://BUCKET/FOLDER``.
+        overwrite: replace a checkpoint that is there.
+        private: a repository on the hub that has to be made is private.
+
+    Raises:
+        InputError: the destination is no such thing, or is taken.
+        StorageFailed: it could not be reached; what was there may be gone, but no part of a checkpoint opens.
+    """
+    check_destination(destination, overwrite)
+    with reaching(destination, StorageFailed):
+        match scheme_of(destination):
+            case "file":
+                to_folder(folder, local_path(destination), overwrite)
+            case "hf":
+                to_hub(folder, destination, private)
+            case _:
+                to_storage(folder, destination)
+
+
+def check_destination(destination: str, overwrite: bool = False) -> None:
+    """See that a checkpoint can be put there, as far as can be told without doing so.
+
+    Raises:
+        InputError: the destination is malformed, taken or out of reach, or a package or a token for it is missing.
+    """
+    scheme = scheme_of(destination)
+    if scheme == "file":
+        prepare_output(local_path(destination), overwrite)
+        return
+    if scheme == HUB:
+        check_hub(destination)
+    else:
+        check_package(destination, scheme)
+    with reaching(destination, InputError):
+        if scheme in PACKAGES:
+            check_bucket(destination)
+        names = names_at(destination)
+        if names and UNFINISHED not in names:
+            check_taken(destination, names, overwrite)
+
+
+def read_published(destination: str, name: str) -> bytes | None:
+    """A file of the checkpoint at a destination; None where there is no such file, or no whole checkpoint.
+
+    Raises:
+        InputError: the destination can't be reached.
+    """
+    scheme = scheme_of(destination)
+    with reaching(destination, InputError):
+        if scheme == "file":
+            file = local_path(destination) / name
+            return file.read_bytes() if file.is_file() and (file.parent / CONFIG_FILE).is_file() else None
+        names = names_at(destination)
+        if not {CONFIG_FILE, name} <= names or UNFINISHED in names:
+            return None
+        if scheme == HUB:
+            return Path(HfApi().hf_hub_download(repository_of(destination), name)).read_bytes()
+        storage, root = url_to_fs(destination)
+        return storage.cat_file(f"{root.rstrip('/')}/{name}")
+
+
+# ------------------------------------------------------------------ where it goes
+
+
+def scheme_of(destination: str) -> str:
+    """What stands before ``://``; "file" of a local path."""
+    return destination.partition("://")[0] if "://" in destination else "file"
+
+
+def local_path(destination: str) -> Path:
+    path = unquote(urlsplit(destination).path) if destination.startswith("file://") else destination
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+def repository_of(destination: str) -> str:
+    return destination.removeprefix(f"{HUB}://").rstrip("/")
+
+
+def names_at(destination: str) -> set[str]:
+    """The files at a destination outside this machine, as paths relative to it."""
+    if scheme_of(destination) == HUB:
+        try:
+            return set(HfApi().list_repo_files(repository_of(destination))) - {".gitattributes"}
+        except RepositoryNotFoundError:
+            return set()
+    storage, root = url_to_fs(destination)
+    storage.invalidate_cache()
+    return {path.removeprefix(root.rstrip("/")).lstrip("/") for path in storage.find(root)}
+
+
+def check_hub(destination: str) -> None:
+    repository = repository_of(destination)
+    try:
+        validate_repo_id(repository)
+    except ValueError as error:
+        raise InputError(f"{destination}: is no repository ({error}). Write hf://ORGANIZATION/NAME.") from None
+    if get_token() is None:
+        raise InputError(f"{destination}: the hub asks for a token. Set HF_TOKEN, or log in with `hf auth login`.")
+
+
+def check_package(destination: str, scheme: str) -> None:
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        package = PACKAGES.get(scheme)
+        fix = f"Run `pip install {package}`." if package else f"{error}."
+        raise InputError(f"{destination}: a package that reaches {scheme}:// is missing. {fix}") from None
+    except ValueError:
+        raise InputError(
+            f"{destination}: {scheme}:// is unknown. Give a folder, s3://..., gs://... or hf://ORGANIZATION/NAME."
+        ) from None
+
+
+def check_bucket(destination: str) -> None:
+    storage, root = url_to_fs(destination)
+    bucket = root.partition("/")[0]
+    if not storage.exists(bucket):
+        raise InputError(f"{destination}: there is no bucket '{bucket}' that these credentials may see. Make it first.")
+
+
+def check_taken(destination: str, names: set[str], overwrite: bool) -> None:
+    if scheme_of(destination) == HUB and CONFIG_FILE not in names:
+        return  # a repository that was made beforehand, with a model card perhaps, of which nothing is replaced
+    if not overwrite:
+        raise InputError(f"{destination} exists. Choose another destination, or allow overwriting it.")
+    if CONFIG_FILE not in names:
+        raise InputError(
+            f"{destination} is not overwritten: it holds files but no config.json, so it is not a checkpoint. "
+            "Choose another destination, or remove them yourself."
+        )
+
+
+@contextmanager
+def reaching(destination: str, failure: type[Exception]) -> Iterator[None]:
+    """What goes wrong inside, on the way to the destination or there, is that kind of failure."""
+    try:
+        yield
+    except (InputError, RunFailed, EntryNotFoundError):
+        raise
+    except Exception as error:  # every store's client has exceptions of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise failure(
+            f"{destination} can't be reached. Check the name, the network and the credentials, and give the same "
+            f"command again. What was said: {reason}"
+        ) from error
+
+
+# ------------------------------------------------------------------ the three ways
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """A checkpoint's files by path relative to it, config.json last: without it nothing opens a folder."""
+    found = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return found | {CONFIG_FILE: found.pop(CONFIG_FILE)}
+
+
+def to_folder(folder: Path, output: Path, overwrite: bool) -> None:
+    """Copied beside the output, and made visible by one rename."""
+    beside = output.with_name(f"{output.name}.publishing")
+    with hold_lock(beside):
+        shutil.rmtree(beside, ignore_errors=True)  # of an earlier attempt
+        check_free_space(output, sum(file.stat().st_size for file in files_of(folder).values()))
+        try:
+            shutil.copytree(folder, beside)
+            publish(beside, output, overwrite)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def to_storage(folder: Path, destination: str) -> None:
+    """An object store knows no rename, so config.json comes last; of an older checkpoint it goes first."""
+    storage, root = url_to_fs(destination)
+    root, files = root.rstrip("/"), files_of(folder)
+    old = names_at(destination)
+    storage.pipe_file(f"{root}/{UNFINISHED}", b"This checkpoint is being uploaded.\n")
+    if CONFIG_FILE in old:
+        storage.rm_file(f"{root}/{CONFIG_FILE}")
+    for name in old - files.keys() - {UNFINISHED}:
+        storage.rm_file(f"{root}/{name}")
+    for name, file in files.items():
+        storage.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+        storage.put_file(str(file), f"{root}/{name}")
+    storage.rm_file(f"{root}/{UNFINISHED}")
+
+
+def to_hub(folder: Path, destination: str, private: bool) -> None:
+    """One commit: the hub shows all of it or nothing."""
+    hub, repository = HfApi(), repository_of(destination)
+    hub.create_repo(repository, private=private, exist_ok=True)
+    hub.upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        delete_patterns=STALE_ON_HUB,
+        commit_message=f"Upload {folder.name} with distprune",
+    )
