@@ -21,7 +21,7 @@ def prune_to_hub(config: PruneConfig, prune: Callable[[PruneConfig], RunRecord])
     """Prune into this machine's cache and upload the result; a call that could not upload it is resumed there.
 
     Raises:
-        InputError: the repository is taken or can't be reached; nothing has been done by then. Or what ``prune`` raises.
+        InputError: the repository is taken or can't be reached; nothing is done by then. Or what ``prune`` raises.
         StorageFailed: the upload failed; the same call repeats that alone.
     """
     repository = str(config.output)
