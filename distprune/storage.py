@@ -126,6 +126,8 @@ def fetch(file: UPath, target: Path) -> None:
 
 def upload(file: Path, target: UPath) -> None:
     """Copy a local file to an object, which appears whole or not at all."""
+    # For file systems that are no object stores, such as SFTP.
+    target.fs.makedirs(target.path.rpartition("/")[0], exist_ok=True)
     target.fs.put_file(str(file), target.path)
 
 
@@ -190,3 +192,8 @@ def objects_in(folder: UPath) -> list[UPath]:
     """All objects below a location, sorted; none where there is nothing."""
     found = folder.fs.find(folder.path)
     return [location(folder.fs.unstrip_protocol(path)) for path in sorted(found)]
+
+
+def files_in(folder: UPath) -> dict[str, UPath]:
+    """The same by their paths relative to the location."""
+    return {file.path.removeprefix(folder.path.rstrip("/")).lstrip("/"): file for file in objects_in(folder)}

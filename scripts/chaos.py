@@ -169,6 +169,7 @@ class Chaos:
             "--max-shard-size": 200_000,
             "--workers": self.random.choice(("1:1", "1:2", "1:2", "1:3")),
             "--weights": self.random.choice(("auto", "served")),
+            "--writes": self.random.choice(("auto", "auto", "driver")),
             "--device": "cpu",
             "--address": self.scene.cluster.address,
         }

@@ -16,7 +16,7 @@ from distprune.checkpoint.durable import sync, sync_tree, write_text
 from distprune.checkpoint.layout import CONFIG_FILE
 from distprune.checkpoint.lease import Held, hold_lease, is_held
 from distprune.errors import InputError
-from distprune.storage import is_remote, objects_in, remove_tree
+from distprune.storage import files_in, is_remote, objects_in, remove_tree
 
 # Seconds within which whoever asks `is_locked` has let go of the lock again.
 GLANCE = 1.0
@@ -163,9 +163,9 @@ def publish_objects(partial: UPath, output: UPath) -> None:
     write_text(work / BEGUN, "")
     (output / CONFIG_FILE).unlink(missing_ok=True)
     remove_tree(output)
-    files = objects_in(partial)
-    for file in sorted(files, key=lambda file: file.name == CONFIG_FILE):
-        output.fs.copy(file.path, (output / file.path.removeprefix(partial.path).lstrip("/")).path)
+    files = files_in(partial)
+    for name in sorted(files, key=CONFIG_FILE.__eq__):
+        output.fs.copy(files[name].path, (output / name).path)
     write_text(work / PUBLISHED, "")
 
 

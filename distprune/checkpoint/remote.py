@@ -13,7 +13,7 @@ from upath import UPath
 from distprune.checkpoint.disk import check_free_space
 from distprune.checkpoint.side_files import LEFT_OUT, WEIGHTS
 from distprune.errors import InputError
-from distprune.storage import cache_folder, content_key, fetch, objects_in
+from distprune.storage import cache_folder, content_key, fetch, files_in
 
 FETCHED_AT_ONCE = 8
 
@@ -25,7 +25,7 @@ def list_model(folder: UPath) -> dict[str, UPath]:
         InputError: there is nothing, or the store does not tell.
     """
     try:
-        found = {file.path.removeprefix(folder.path).lstrip("/"): file for file in objects_in(folder)}
+        found = files_in(folder)
     except Exception as error:  # the clients of stores share no base class
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{folder}: can't be listed ({reason}). Check the URL and your access to it.") from error

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import fsspec
-from fsspec.core import url_to_fs
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -22,11 +20,13 @@ from distprune.checkpoint.disk import check_free_space
 from distprune.checkpoint.layout import CONFIG_FILE
 from distprune.checkpoint.publish import hold_lock, prepare_output, publish
 from distprune.errors import InputError, RunFailed, StorageFailed
+from distprune.storage import files_in, location, upload
 
 # Lies in an object store beside a checkpoint of which not all files are there yet.
 UNFINISHED = "distprune_upload_unfinished"
 HUB = "hf"
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+# Stores whose URLs begin with a bucket.
+WITH_BUCKETS = ("s3", "s3a", "gs", "gcs")
 # What an older checkpoint on the hub may have that a newer one lacks; a model card or a licence stays.
 STALE_ON_HUB = ["*.safetensors", "*.safetensors.index.json", "modeling_*.py", "configuration_*.py"]
 
@@ -69,9 +69,9 @@ def check_destination(destination: str, overwrite: bool = False) -> None:
     if scheme == HUB:
         check_hub(destination)
     else:
-        check_package(destination, scheme)
+        location(destination)
     with reaching(destination, InputError):
-        if scheme in PACKAGES:
+        if scheme in WITH_BUCKETS:
             check_bucket(destination)
         names = names_at(destination)
         if names and UNFINISHED not in names:
@@ -94,8 +94,7 @@ def read_published(destination: str, name: str) -> bytes | None:
             return None
         if scheme == HUB:
             return Path(HfApi().hf_hub_download(repository_of(destination), name)).read_bytes()
-        storage, root = url_to_fs(destination)
-        return storage.cat_file(f"{root.rstrip('/')}/{name}")
+        return (location(destination) / name).read_bytes()
 
 
 # ------------------------------------------------------------------ where it goes
@@ -122,9 +121,7 @@ def names_at(destination: str) -> set[str]:
             return set(HfApi().list_repo_files(repository_of(destination))) - {".gitattributes"}
         except RepositoryNotFoundError:
             return set()
-    storage, root = url_to_fs(destination)
-    storage.invalidate_cache()
-    return {path.removeprefix(root.rstrip("/")).lstrip("/") for path in storage.find(root)}
+    return set(files_in(location(destination)))
 
 
 def check_hub(destination: str) -> None:
@@ -137,23 +134,10 @@ def check_hub(destination: str) -> None:
         raise InputError(f"{destination}: the hub asks for a token. Set HF_TOKEN, or log in with `hf auth login`.")
 
 
-def check_package(destination: str, scheme: str) -> None:
-    try:
-        fsspec.get_filesystem_class(scheme)
-    except ImportError as error:
-        package = PACKAGES.get(scheme)
-        fix = f"Run `pip install {package}`." if package else f"{error}."
-        raise InputError(f"{destination}: a package that reaches {scheme}:// is missing. {fix}") from None
-    except ValueError:
-        raise InputError(
-            f"{destination}: {scheme}:// is unknown. Give a folder, s3://..., gs://... or hf://ORGANIZATION/NAME."
-        ) from None
-
-
 def check_bucket(destination: str) -> None:
-    storage, root = url_to_fs(destination)
-    bucket = root.partition("/")[0]
-    if not storage.exists(bucket):
+    place = location(destination)
+    bucket = place.path.partition("/")[0]
+    if not place.fs.exists(bucket):
         raise InputError(f"{destination}: there is no bucket '{bucket}' that these credentials may see. Make it first.")
 
 
@@ -208,18 +192,15 @@ def to_folder(folder: Path, output: Path, overwrite: bool) -> None:
 
 def to_storage(folder: Path, destination: str) -> None:
     """An object store knows no rename, so config.json comes last; of an older checkpoint it goes first."""
-    storage, root = url_to_fs(destination)
-    root, files = root.rstrip("/"), files_of(folder)
-    old = names_at(destination)
-    storage.pipe_file(f"{root}/{UNFINISHED}", b"This checkpoint is being uploaded.\n")
-    if CONFIG_FILE in old:
-        storage.rm_file(f"{root}/{CONFIG_FILE}")
-    for name in old - files.keys() - {UNFINISHED}:
-        storage.rm_file(f"{root}/{name}")
+    place, files = location(destination), files_of(folder)
+    old = files_in(place)
+    (place / UNFINISHED).write_text("This checkpoint is being uploaded.\n")
+    (place / CONFIG_FILE).unlink(missing_ok=True)
+    for name in old.keys() - files.keys() - {UNFINISHED}:
+        old[name].unlink()
     for name, file in files.items():
-        storage.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
-        storage.put_file(str(file), f"{root}/{name}")
-    storage.rm_file(f"{root}/{UNFINISHED}")
+        upload(file, place / name)
+    (place / UNFINISHED).unlink()
 
 
 def to_hub(folder: Path, destination: str, private: bool) -> None:

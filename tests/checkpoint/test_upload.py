@@ -13,8 +13,10 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from distprune import storage
 from distprune.checkpoint import check_destination, read_published, upload, upload_folder
 from distprune.errors import InputError, StorageFailed
+from distprune.storage import location
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def test_a_half_uploaded_checkpoint_never_opens_and_the_next_attempt_completes_i
 ):
     old = make(tmp_path / "old", "old", ["model-7.safetensors"])
     upload_folder(old, "s3://models/a")
-    storage = fsspec.filesystem("s3")  # the one that uploads use
+    storage = location("s3://models/a").fs  # the one that uploads use
     put = storage.put_file
 
     def fail_at_last(source, target):
@@ -143,14 +145,14 @@ def test_a_missing_bucket_is_known_before_anything_is_sent(s3_environment):
 
 
 def test_a_missing_package_and_an_unknown_protocol_are_named(monkeypatch):
-    def missing(scheme):
-        raise ImportError(f"Install it to access {scheme}")
+    def missing(url, **_):
+        raise ImportError(f"Install a client to access {url}")
 
-    with pytest.raises(InputError, match=r"s4://b/a: s4:// is unknown"):
+    with pytest.raises(InputError, match=r"s4://b/a: Unsupported filesystem: 's4'"):
         check_destination("s4://b/a")
-    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
-    for scheme, package in {"s3": "s3fs", "gs": "gcsfs"}.items():
-        with pytest.raises(InputError, match=rf"{scheme}://b/a: a package .* Run `pip install {package}`"):
+    monkeypatch.setattr(storage, "UPath", type("UPath", (), {"__new__": lambda _, url, **__: missing(url)}))
+    for scheme in ("s3", "gs"):
+        with pytest.raises(InputError, match=rf"{scheme}://b/a: .* pip install 'distprune\[{scheme}\]'"):
             check_destination(f"{scheme}://b/a")
 
 

@@ -10,7 +10,6 @@ import time
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from distprune import status
 from distprune.storage import copy, location, objects_in
@@ -26,19 +25,9 @@ def digests_in(folder) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def bucket():
-    """A bucket of a server here, which the environment names for whoever opens an s3:// URL."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="models")
-        yield location("s3://models")
-    server.stop()
+def bucket(s3_environment):
+    boto3.client("s3").create_bucket(Bucket="shared")
+    return location("s3://shared")
 
 
 def command(model, output, calibration, *more: str) -> list[str]:
@@ -78,4 +67,4 @@ def test_from_s3_to_s3_by_two_workers_interrupted_and_resumed(
     assert objects_in(bucket / "pruned.partial") == []
     again = subprocess.run(pruning, capture_output=True, text=True, timeout=240, check=False)
     assert again.returncode == 2
-    assert "s3://models/pruned exists" in again.stderr
+    assert "s3://shared/pruned exists" in again.stderr

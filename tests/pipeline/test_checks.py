@@ -31,7 +31,7 @@ from distprune.pipeline import contents
         ({"sparsities": [0.3, 0.99], "prune": {"method": "olica"}}, r"olica at 99%: sparsity 0\.99 can't be reached"),
         ({"prune": {"method": "olica", "options": {"k": "many"}}}, r"option 'k' of method olica"),
         ({"publish": {"to": "s3://no-such-bucket/m"}}, r"publish: s3://no-such-bucket/m: there is no bucket"),
-        ({"publish": {"to": "ftps3://x/m"}}, r"publish: ftps3://x/m: ftps3:// is unknown"),
+        ({"publish": {"to": "ftps3://x/m"}}, r"publish: ftps3://x/m: Unsupported filesystem"),
         ({"publish": {"to": "hf://org"}}, r"publish: hf://org: the hub asks for a token\. Set HF_TOKEN"),
         ({"publish": {"to": "hf://a/b/c"}}, r"publish: hf://a/b/c: is no repository"),
         ({"publish": {"to": "WORK/out"}}, r"publish\.to: '.*work/out' is, holds or lies in work"),
