@@ -213,7 +213,7 @@ def evaluate(
     batch_size: int = 16,
     device: str = "auto",
     dtype: str = "auto",
-    workers: int | None = None,
+    workers: int | str | None = None,
     threads_per_worker: int = 1,
     gpus_per_worker: float | None = None,
     address: str | None = None,
@@ -234,7 +234,8 @@ def evaluate(
         sequence_length: tokens of each window of the text.
         max_tokens: use the text's first tokens only.
         batch_size: windows, or requests of a task, in one forward pass.
-        workers: spread each model's work over so many Ray actors, which all hold it; by default it is done here.
+        workers: spread each model's work over so many Ray actors, or "MIN:MAX" where the cluster is to grow, which all
+            hold it; by default it is done here.
         threads_per_worker: CPU threads of each.
         gpus_per_worker: GPUs that each asks Ray for; 1 on "cuda" by default.
         address: the Ray cluster to join; by default RAY_ADDRESS, or a local one.

@@ -482,7 +482,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="windows, or a task's requests, in one forward pass")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help=DTYPES)] = "auto",
-    workers: Annotated[Optional[int], typer.Option(help="Ray actors that share each model's work [none]")] = None,
+    workers: Annotated[
+        Optional[str], typer.Option(metavar="MAX|MIN:MAX", help="Ray actors that share each model's work [none]")
+    ] = None,
     threads_per_worker: Annotated[int, typer.Option(help="CPU threads of each worker")] = 1,
     gpus_per_worker: GpusPerWorker = None,
     address: Address = None,

@@ -147,8 +147,8 @@ class WeightAccess:
             return False
         if problem:
             raise InputError(
-                f"{self.model.checkpoint.path} {problem}. Let every node see the driver's folder under that path, "
-                "or leave --weights at auto, which serves nodes that don't."
+                f"{self.model.checkpoint.weight_files[0].parent} {problem}. Let every node see the driver's folder "
+                "under that path, or leave --weights at auto, which serves nodes that don't."
             )
         return True
 
@@ -156,8 +156,8 @@ class WeightAccess:
         """What is wrong with the folder here; the same path may hold another model on another machine."""
         try:
             found = self.model.checkpoint.fingerprint()
-        except (OSError, ValueError) as error:
-            return f"can't be read ({error})"
+        except Exception as error:  # the clients of object stores share no base class
+            return f"can't be read ({' '.join(str(error).split())})"
         return None if found == self.content else "holds another model than it does on the driver's node"
 
     def _may_be_served(self) -> bool:

@@ -8,10 +8,19 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from distprune.config import DistillConfig, load_config, read_yaml, switch
+from distprune.config import DistillConfig, check_range, load_config, read_yaml, switch
 from distprune.errors import InputError
 
 # Options of a pruning run that have a place of their own in a pipeline.
@@ -105,7 +114,9 @@ class EvaluateConfig(Section):
     limit: float | None = Field(None, gt=0, description="use each task's first samples only")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    workers: int | None = Field(None, ge=1, description="Ray workers to evaluate on; by default this process")
+    workers: Annotated[int, Field(ge=1)] | Annotated[str, AfterValidator(check_range)] | None = Field(
+        None, description="Ray workers to evaluate on, at most, or 'MIN:MAX'; by default this process"
+    )
 
     @model_validator(mode="after")
     def _something(self) -> EvaluateConfig:

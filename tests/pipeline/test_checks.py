@@ -15,7 +15,7 @@ from distprune.pipeline import contents
     ("changes", "message"),
     [
         ({"model": "./none"}, r"none does not exist\. Give a checkpoint folder"),
-        ({"revision": "main"}, r"is local, so it has no revision main\. Leave the revision out"),
+        ({"revision": "main"}, r"is not on the hub, so it has no revision main\. Leave the revision out"),
         ({"calibration": "none.arrow"}, r"none\.arrow: no such calibration set"),
         ({"calibration": {"text": "none.txt"}}, r"none\.txt: no such file"),
         ({"calibration": {"samples": 2, "sequence_length": 65}}, r"calibrate: .*65"),
@@ -24,7 +24,7 @@ from distprune.pipeline import contents
         ({"evaluate": {"text": "TEXT", "sequence_length": 65}}, r"evaluate: .*65"),
         (
             {"evaluate": {"text": "TEXT", "max_tokens": 20, "sequence_length": 32}},
-            r"evaluate: .*text\.txt has 20 tokens",
+            r"evaluate: .*text\.txt: has 20 tokens",
         ),
         ({"evaluate": {"tasks": ["arc_eazy"]}}, r"evaluate: --tasks arc_eazy: lm-eval has no such task"),
         ({"prune": {"method": "magic"}}, r"method 'magic' does not exist"),

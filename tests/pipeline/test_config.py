@@ -55,7 +55,7 @@ def test_a_range_of_workers_is_a_text_and_not_a_number_of_base_60(load):
         ({"sparsty": 1}, r"'sparsty' is not an option\. Options: model, revision, work, .*trust_remote_code\.$"),
         ({"work": None}, r"option 'work' is None: "),
         ({"evaluate": {}}, r"evaluate: give a text, tasks or both\."),
-        ({"evaluate": {"txt": "t"}}, r"evaluate: 'txt' is not an option\. Options: text, sequence_length"),
+        ({"evaluate": {"txt": "t"}}, r"evaluate: 'txt' is not an option\. Options: text, field, sequence_length"),
         (
             {"evaluate": {"text": "t", "sequence_length": 1}},
             r"option 'evaluate\.sequence_length' is 1: .*than or equal",
