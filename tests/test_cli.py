@@ -204,7 +204,7 @@ def test_a_missing_calibration_set_is_refused(assert_refused, tmp_path):
         (["--dtype", "int8"], ["option 'dtype' is 'int8'", "'bfloat16'"]),
         (["--threads-per-worker", 1000], ["no worker fits on any node", "Lower --threads-per-worker"]),
         (["--config", "none.yaml"], ["none.yaml: can't be read", "Check --config"]),
-        (["--revision", "main"], ["is local", "Leave the revision out"]),
+        (["--revision", "main"], ["is not on the hub", "Leave the revision out"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) and str(value[0]).startswith("--") else "",
 )

@@ -115,7 +115,7 @@ def test_two_models_are_evaluated_from_the_command_line(evaluate, model_path, tm
         ([], "nothing to evaluate; give --text, --tasks or --speed."),
         (["--speed", "--speed-batches", "1,x"], "--speed-batches 1,x: write numbers of sequences, as in 1,16."),
         (["--text", "none.jsonl"], "none.jsonl: no such file."),
-        (["--text", "none.jsonl", "--revision", "v1"], "is local, so it has no revision v1. Leave the revision out."),
+        (["--text", "none.jsonl", "--revision", "v1"], "is not on the hub, so it has no revision v1. Leave the revision out."),
     ],
 )
 def test_bad_input_is_one_message(evaluate, model_path, options, message):
