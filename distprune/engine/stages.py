@@ -200,7 +200,7 @@ def merge_shards(
     def submit() -> None:
         if waiting:
             shard = waiting.popleft()
-            pool.submit(partial(receive, shard), "merge", list(shards[shard]))
+            pool.submit(partial(receive, shard), "merge", tuple(shards[shard]))
 
     def receive(shard: str, written: WrittenFile | None) -> None:
         if written is None:

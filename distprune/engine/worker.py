@@ -151,7 +151,7 @@ class Worker:
         tensors = self.tasks.checkpoint.read([name])
         return pack(tensors[name]) if self._parts is None else self._parts.write(tensors)
 
-    def merge(self, parts: list[str]) -> WrittenFile | None:
+    def merge(self, parts: tuple[str, ...]) -> WrittenFile | None:
         """Merge the files of parts into that of a shard. None: they are not seen here, or are no longer there."""
         if self._parts is None:
             return None

@@ -40,7 +40,7 @@ def measure(model: str, settings: EvaluateConfig, address: str | None, trust_rem
         device=settings.device,
         dtype=settings.dtype,
         workers=settings.workers,
-        address=address,
+        address=address if settings.workers else None,
         trust_remote_code=trust_remote_code,
     )
     return Measured(found.perplexity and found.perplexity.perplexity, found.tasks)

@@ -97,7 +97,7 @@ def test_a_run_that_fills_the_disk_says_so_and_goes_on_when_there_is_room(prune_
     output = tmp_path / "pruned"
     fill_at(name)
     with pytest.raises(RunFailed) as failure:
-        prune_here(output)
+        prune_here(output, writes="driver")
     message = (
         rf".*{name}.*: No space left on device\. Free some space there; the same command goes on from what was done\."
     )
@@ -106,7 +106,7 @@ def test_a_run_that_fills_the_disk_says_so_and_goes_on_when_there_is_room(prune_
     DISK.free()
     prune_here(output)
     assert os.listdir(tmp_path) == ["pruned"]
-    prune_here(tmp_path / "undisturbed")
+    prune_here(tmp_path / "undisturbed", writes="driver")
     assert digests(output) == digests(tmp_path / "undisturbed")
 
 
@@ -187,7 +187,7 @@ def test_a_worker_that_lacks_room_is_the_same(ray_cluster):
 
 def test_while_a_write_stalls_workers_go_on_and_the_log_tells(run, digests, monkeypatch, caplog):
     """The third pruned layer takes seconds to be written; what the workers have begun ends meanwhile."""
-    options = {"sparsity": 0.3, "propagation": 1, "workers": 2}
+    options = {"sparsity": 0.3, "propagation": 1, "workers": 2, "writes": "driver"}
     pools, ended = [], []
     init = WorkerPool.__init__
 

@@ -68,7 +68,7 @@ def test_every_call_and_every_stage_is_there_once(log):
     ended = [line for line in log if line["event"] == "call ended"]
     assert all(line["seconds"] > 0 and line["node"] and line["worker"] in (0, 1) for line in ended)
     done = [line["stage"] for line in log if line["event"] == "stage done"]
-    assert done == ["Checking weights", "Dense pass", "Pruning", "Assembling"]
+    assert done == ["Checking weights", "Dense pass", "Pruning", "Copying embedding and head", "Assembling"]
     assert {line["worker"] for line in log if line["event"] == "worker asked for"} == {0, 1}
 
 
