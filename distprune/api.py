@@ -277,23 +277,10 @@ def evaluate(
     if workers is None:
         return evaluate_models(found, options)
 
-    from distprune.config import load_config
-    from distprune.engine.evaluators import spread
+    from distprune.engine.evaluators import spread, workers_asked_for
 
-    # Workers are asked for as those of a run are; an evaluation has no output.
-    asked = {
-        "model": names[0],
-        "output": "none",
-        "device": device,
-        "dtype": dtype,
-        "micro_batch": batch_size,
-        "workers": workers,
-        "threads_per_worker": threads_per_worker,
-        "gpus_per_worker": gpus_per_worker,
-        "address": address,
-        "trust_remote_code": trust_remote_code,
-    }
-    return evaluate_models(found, options, spread(load_config(None, asked)))
+    asked = workers_asked_for(options.loading, workers, address, threads_per_worker, gpus_per_worker)
+    return evaluate_models(found, options, spread(asked))
 
 
 def pipeline(

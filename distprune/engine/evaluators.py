@@ -21,7 +21,7 @@ from torch import Tensor
 from distprune.calibration.model import load_config as load_model_config
 from distprune.checkpoint.fingerprint import compute_fingerprint
 from distprune.checkpoint.hub import HubModel
-from distprune.config import PruneConfig
+from distprune.config import PruneConfig, load_config
 from distprune.engine.cluster import alive_nodes, connected, plan_workers
 from distprune.engine.driver import PATIENCE
 from distprune.engine.memory import PeakMemory, peak_memory
@@ -88,6 +88,33 @@ def cached_from(folder: Path) -> dict[str, str] | None:
 
 
 # ---------------------------------------------------------------- the driver's side
+
+
+def workers_asked_for(
+    loading: Loading,
+    workers: int | str,
+    address: str | None,
+    threads_per_worker: int = 1,
+    gpus_per_worker: float | None = None,
+) -> PruneConfig:
+    """The workers of an evaluation, which are asked for as those of a run are, without its model and output.
+
+    Raises:
+        InputError: an option is out of range.
+    """
+    asked = {
+        "model": "none",
+        "output": "none",
+        "device": loading.device,
+        "dtype": loading.dtype,
+        "micro_batch": loading.batch_size,
+        "workers": workers,
+        "threads_per_worker": threads_per_worker,
+        "gpus_per_worker": gpus_per_worker,
+        "address": address,
+        "trust_remote_code": loading.trust_remote_code,
+    }
+    return load_config(None, asked)
 
 
 @contextmanager

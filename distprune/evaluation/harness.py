@@ -24,8 +24,8 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distprune.errors import InputError
+from distprune.evaluation.answering import Answering, Loading
 from distprune.evaluation.environment import environment
-from distprune.evaluation.scorer import Answering, Loading
 
 # lm-eval's own, which it sets once; set before each batch, sampled text depends on nothing but the batch.
 SEED = 1234

@@ -5,43 +5,21 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from distprune.calibration.model import load_model
+from distprune.evaluation.answering import Answering, Loading
 from distprune.evaluation.perplexity import summed_loss
-from distprune.hardware import AUTO, name_of
+from distprune.hardware import name_of
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How a model is loaded and run; ``batch_size`` is that of lm-eval's requests and of windows."""
-
-    device: str = "auto"
-    dtype: str = AUTO
-    batch_size: int = 16
-    trust_remote_code: bool = False
-
-
-class Answering(Protocol):
-    """One model, here or on workers. A batch's answer depends on nothing but the batch."""
-
-    def dtype(self) -> str:
-        """The dtype that it computes in. Its weights are loaded by then."""
-        ...
-
-    def ask(self, question: str, batches: Sequence[Any]) -> list[Any]:
-        """The answers to one of :class:`Scorer`'s questions, in the order of the batches."""
-        ...
 
 
 class Scorer:

@@ -15,8 +15,9 @@ from torch import Tensor
 from distprune.calibration.model import load_config
 from distprune.calibration.sources import read_source
 from distprune.errors import InputError
+from distprune.evaluation.answering import Answering, Loading
 from distprune.evaluation.perplexity import PerplexityResult, check_counts, perplexity_result, read_windows
-from distprune.evaluation.scorer import Answering, Loading, scored_here
+from distprune.evaluation.scorer import scored_here
 from distprune.evaluation.speed import Speed, SpeedOptions, check_speed, measure_speeds
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from distprune.calibration.model import check_sequence_length, input_device, load_model
 from distprune.errors import InputError
+from distprune.evaluation.answering import Loading
 from distprune.evaluation.environment import environment
-from distprune.evaluation.scorer import Loading
 from distprune.hardware import name_of
 from distprune.modeling import CACHE
 from distprune.resident import peak_resident

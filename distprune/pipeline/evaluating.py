@@ -28,7 +28,7 @@ class Evaluate(Step):
             surroundings.connect()
         with bar:
             bar.stage("Evaluating", 1)
-            measured = measure(str(self.find().absolute()), self.settings, base.address, base.trust_remote_code)
+            measured = measure(self.find().absolute(), self.settings, base.address, base.trust_remote_code)
             bar.advance()
         return asdict(measured)
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distprune import api
-from distprune.evaluation import EvaluationOptions, Loading
+from distprune.engine.evaluators import spread, workers_asked_for
+from distprune.evaluation import EvaluationOptions, Loading, evaluate_models
 from distprune.evaluation.side_by_side import check_tasks, check_text
 from distprune.pipeline.config import EvaluateConfig
 
@@ -20,40 +20,41 @@ class Measured:
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-def measure(model: str, settings: EvaluateConfig, address: str | None, trust_remote_code: bool) -> Measured:
-    """The numbers of a model in a folder.
+def measure(folder: Path, settings: EvaluateConfig, address: str | None, trust_remote_code: bool) -> Measured:
+    """The numbers of a model.
 
     Raises:
         InputError: the model, the text or a task is unusable.
     """
-    (found,) = api.evaluate(
-        model,
-        settings.text,
-        field=settings.field,
-        tasks=settings.tasks,
-        include_path=settings.include_path,
-        num_fewshot=settings.num_fewshot,
-        limit=settings.limit,
-        sequence_length=settings.sequence_length,
-        max_tokens=settings.max_tokens,
-        batch_size=settings.batch_size,
-        device=settings.device,
-        dtype=settings.dtype,
-        workers=settings.workers,
-        address=address if settings.workers else None,
-        trust_remote_code=trust_remote_code,
-    )
+    options = options_of(settings, trust_remote_code)
+    workers = None
+    if settings.workers is not None:
+        workers = spread(workers_asked_for(options.loading, settings.workers, address))
+    (found,) = evaluate_models([(str(folder), folder)], options, workers)
     return Measured(found.perplexity and found.perplexity.perplexity, found.tasks)
 
 
-def check_measurable(settings: EvaluateConfig, model: Path, trust_remote_code: bool) -> None:
-    """See that a model in a folder, of which nothing but configuration and tokenizer is read, can be measured.
+def check_measurable(settings: EvaluateConfig, folder: Path, trust_remote_code: bool) -> None:
+    """See that a model, of which nothing but configuration and tokenizer is read, can be measured.
 
     Raises:
         InputError: it can't.
     """
-    asked = settings.model_dump(exclude={"batch_size", "device", "dtype", "workers"})
+    options = options_of(settings, trust_remote_code)
+    check_text([folder], options)
+    check_tasks([folder], options)
+
+
+def options_of(settings: EvaluateConfig, trust_remote_code: bool) -> EvaluationOptions:
     loading = Loading(settings.device, settings.dtype, settings.batch_size, trust_remote_code)
-    options = EvaluationOptions(**asked, loading=loading)
-    check_text([model], options)
-    check_tasks([model], options)
+    return EvaluationOptions(
+        text=settings.text,
+        field=settings.field,
+        sequence_length=settings.sequence_length,
+        max_tokens=settings.max_tokens,
+        tasks=settings.tasks,
+        include_path=settings.include_path,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        loading=loading,
+    )

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distprune import api
 from distprune.checkpoint import partial_directory
 from distprune.config import PruneConfig
-from distprune.engine import RunRecord, load_record
+from distprune.engine import Needs, RunRecord, load_record, prune
 from distprune.engine.cluster import alive_nodes, plan_workers
 from distprune.engine.journal import IDENTITY, fingerprint
 from distprune.engine.preflight import check_job
@@ -17,6 +16,7 @@ from distprune.engine.run_dtype import settle_dtype
 from distprune.engine.work import Work
 from distprune.errors import InputError
 from distprune.pipeline.step import Step, Surroundings
+from distprune.planning import worker_needs
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Prune(Step):
             work.remove()
             return result_of(load_record(self.config.output))
         restart = surroundings.restart or not was_begun(work, identity)
-        options = self.config.model_copy(update={"restart": restart}).model_dump()
-        return result_of(api.prune(**options, progress=surroundings.progress()))
+        config = self.config.model_copy(update={"restart": restart})
+        return result_of(prune(config, surroundings.progress(), lambda *job: Needs(*worker_needs(*job))))
 
     def is_there(self, result: Mapping[str, Any]) -> bool:
         return self._fingerprint_there() == result["fingerprint"]
