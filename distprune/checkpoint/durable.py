@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from distprune.checkpoint.headers import read_header
-from distprune.checkpoint.mishaps import failures_explained, stalls_told
+from distprune.checkpoint.mishaps import failures_explained, stalls_told, store_failures_explained
 from distprune.checkpoint.objects import read_objects
 from distprune.storage import is_remote, upload
 
@@ -46,7 +46,7 @@ def move(source: Path, target: Path) -> None:
     Of an object the store makes a copy, without its content passing through this machine.
     """
     if is_remote(target):
-        with stalls_told(target), failures_explained(target):
+        with stalls_told(target), store_failures_explained(target):
             target.fs.copy(source.path, target.path)
             source.unlink()
         return
@@ -85,7 +85,7 @@ def replacing(target: Path, scratch: Path | None = None) -> Iterator[Path]:
 def write_text(target: Path, text: str) -> None:
     """Write a UTF-8 file durably and atomically."""
     if is_remote(target):
-        with stalls_told(target), failures_explained(target):
+        with stalls_told(target), store_failures_explained(target):
             target.write_text(text, encoding="utf-8")
         return
     with replacing(target) as temporary:
@@ -98,9 +98,12 @@ def write_tensors(target: Path, tensors: Mapping[str, torch.Tensor], scratch: Pa
     `tensors` are contiguous CPU tensors that share no memory. What becomes an object passes through a local file.
     """
     if is_remote(target):
-        with TemporaryDirectory(prefix="distprune-upload-") as folder, stalls_told(target), failures_explained(target):
-            save_file(dict(tensors), file := Path(folder) / target.name, metadata={"format": "pt"})
-            upload(file, target)
+        with TemporaryDirectory(prefix="distprune-upload-") as folder:
+            file = Path(folder) / target.name
+            with failures_explained(file):
+                save_file(dict(tensors), file, metadata={"format": "pt"})
+            with stalls_told(target), store_failures_explained(target):
+                upload(file, target)
         return
     with replacing(target, scratch) as temporary:
         temporary.touch()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from upath import UPath
 
 from distprune.errors import StorageFailed
 
@@ -46,6 +47,22 @@ def failures_explained(target: Path) -> Iterator[None]:
         file = getattr(error, "filename2", None) or getattr(error, "filename", None) or target
         raise StorageFailed(
             f"{file}: {os.strerror(number)}. {MENDS[number]}; the same command goes on from what was done."
+        ) from error
+
+
+@contextmanager
+def store_failures_explained(target: UPath) -> Iterator[None]:
+    """Inside, `target` is written to an object store.
+
+    Raises:
+        StorageFailed: the store does not take it; names the object and the fix.
+    """
+    try:
+        yield
+    except Exception as error:  # the clients of stores share no base class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StorageFailed(
+            f"{target}: can't be written ({reason}). Check the network and your access to it; the same command resumes."
         ) from error
 
 

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from distprune import InputError, api, inspect, status
+from distprune import InputError, RunFailed, api, inspect, status
 from distprune.checkpoint import Checkpoint, lease, resolve_model
 from distprune.engine import relay, stages
 from distprune.storage import copy, location, objects_in
@@ -196,3 +196,22 @@ def test_a_lease_that_a_dead_run_left_is_taken_over(bucket, monkeypatch):
     began = time.monotonic()
     with lease.hold_lease(bucket / "lock"):
         assert time.monotonic() - began > 1
+
+
+def test_a_store_that_takes_no_more_ends_the_run_with_a_message_and_it_resumes(
+    prune_here, bucket, digests, monkeypatch, tmp_path
+):
+    put = MemoryFileSystem.put_file
+
+    def refuse(store, source, target, **options):
+        if "offered" in target:
+            raise PermissionError("ExpiredToken")
+        put(store, source, target, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "put_file", refuse)
+        with pytest.raises(RunFailed, match=r"offered: can't be written \(ExpiredToken\)\. Check the network"):
+            prune_here(bucket / "pruned")
+    prune_here(bucket / "pruned")
+    prune_here(tmp_path / "pruned")
+    assert digests_in(bucket / "pruned") == digests(tmp_path / "pruned")
