@@ -25,9 +25,14 @@ BEGUN, PUBLISHED = "publishing", "published"
 
 
 def partial_directory(output: Path | UPath) -> Path | UPath:
-    """Where a run works until its output is finished: `OUTPUT.partial`, beside the output."""
+    """Where a run works until its output is finished: `OUTPUT.partial`, beside the output.
+
+    InputError: the output is a whole bucket of an object store, beside which nothing can be.
+    """
     if not is_remote(output):
         output = Path(os.path.abspath(output))
+    elif "/" not in output.path.strip("/"):
+        raise InputError(f"{output}: is a whole bucket. Give a folder in it, as in {str(output).rstrip('/')}/pruned.")
     return output.with_name(f"{output.name}.partial")
 
 

@@ -141,6 +141,10 @@ def test_an_output_that_exists_or_is_no_checkpoint_is_refused_and_overwritten_wh
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"output": "memory://bucket"},
+            "memory://bucket: is a whole bucket. Give a folder in it, as in memory://bucket/pruned.",
+        ),
         ({"output": "nope://bucket/x"}, "nope://bucket/x: Unsupported filesystem"),
         (
             {"model": "memory://bucket/nothing"},
