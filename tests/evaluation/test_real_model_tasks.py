@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import ray
 from lm_eval_alone import lm_eval_alone
 from smollm2 import bundled_smollm2
 
@@ -73,11 +72,11 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_dense_and_pruned_stand_side_by_side(folder, tmp_path):
-    ray.shutdown()  # whatever earlier tests started: these runs start and stop their own
+def test_dense_and_pruned_stand_side_by_side(new_workers, folder, tmp_path):
     dense = resolve_model(str(bundled_smollm2()))
     pruned = tmp_path / "pruned"
-    distprune.prune(str(dense), pruned, sparsity=0.3, method="magnitude", workers=2, samples=16, sequence_length=64)
+    how = {"method": "magnitude", "workers": 2, "device": "cpu", "samples": 16, "sequence_length": 64}
+    distprune.prune(str(dense), pruned, sparsity=0.3, **how)
     text = tmp_path / "text.jsonl"
     lines = [f"The capital of {country} is {city}, and many people live there." for country, city in CAPITALS.items()]
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
