@@ -190,7 +190,8 @@ def remove_tree(folder: Path | UPath, last: Path | UPath | None = None) -> None:
 
 def objects_in(folder: UPath) -> list[UPath]:
     """All objects below a location, sorted; none where there is nothing."""
-    found = folder.fs.find(folder.path)
+    # A store that takes the path for a prefix would give FOLDER.partial too.
+    found = [path for path in folder.fs.find(folder.path) if path.startswith(f"{folder.path.rstrip('/')}/")]
     return [location(folder.fs.unstrip_protocol(path)) for path in sorted(found)]
 
 
