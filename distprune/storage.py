@@ -78,8 +78,13 @@ def local_folder(place: str | os.PathLike, option: str) -> Path:
     return Path(place)
 
 
+def as_text(place: Path | UPath) -> str:
+    """The path or URL that names a location."""
+    return str(place)
+
+
 #: A field of a pydantic model that holds a location, and is text in JSON.
-Location: TypeAlias = Annotated[Any, PlainValidator(location), PlainSerializer(str, return_type=str)]
+Location: TypeAlias = Annotated[Any, PlainValidator(location), PlainSerializer(as_text, return_type=str)]
 
 
 def cache_folder() -> Path:
