@@ -13,7 +13,8 @@ import yaml
 
 pytest.importorskip("aiohttp_cors", reason="needs ray[default]")
 
-from ray_nodes import RayNodes, wait_for
+from job_cluster import wait_for
+from ray_nodes import RayNodes
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_nodes import RayNodes, wait_for
+from job_cluster import wait_for
+from ray_nodes import RayNodes
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "preemption_notice.sh"
 TOKEN = "a-token"

@@ -9,12 +9,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
+from job_cluster import wait_for
 
 PATIENCE = 120  # seconds that anything may take, on a machine that does other work
 
@@ -78,16 +76,6 @@ class RayNodes:
             except psutil.NoSuchProcess:
                 continue
         node.wait()
-
-
-def wait_for(look: Callable[[], Any], holds: Callable[[Any], bool]) -> Any:
-    """What is seen, as soon as something holds of it."""
-    deadline, seen = time.monotonic() + PATIENCE, None
-    while time.monotonic() < deadline:
-        if holds(seen := look()):
-            return seen
-        time.sleep(0.2)
-    raise AssertionError(f"still not after {PATIENCE} s: {seen}")
 
 
 def free_ports(count: int) -> list[int]:
