@@ -1,0 +1,159 @@
+"""One decoder layer as a value: its parts, and the tensors beside them that are carried through.
+
+Everything that prunes is a function from one :class:`DecoderLayer` to another. Parts carry no tensor names: those are
+known to the model families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TypeVar
+
+from torch import Tensor
+
+from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x (.., in) -> x Wᵀ + b. ``weight`` is (out, in) as PyTorch stores it, ``bias`` (out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """x (.., in) -> x Rᵀ Lᵀ + b with ``right`` R (rank, in), ``left`` L (out, rank) and ``bias`` (out,) or None."""
+
+    right: Tensor
+    left: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.right.shape[0]
+
+
+Projection = Linear | LowRank
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Grouped-query attention.
+
+    d is the hidden size, h and g the numbers of query heads and KV groups, p and v the widths per head of queries and
+    keys and of values.
+    """
+
+    query_heads: int
+    kv_heads: int
+    query: Projection  # d -> h·p
+    key: Projection  # d -> g·p
+    value: Linear  # d -> g·v
+    output: Projection  # h·v -> d
+    # (g, p/2) integers, ascending: the original head's rotary pairs that each KV group has kept; None where all are.
+    rotary_pairs: Tensor | None = None
+
+    @property
+    def shape(self) -> AttentionShape:
+        return AttentionShape(
+            query_heads=self.query_heads,
+            kv_heads=self.kv_heads,
+            query_key_dim=outputs_of(self.query) // self.query_heads,
+            value_dim=outputs_of(self.value) // self.kv_heads,
+            query_rank=rank_of(self.query),
+            key_rank=rank_of(self.key),
+            output_rank=rank_of(self.output),
+            output_bias=self.output.bias is not None,
+        )
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A feed-forward network of f neurons, with a gate or without."""
+
+    gate: Linear | None  # d -> f
+    up: Linear  # d -> f
+    down: Linear  # f -> d
+    branch: LowRank | None = None  # d -> d, added to the network's output
+
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The projections that read the network's input."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+    @property
+    def shape(self) -> FeedForwardShape:
+        return FeedForwardShape(
+            width=outputs_of(self.up),
+            branch_rank=rank_of(self.branch),
+            down_bias=self.down.bias is not None,
+            is_gated=self.gate is not None,
+        )
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """A decoder layer: the parts that pruning knows, and everything else.
+
+    Attributes:
+        attention: None where it is of a kind that is not known (then its tensors are in ``rest``), or was removed.
+        ffn: likewise.
+        rest: tensors by their names in the layer's module that no part holds: norms, and what is carried through as
+            it is.
+    """
+
+    attention: Attention | None
+    ffn: FeedForward | None
+    rest: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape(self.attention and self.attention.shape, self.ffn and self.ffn.shape)
+
+    def to(self, *args, **kwargs) -> DecoderLayer:
+        """The same layer with every tensor moved or cast as ``torch.Tensor.to`` does; indices are only moved."""
+        return map_tensors(self, lambda tensor: _to(tensor, *args, **kwargs))
+
+
+def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """A layer, or a part of one, with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: map_tensors(each, change) for name, each in value.items()}
+    if is_dataclass(value):
+        return replace(value, **{own.name: map_tensors(getattr(value, own.name), change) for own in fields(value)})
+    return value
+
+
+def _to(tensor: Tensor, *args, **kwargs) -> Tensor:
+    if tensor.is_floating_point():
+        return tensor.to(*args, **kwargs)
+    device = tensor.new_empty(0).to(*args, **kwargs).device
+    return tensor.to(device, copy=kwargs.get("copy", False))
+
+
+def outputs_of(projection: Projection) -> int:
+    """How wide a projection's output is."""
+    return (projection.weight if isinstance(projection, Linear) else projection.left).shape[0]
+
+
+def rank_of(projection: Projection | None) -> int | None:
+    """The rank of a factored projection, None for any other."""
+    return projection.rank if isinstance(projection, LowRank) else None
+
+
+def slice_linear(linear: Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> Linear:
+    """The linear map of the given output ``rows`` (with their biases) and input ``columns``, 1-D index tensors."""
+    weight, bias = linear.weight, linear.bias
+    if rows is not None:
+        weight = weight.index_select(0, rows)
+        bias = None if bias is None else bias.index_select(0, rows)
+    if columns is not None:
+        weight = weight.index_select(1, columns)
+    return Linear(weight.contiguous(), bias)
