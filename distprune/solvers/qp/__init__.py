@@ -1,1 +1,1 @@
-"""Quadratic programs over boxes with a budget, solved by accelerated projected gradients; and what they are used for."""
+"""Quadratic programs over boxes with a budget, solved by accelerated projected gradients."""
