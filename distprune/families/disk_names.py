@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from distprune.checkpoint import Checkpoint
 from distprune.errors import InputError
 from distprune.families.language_model import language_config, language_part, whole_model
+from distprune.families.renaming import Loaded, loaded_by
 
 #: Buffers that old checkpoints carry although they are computed when the model is built.
 COMPUTED = ("rotary_emb.inv_freq", ".attention.bias", ".attn.bias", ".masked_bias")
@@ -35,8 +34,8 @@ class DiskNames:
     """
 
     stored: Mapping[str, str]
-    carried: tuple[str, ...] = ()
-    converted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    carried: Sequence[str] = ()
+    converted: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def on_disk(self, name: str) -> str:
         """The name on disk of a tensor in the module tree, of one that pruning adds too.
@@ -63,8 +62,7 @@ class DiskNames:
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> DiskNames:
         """The names that :meth:`to_json` said."""
-        converted = {name: tuple(parts) for name, parts in said["converted"].items()}
-        return cls(said["stored"], tuple(said["carried"]), converted)
+        return cls(**said)
 
     @cached_property
     def _trees(self) -> dict[str, str]:
@@ -97,45 +95,28 @@ def disk_names(model: PreTrainedModel, checkpoint: Checkpoint) -> DiskNames:
     _, is_part = language_config(checkpoint.config)
     is_alone = is_part and type(model.config) is not type(checkpoint.config)
     whole = whole_model(checkpoint.config) if is_alone else model
-    place = language_part(whole, model) if is_part else {name: name for name in model.state_dict()}
-    tree = {name: tensor for name, tensor in model.state_dict().items() if is_alone or name in place}
-    stored: dict[str, str] = {}
-    converted: dict[str, list[str]] = {}
-    carried = []
-    for name, targets, is_converted in loaded_as(whole, checkpoint.tensors):
-        ours = [place[target] for target in targets if target in place]
-        if ours and not is_converted and ours[0] not in stored:
-            stored[ours[0]] = name
-        elif targets or not name.endswith(COMPUTED):
-            carried.append(name)
-            for target in ours if is_converted else ():
-                converted.setdefault(target, []).append(name)
-    _add_tied(stored, model)
-    names = DiskNames(stored, tuple(carried), {name: tuple(parts) for name, parts in converted.items()})
-    _check_shapes(names, tree, model, checkpoint)
+    tree = model.state_dict()
+    place = language_part(whole, model) if is_part else {name: name for name in tree}
+    names = _sorted_out(loaded_by(whole, checkpoint.tensors), place)
+    _add_tied(names.stored, model)
+    _check_vocabulary(names, model, checkpoint)
+    needed = tree if is_alone else place
+    _check_shapes(names, {name: tree[name] for name in needed}, model, checkpoint)
     return names
 
 
-def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, list[str], bool]]:
-    """What transformers makes of each name on disk when it loads a model: names in its module tree, if any.
-
-    The third says whether the tensor is converted too, alone or with others, not only renamed.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    converter_of = {pattern: each for each in converters for pattern in each.source_patterns}
-    tree, prefix = model.state_dict(), model.base_model_prefix
-    for name in sorted(names, key=dot_natural_key):  # the order in which some renamings must see them
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, tree)
-        if renamed not in tree and name in tree:
-            renamed, pattern = rename_source_key(name, [], [], prefix, tree)
-        if pattern is None:
-            yield name, [renamed] if renamed in tree else [], False
-            continue
-        first, *others = converter_of[pattern].target_patterns
-        targets = [renamed, *(renamed.replace(first, other) for other in others)]
-        yield name, [target for target in targets if target in tree], True
+def _sorted_out(loaded: Iterable[Loaded], place: Mapping[str, str]) -> DiskNames:
+    """The names, given those in the language model's module tree by those in the whole model's."""
+    names = DiskNames({}, [], {})
+    for each in loaded:
+        ours = [place[target] for target in each.targets if target in place]
+        if ours and not each.is_converted and ours[0] not in names.stored:
+            names.stored[ours[0]] = each.name
+        elif each.targets or not each.name.endswith(COMPUTED):
+            names.carried.append(each.name)
+            for target in ours if each.is_converted else ():
+                names.converted.setdefault(target, []).append(each.name)
+    return names
 
 
 def _add_tied(stored: dict[str, str], model: PreTrainedModel) -> None:
@@ -147,14 +128,13 @@ def _add_tied(stored: dict[str, str], model: PreTrainedModel) -> None:
 
 
 def _check_shapes(names: DiskNames, tree: Mapping[str, Tensor], model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    not_needed = [*(model._keys_to_ignore_on_load_missing or ())]
+    not_needed = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    elsewhere = {*names.converted, *model.all_tied_weights_keys}
     expected = {
         names.on_disk(name): tuple(tensor.shape)
         for name, tensor in tree.items()
-        if name in names.stored
-        or not (name in names.converted or any(re.search(pattern, name) for pattern in not_needed))
+        if name in names.stored or not (name in elsewhere or any(each.search(name) for each in not_needed))
     }
-    _check_vocabulary(names, model, checkpoint)
     checkpoint.check_shapes(expected)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from local_hub import REPOSITORY, join, serving
 from safetensors.torch import load_file, save_file
-from transformers import FineGrainedFP8Config, LlamaForCausalLM
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from distprune.checkpoint import Checkpoint, describe, entry_of, find_on_hub, fp8, open_on_hub, resolve_model
 from distprune.errors import InputError
@@ -94,12 +94,19 @@ def in_shards(blocks) -> Path:
 
 
 def test_a_model_in_blocks_is_what_transformers_dequantizes_it_to(blocks):
-    dequantize = FineGrainedFP8Config(weight_block_size=[32, 16], dequantize=True)
-    model = LlamaForCausalLM.from_pretrained(blocks, quantization_config=dequantize, dtype=torch.bfloat16)
-    expected, checkpoint = model.state_dict(), Checkpoint.open(blocks)
-    assert set(checkpoint.tensors) == set(expected)
-    for name, tensor in checkpoint.read(expected).items():
-        assert torch.equal(tensor, expected[name]), name
+    stored, checkpoint = load_file(blocks / WEIGHTS), Checkpoint.open(blocks)
+    weights = [name for name in stored if f"{name}_scale_inv" in stored]
+    assert len(weights) == 2 * 7
+    for name in weights:
+        parts = {"weight": [stored[name]], "weight_scale_inv": [stored[f"{name}_scale_inv"]]}
+        [expected] = Fp8Dequantize(None).convert(parts).values()
+        assert torch.equal(checkpoint.read([name])[name], expected.to(torch.bfloat16)), name
+
+
+def test_a_model_in_blocks_opens_as_the_one_that_is_not_quantized(blocks, tiny_model):
+    checkpoint = Checkpoint.open(blocks)
+    checkpoint.check_shapes({name: tuple(tensor.shape) for name, tensor in tiny_model.state_dict().items()})
+    assert set(checkpoint.tensors) == set(tiny_model.state_dict())
 
 
 def test_infos_say_bfloat16_and_the_size_that_is_read(blocks):
