@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -34,8 +34,8 @@ class DiskNames:
     """
 
     stored: Mapping[str, str]
-    carried: Sequence[str] = ()
-    converted: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    carried: tuple[str, ...] = ()
+    converted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def on_disk(self, name: str) -> str:
         """The name on disk of a tensor in the module tree, of one that pruning adds too.
@@ -62,7 +62,8 @@ class DiskNames:
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> DiskNames:
         """The names that :meth:`to_json` said."""
-        return cls(**said)
+        converted = {name: tuple(parts) for name, parts in said["converted"].items()}
+        return cls(said["stored"], tuple(said["carried"]), converted)
 
     @cached_property
     def _trees(self) -> dict[str, str]:
@@ -97,34 +98,30 @@ def disk_names(model: PreTrainedModel, checkpoint: Checkpoint) -> DiskNames:
     whole = whole_model(checkpoint.config) if is_alone else model
     tree = model.state_dict()
     place = language_part(whole, model) if is_part else {name: name for name in tree}
-    names = _sorted_out(loaded_by(whole, checkpoint.tensors), place)
-    _add_tied(names.stored, model)
+    names = _sorted_out(loaded_by(whole, checkpoint.tensors), place, model.all_tied_weights_keys)
     _check_vocabulary(names, model, checkpoint)
     needed = tree if is_alone else place
     _check_shapes(names, {name: tree[name] for name in needed}, model, checkpoint)
     return names
 
 
-def _sorted_out(loaded: Iterable[Loaded], place: Mapping[str, str]) -> DiskNames:
-    """The names, given those in the language model's module tree by those in the whole model's."""
-    names = DiskNames({}, [], {})
+def _sorted_out(loaded: Iterable[Loaded], place: Mapping[str, str], tied: Mapping[str, str]) -> DiskNames:
+    """The names, given those in the language model's module tree by those in the whole model's, and what is tied."""
+    stored: dict[str, str] = {}
+    converted: dict[str, tuple[str, ...]] = {}
+    carried: list[str] = []
     for each in loaded:
         ours = [place[target] for target in each.targets if target in place]
-        if ours and not each.is_converted and ours[0] not in names.stored:
-            names.stored[ours[0]] = each.name
+        if ours and not each.is_converted and ours[0] not in stored:
+            stored[ours[0]] = each.name
         elif each.targets or not each.name.endswith(COMPUTED):
-            names.carried.append(each.name)
+            carried.append(each.name)
             for target in ours if each.is_converted else ():
-                names.converted.setdefault(target, []).append(each.name)
-    return names
-
-
-def _add_tied(stored: dict[str, str], model: PreTrainedModel) -> None:
-    """Name what is tied and stored once; a tie is symmetric, so that either may be what is stored."""
-    for one, other in model.all_tied_weights_keys.items():
-        for missing, there in ((one, other), (other, one)):
-            if missing not in stored and there in stored:
-                stored[missing] = stored[there]
+                converted[target] = (*converted.get(target, ()), each.name)
+    for one, other in (*tied.items(), *((other, one) for one, other in tied.items())):
+        if one not in stored and other in stored:  # a tie is symmetric: either may be what is stored
+            stored[one] = stored[other]
+    return DiskNames(stored, tuple(carried), converted)
 
 
 def _check_shapes(names: DiskNames, tree: Mapping[str, Tensor], model: PreTrainedModel, checkpoint: Checkpoint) -> None:

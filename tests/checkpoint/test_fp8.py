@@ -98,8 +98,8 @@ def test_a_model_in_blocks_is_what_transformers_dequantizes_it_to(blocks):
     weights = [name for name in stored if f"{name}_scale_inv" in stored]
     assert len(weights) == 2 * 7
     for name in weights:
-        parts = {"weight": [stored[name]], "weight_scale_inv": [stored[f"{name}_scale_inv"]]}
-        [expected] = Fp8Dequantize(None).convert(parts).values()
+        parts = {"proj": [stored[name]], "proj_scale_inv": [stored[f"{name}_scale_inv"]]}
+        [expected] = Fp8Dequantize(None).convert(parts)["proj"]
         assert torch.equal(checkpoint.read([name])[name], expected.to(torch.bfloat16)), name
 
 

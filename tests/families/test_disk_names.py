@@ -128,7 +128,7 @@ def assert_found(names: DiskNames, checkpoint: Checkpoint, expected: dict[str, t
 def test_a_language_models_tensors_are_found_and_go_back(model_type, tmp_path):
     saved = save(model_type, tmp_path, **PLAIN[model_type])
     names, checkpoint, model = names_of(tmp_path)
-    assert list(names.carried) == []
+    assert names.carried == ()
     assert {*names.stored} == {*model.state_dict()}
     assert_found(names, checkpoint, saved.state_dict())
 
@@ -216,7 +216,7 @@ def test_buffers_that_are_computed_when_a_model_is_built_are_left_out(model_type
     rewrite(tmp_path, lambda tensors: tensors | {name: torch.ones(2) for name in buffers})
     names, checkpoint, _ = names_of(tmp_path)
     assert {*buffers} == set(checkpoint.tensors) - {*names.stored.values()}
-    assert list(names.carried) == []
+    assert names.carried == ()
 
 
 @pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
