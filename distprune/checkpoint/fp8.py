@@ -18,7 +18,7 @@ ENDINGS = ("_scale_inv", "_scale")
 #: What quantizes a layer's activations at run time, beside its weight, and a key/value cache.
 ACTIVATION_SCALES = ("input_scale", "output_scale", "activation_scale")
 CACHE_SCALES = (".k_scale", ".v_scale")
-PIECE = 16 * 2**20  # numbers that are dequantized at once
+PIECE = 2**20  # numbers that are dequantized at once, few enough for a cache
 
 
 def with_scales(tensors: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, TensorInfo]:

@@ -20,16 +20,21 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-QUANTIZED_DTYPES = ("I4", "I8", "U4", "U32", "F4", "F6", "F8")
+QUANTIZED_DTYPES = ("I4", "U4", "F4", "F6", "F8")
 LENGTH_BYTES = 8  # a file begins with the length of its header
 LONGEST_HEADER = 100_000_000  # bytes; the format allows no more
 
@@ -96,7 +101,7 @@ class ScaledInfo(TensorInfo):
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Every tensor in a safetensors file, without reading or mapping its data, however large it is.
 
-    InputError: the file is truncated or is not safetensors, or a tensor has a dtype that can't be pruned.
+    InputError: the file is truncated or is not safetensors, or a tensor has a dtype that PyTorch lacks.
     """
     try:
         raw, data_bytes = _read_raw(file)
@@ -149,7 +154,7 @@ def _describe_plain(file: Path, name: str, dtype: str, shape: list[int], data_of
             if dtype.startswith(QUANTIZED_DTYPES)
             else "Write the model anew in bf16, fp16 or fp32."
         )
-        raise InputError(f"{file}: tensor {name} is stored as {dtype}, which can't be pruned. {fix}")
+        raise InputError(f"{file}: tensor {name} is stored as {dtype}, which can't be read. {fix}")
     return TensorInfo(file, stored, tuple(shape), math.prod(shape) * stored.itemsize, data_offsets[0])
 
 

@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from distprune.checkpoint import Checkpoint
-from distprune.errors import InputError
+from distprune.families.fitting import check_fit
 from distprune.families.language_model import language_config, language_part, whole_model
 from distprune.families.renaming import Loaded, loaded_by
 
@@ -90,8 +89,8 @@ def disk_names(model: PreTrainedModel, checkpoint: Checkpoint) -> DiskNames:
         checkpoint: its headers.
 
     Raises:
-        InputError: a tensor that the model needs is missing or has another shape; the checkpoint is of a larger model
-            that transformers can't build.
+        InputError: a tensor that the model needs is missing, has another shape or holds no floating-point numbers; the
+            checkpoint is of a larger model that transformers can't build.
     """
     _, is_part = language_config(checkpoint.config)
     is_alone = is_part and type(model.config) is not type(checkpoint.config)
@@ -99,9 +98,8 @@ def disk_names(model: PreTrainedModel, checkpoint: Checkpoint) -> DiskNames:
     tree = model.state_dict()
     place = language_part(whole, model) if is_part else {name: name for name in tree}
     names = _sorted_out(loaded_by(whole, checkpoint.tensors), place, model.all_tied_weights_keys)
-    _check_vocabulary(names, model, checkpoint)
-    needed = tree if is_alone else place
-    _check_shapes(names, {name: tree[name] for name in needed}, model, checkpoint)
+    asked_for = {name: tree[name] for name in (tree if is_alone else place) if not _may_lack(name, names, model)}
+    check_fit(checkpoint, {names.on_disk(name): tensor for name, tensor in asked_for.items()}, _tables(names, model))
     return names
 
 
@@ -124,28 +122,23 @@ def _sorted_out(loaded: Iterable[Loaded], place: Mapping[str, str], tied: Mappin
     return DiskNames(stored, tuple(carried), converted)
 
 
-def _check_shapes(names: DiskNames, tree: Mapping[str, Tensor], model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    not_needed = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    elsewhere = {*names.converted, *model.all_tied_weights_keys}
-    expected = {
-        names.on_disk(name): tuple(tensor.shape)
-        for name, tensor in tree.items()
-        if name in names.stored or not (name in elsewhere or any(each.search(name) for each in not_needed))
+def _may_lack(name: str, names: DiskNames, model: PreTrainedModel) -> bool:
+    """Whether transformers does without a tensor on disk of that name in the module tree, and it is not there."""
+    if name in names.stored:
+        return False
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    elsewhere = name in names.converted or name in model.all_tied_weights_keys
+    return elsewhere or any(re.search(pattern, name) for pattern in ignored)
+
+
+def _tables(names: DiskNames, model: PreTrainedModel) -> set[str]:
+    """The names on disk of what has a row for each token."""
+    tables = [table.weight for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table]
+    return {
+        names.on_disk(name)
+        for name, parameter in model.named_parameters()
+        if any(parameter is table for table in tables)
     }
-    checkpoint.check_shapes(expected)
-
-
-def _check_vocabulary(names: DiskNames, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Refuse embeddings that were padded, or grew, without a word of it in config.json, as transformers does."""
-    tables = {id(table.weight) for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table}
-    for name, parameter in model.named_parameters():
-        info = checkpoint.tensors.get(names.stored.get(name, ""))
-        if id(parameter) in tables and info and info.shape[1:] == parameter.shape[1:] and info.shape != parameter.shape:
-            raise InputError(
-                f"{info.file}: tensor {names.stored[name]} has {info.shape[0]} rows, and config.json a vocab_size of "
-                f"{parameter.shape[0]}, with which transformers doesn't load it either. Set vocab_size to "
-                f"{info.shape[0]} in {checkpoint.path}/config.json, or resize the model with resize_token_embeddings."
-            )
 
 
 def _joined(parts: list[str]) -> str:

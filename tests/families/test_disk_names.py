@@ -326,6 +326,17 @@ def test_another_number_of_tokens_than_the_vocabulary_has_is_refused_as_transfor
         names_of(tmp_path)
 
 
+def test_a_part_in_integers_is_refused_and_what_is_carried_may_be_in_any_dtype(tmp_path):
+    save("llama", tmp_path, **PLAIN["llama"])
+    rewrite(tmp_path, lambda tensors: tensors | {"visual.order": torch.arange(3, dtype=torch.int8)})
+    assert names_of(tmp_path)[0].carried == ("visual.order",)
+    save("qwen2", tmp_path, **PLAIN["qwen2"])
+    name = "model.layers.0.self_attn.q_proj.bias"
+    rewrite(tmp_path, lambda tensors: tensors | {name: tensors[name].to(torch.int8)})
+    with pytest.raises(InputError, match=rf"{WEIGHTS}: tensor {name} is stored as int8, which can't be pruned. Write"):
+        names_of(tmp_path)
+
+
 def test_a_model_that_transformers_cannot_build_is_named(tmp_path):
     save("gemma3", tmp_path, **WITH_VISION["gemma3"])
     checkpoint = Checkpoint.open(tmp_path)
