@@ -30,8 +30,8 @@ def _check_rows(name: str, info: TensorInfo, table: Tensor) -> None:
     if rows != len(table) and columns == [*table.shape[1:]]:
         raise InputError(
             f"{info.file}: tensor {name} has {rows} rows, and config.json a vocab_size of {len(table)}, with which "
-            f"transformers doesn't load it either. Set vocab_size to {rows} in config.json; to have fewer, load the model "
-            "with that and call resize_token_embeddings."
+            f"transformers doesn't load it either. Set vocab_size to {rows} in config.json, or resize the model with "
+            "resize_token_embeddings."
         )
 
 
