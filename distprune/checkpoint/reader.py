@@ -13,7 +13,8 @@ from upath import UPath
 
 from distprune.checkpoint.fingerprint import compute_fingerprint
 from distprune.checkpoint.fp8 import with_scales
-from distprune.checkpoint.headers import TensorInfo, read_header
+from distprune.checkpoint.headers import read_header
+from distprune.checkpoint.infos import TensorInfo
 from distprune.checkpoint.layout import (
     CONFIG_FILE,
     find_entry,

@@ -155,6 +155,27 @@ def test_every_form_is_the_product_of_numbers_and_scales(
     assert torch.equal(checkpoint.read_rows(NAME, rows), expected[rows])
 
 
+@pytest.mark.parametrize("scale", ["scale", "qscale_weight"])
+def test_other_names_that_scales_have_are_known(single_file, scale):
+    module = NAME.removesuffix("weight")
+    stored = {NAME: torch.ones(8, 4).to(torch.float8_e4m3fn), module + scale: torch.tensor(3.0)}
+    save_file(stored | {f"{module}qscale_act": torch.ones(())}, single_file / WEIGHTS)
+    edit_config(single_file, quantization_config={"quant_method": "fp8"})
+    checkpoint = Checkpoint.open(single_file)
+    assert list(checkpoint.tensors) == [NAME]
+    assert torch.equal(checkpoint.read([NAME])[NAME], torch.full((8, 4), 3, dtype=torch.bfloat16))
+
+
+def test_experts_in_one_tensor_have_scales_after_its_name(single_file):
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    stored = {name: torch.ones(2, 8, 4).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.tensor([2.0, 3])}
+    save_file(stored | {f"{name}_activation_scale": torch.ones(2)}, single_file / WEIGHTS)
+    edit_config(single_file, quantization_config={"quant_method": "fp8"})
+    checkpoint = Checkpoint.open(single_file)
+    assert list(checkpoint.tensors) == [name]
+    assert checkpoint.read([name])[name][:, 7, 3].tolist() == [2, 3]
+
+
 def test_scales_that_are_powers_of_two_in_a_byte_are_read(single_file):
     """The form that quantization_config calls scale_fmt ue8m0, in its own dtype, float8_e8m0fnu."""
     numbers = torch.randn(64, 32).to(torch.float8_e4m3fn)
