@@ -54,6 +54,11 @@ class DiskNames:
         """The name in the module tree of a tensor on disk, None for one that is carried."""
         return self._trees.get(name)
 
+    def carried_in(self, module: str) -> tuple[str, ...]:
+        """What is carried of a module in the tree, such as a layer: ``module`` is its name with a dot at the end."""
+        prefix = self._modules.get(module)
+        return tuple(name for name in self.carried if prefix is not None and name.startswith(prefix))
+
     def to_json(self) -> dict[str, Any]:
         """What JSON can say of them, for :meth:`from_json`."""
         return asdict(self)

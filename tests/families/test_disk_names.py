@@ -15,6 +15,7 @@ from distprune.checkpoint import Checkpoint
 from distprune.errors import InputError
 from distprune.families.disk_names import DiskNames, disk_names
 from distprune.families.language_model import language_config
+from distprune.families.tied import differ_though_tied
 
 WEIGHTS = "model.safetensors"
 DECODER = {
@@ -201,6 +202,7 @@ def test_what_has_no_place_in_the_module_tree_is_carried(tmp_path):
     rewrite(tmp_path, lambda tensors: tensors | {name: torch.randn(3, 4) for name in extra})
     names, checkpoint, _ = names_of(tmp_path)
     assert {*names.carried} == {*extra}
+    assert names.carried_in("model.layers.1.") == names.carried_in("model.layers.2.") == ()
     assert_found(names, checkpoint, saved.state_dict())
 
 
@@ -232,9 +234,20 @@ def test_either_of_two_that_are_tied_may_be_stored(stored, tmp_path):
 def test_both_of_two_that_are_tied_may_be_stored(tmp_path):
     save("llama", tmp_path, **PLAIN["llama"], tie_word_embeddings=True)
     rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
-    names, _, _ = names_of(tmp_path)
+    names, checkpoint, model = names_of(tmp_path)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert names.on_disk(name) == names.in_module(name) == name
+    assert not differ_though_tied(model, checkpoint, names)
+    rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1})
+    assert differ_though_tied(model, Checkpoint.open(tmp_path), names)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not torch.equal(loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight)
+
+
+def test_one_that_is_stored_for_both_of_two_does_not_differ_from_itself(tmp_path):
+    save("llama", tmp_path, **PLAIN["llama"], tie_word_embeddings=True)
+    names, checkpoint, model = names_of(tmp_path)
+    assert not differ_though_tied(model, checkpoint, names)
 
 
 def test_what_is_converted_is_carried_and_not_missed(tmp_path):
@@ -248,6 +261,7 @@ def test_what_is_converted_is_carried_and_not_missed(tmp_path):
         f"model.layers.1.mlp.experts.{expert}.{name}_proj.weight" for expert in (0, 1) for name in ("gate", "up")
     }
     assert {*names.carried} == {name for parts in names.converted.values() for name in parts}
+    assert {*names.carried_in("model.layers.1.")} == {name for name in names.carried if ".layers.1." in name}
     assert_found(names, checkpoint, {name: t for name, t in saved.state_dict().items() if name not in fused})
 
 
