@@ -142,7 +142,7 @@ def test_a_language_models_tensors_are_found_and_go_back(model_type, tmp_path):
 @pytest.mark.parametrize("model_type", WITH_VISION)
 def test_a_language_model_is_found_within_one_with_vision(model_type, tmp_path):
     saved = save(model_type, tmp_path, **WITH_VISION[model_type])
-    names, checkpoint, model = names_of(tmp_path)
+    names, checkpoint, _ = names_of(tmp_path)
     decoder, head = saved.get_decoder().state_dict(), saved.get_output_embeddings().weight
     prefix = {"qwen2_5_vl": "model.language_model.", "blip-2": ""}.get(model_type, "model.")
     expected = {f"{prefix}{name}": tensor for name, tensor in decoder.items()} | {"lm_head.weight": head}
