@@ -197,7 +197,7 @@ def test_a_missing_calibration_set_is_refused(assert_refused, tmp_path):
         (["--method", "olica", "--option", "k=-1"], ["option 'k' of method olica", "greater than or equal to 0"]),
         (["--method", "olica", "--option", "k=many"], ["option 'k' of method olica", "number"]),
         (["--option", "k"], ["--option k: write NAME=VALUE"]),
-        (["--option", "k=[1"], ["--option k=[1: '[1' is no value"]),
+        (["--option", "k=[1"], ["--option k=[1: '[1' is not a YAML value"]),
         (["--propagation", 0], ["option 'propagation' is '0'", "from 1, or 'full'"]),
         (["--propagation", "some"], ["option 'propagation' is 'some'", "from 1, or 'full'"]),
         (["--propagation", "²"], ["option 'propagation' is '²'", "from 1, or 'full'"]),
@@ -419,7 +419,7 @@ def test_a_run_ends_well_whatever_its_name_and_although_its_report_cannot_be_wri
 
 SIGNALLED = """
 import atexit, os, signal, sys
-from distprune import cli
+from distprune import api, cli
 from distprune.engine import driver
 
 def signal_and(act):
@@ -434,7 +434,7 @@ match sys.argv.pop():
     case "leaving":
         atexit.register(signal_and(lambda: None))
     case "beginning":
-        cli.api.prune = signal_and(cli.api.prune)
+        api.prune = signal_and(api.prune)
 cli.main()
 """
 
