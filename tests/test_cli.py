@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 from distprune import api
 from distprune.calibration import CalibrationMetadata, open_calibration, write_calibration
 from distprune.cli import app
+from distprune.cli.application import COMMANDS
 from distprune.config import END_TO_END, DistillConfig, PruneConfig
 
 GIB = 2**30
@@ -372,6 +373,83 @@ def test_help_tells_the_defaults_that_the_configuration_has(command):
             told[option.name] = shown[1].removesuffix(others.get(option.name, ""))
     assert told.keys() >= {"align", "propagation", "micro_batch", "distill_epochs"}
     assert told == {name: str(plain[name]) for name in told}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_each_command_has_the_file_of_its_name_and_a_help(distprune, command):
+    name = command.__name__
+    assert command.__module__ == f"distprune.cli.{name}_command"
+    shown = distprune(name, "--help")
+    assert (shown.exit_code, shown.stdout.split()[1:3]) == (0, ["distprune", name])
+    first_words = command.__doc__.split()[:6]
+    assert " ".join(first_words) in " ".join(shown.stdout.split())
+
+
+def test_help_is_shown_without_waiting_for_torch_or_ray():
+    code = "import sys; from distprune.cli import main; sys.argv[1:] = ['prune', '--help']\ntry: main()\n"
+    code += "finally: print(sorted({'torch', 'ray'} & sys.modules.keys()), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Prune a model on Ray" in done.stdout
+    assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "layout"),
+    [
+        ((), "free"),
+        (("--layout", "free"), "free"),
+        (("--layout", "per-layer"), "free"),
+        (("--layout", "heterogeneous"), "heterogeneous"),
+        (("--layout", "stock"), "stock"),
+    ],
+)
+def test_the_layout_reaches_the_run_and_per_layer_means_free(distprune, monkeypatch, arguments, layout):
+    seen = []
+    monkeypatch.setattr("distprune.engine.prune", lambda config, *_: seen.append(config) or sys.exit(0))
+    assert distprune("prune", "m", "-o", "o", *arguments).exit_code == 0
+    assert [config.layout for config in seen] == [layout]
+
+
+def test_an_unknown_layout_is_refused(distprune):
+    result = distprune("prune", "m", "-o", "o", "--layout", "dense")
+    assert result.exit_code == 2
+    assert "option 'layout' is 'dense'" in result.stderr and "'heterogeneous'" in result.stderr
+
+
+def test_export_writes_the_file_as_it_is_asked_to_and_tells_its_size(distprune, monkeypatch, tmp_path):
+    asked = []
+
+    def export(folder, output, **options):
+        asked.append((folder, output, options))
+        output.write_bytes(bytes(20_000_000))
+
+    monkeypatch.setattr("distprune.export.gguf_file.export", export)
+    output = tmp_path / "model.gguf"
+    result = distprune("export", "pruned", output, "--dtype", "f32", "--pre", "smollm")
+    assert (result.exit_code, result.stdout) == (0, f"{output}: 0.02 GB\n")
+    assert asked == [(Path("pruned"), output, {"dtype": "f32", "pre": "smollm"})]
+
+
+def test_export_without_the_gguf_package_is_refused(distprune, monkeypatch, tmp_path):
+    monkeypatch.setattr("distprune.cli.export_command.find_spec", lambda name: None)
+    result = distprune("export", tmp_path, tmp_path / "model.gguf")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "needs the gguf package" in result.stderr
+
+
+def test_convert_of_a_checkpoint_that_is_no_earlier_version_s_is_refused(distprune, dense_path, tmp_path):
+    result = distprune("convert", dense_path, tmp_path / "new")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "nothing to convert" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_convert_tells_what_it_wrote(distprune, monkeypatch):
+    asked = []
+    monkeypatch.setattr("distprune.export.convert.convert", lambda *folders: asked.append(folders))
+    result = distprune("convert", "old", "new")
+    assert (result.exit_code, result.stdout) == (0, "new: converted from old\n")
+    assert asked == [(Path("old"), Path("new"))]
 
 
 # ------------------------------------------------------------------ names, streams and signals

@@ -27,7 +27,7 @@ def evaluate(
     tasks: Annotated[Optional[str], typer.Option(metavar="NAME,...", help="lm-eval tasks, or patterns")] = None,
     include_path: Annotated[Optional[Path], typer.Option(help="folder of YAML files that define more tasks")] = None,
     num_fewshot: Annotated[Optional[int], typer.Option(help="examples before each question [each task's own]")] = None,
-    limit: Annotated[Optional[float], typer.Option(help="questions per task, or below 1 the fraction of them")] = None,
+    limit: Annotated[Optional[float], typer.Option(help="questions per task; below 1, the fraction of them")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="measure tokens per second, KV cache and memory")] = False,
     speed_batches: Annotated[str, typer.Option(metavar="NUMBER,...", help="batch sizes to measure")] = "1,16",
     speed_prompt: Annotated[int, typer.Option(help="tokens in each prompt")] = 128,

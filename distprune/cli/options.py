@@ -41,7 +41,10 @@ Target = Annotated[
 ]
 CountEmbeddings = Annotated[
     Optional[bool],
-    typer.Option("--count-embeddings/--no-count-embeddings", help="--sparsity is a fraction of all parameters"),
+    typer.Option(
+        "--count-embeddings/--no-count-embeddings",
+        help="--sparsity is a fraction of all parameters, embeddings included",
+    ),
 ]
 Layout = Annotated[
     Optional[str],
@@ -54,12 +57,15 @@ Layout = Annotated[
 Align = Annotated[Optional[int], typer.Option(help="widths and ranks are multiples of this [8]")]
 Propagation = Annotated[
     Optional[str],
-    typer.Option(help="layers in a block, where each is pruned on its pruned predecessors' outputs, or full [full]"),
+    typer.Option(
+        metavar="NUMBER|full",
+        help="layers per block, within which each is pruned on the outputs of the pruned ones before it [full]",
+    ),
 ]
 
 # ------------------------------------------------------------------ calibration
 
-Field = Annotated[Optional[str], typer.Option(help="field of a record that holds its text or messages")]
+Field = Annotated[Optional[str], typer.Option(help="field that holds a record's text or messages")]
 CalibrationFile = Annotated[
     Optional[str], typer.Option(help="calibration set, an Arrow file [samples that the model generates]")
 ]
@@ -90,7 +96,7 @@ DistillTrain = Annotated[
     Optional[str], typer.Option(metavar="full|lora", help="all weights, or low-rank updates [full; logits: lora]")
 ]
 DistillLookAhead = Annotated[
-    Optional[int], typer.Option(help="dense layers after it whose outputs also count in a layer's loss [1]")
+    Optional[int], typer.Option(help="following dense layers whose outputs also count in a layer's loss [1]")
 ]
 
 # ------------------------------------------------------------------ computing

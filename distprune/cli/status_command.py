@@ -16,7 +16,7 @@ def status(
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="the --output of a pruning run")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Show how far a run is, and whether it is running, stopped or finished."""
+    """Show the progress of a run, and whether it is running, stopped or finished."""
     from distprune.reporting import status_lines
 
     found = api.status(output)
