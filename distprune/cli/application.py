@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import typer
-from transformers.utils.logging import disable_progress_bar
+from huggingface_hub.utils import disable_progress_bars
 
 from distprune.cli.calibrate_command import calibrate
 from distprune.cli.compare_command import compare
@@ -36,7 +36,8 @@ for command in COMMANDS:
 def main() -> None:
     """Run the command that the process was started with."""
     heed_signals()
-    disable_progress_bar()  # transformers' own, which would garble our output
+    # They would garble our output. transformers, whose import takes seconds, heeds it for its own when it is imported.
+    disable_progress_bars()
     for stream in (sys.stdout, sys.stderr):
         # Names of files may hold what the locale's encoding can't.
         stream.reconfigure(errors="backslashreplace")
