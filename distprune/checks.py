@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distprune.checkpoint import is_finite
-from distprune.decoder_layer import DecoderLayer, state_of
+from distprune.layers.parts import DecoderLayer, map_tensors
 from distprune.errors import InputError
 
 
@@ -47,6 +47,12 @@ def solving(method: str, index: int) -> Iterator[None]:
 
 def check_solution(layer: DecoderLayer, index: int) -> None:
     """Raises ``ArithmeticError`` when a solve overflowed, rather than write a broken checkpoint."""
-    for name, tensor in state_of(layer).items():
+
+    def check(tensor: Tensor) -> Tensor:
         if not is_finite(tensor):
-            raise ArithmeticError(f"pruning layer {index} gave NaN or infinite values in {name}")
+            raise ArithmeticError(
+                f"pruning layer {index} gave NaN or infinite values in a tensor {tuple(tensor.shape)}"
+            )
+        return tensor
+
+    map_tensors(layer, check)

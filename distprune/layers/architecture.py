@@ -1,0 +1,282 @@
+"""A model as pruning sees it: the parts and shapes of its layers, found in transformers' own classes.
+
+The model is built on the meta device from its configuration, so nothing of it is in memory but names and shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from distprune.errors import InputError
+from distprune.families import Family, family_of
+from distprune.layers.describing import describe, full_attention
+from distprune.layers.names import LayerNames
+from distprune.layers.parts import DecoderLayer
+from distprune.layers.removing import find_removable
+from distprune.layers.resized import resize_attention, resize_ffn
+from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape, Removable
+from distprune.layers.tree import build_on_meta, find_layers
+
+Dims = tuple[int, ...]
+#: Where a configuration says what of its layers per-layer configurations can't say.
+PRUNED_LAYERS = "pruned_layers"
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """A layer of the model as its checkpoint holds it.
+
+    Attributes:
+        layer: its parts, on the meta device.
+        names: what its tensors are called.
+    """
+
+    layer: DecoderLayer
+    names: LayerNames
+
+    @cached_property
+    def kind(self) -> Hashable:
+        return tuple(dims_of(self.names.state_of(self.layer)).items())
+
+
+class Architecture:
+    """The language model of a configuration.
+
+    Args:
+        config: of a causal language model, or of a model that has one in it (``text_config``).
+
+    Raises:
+        InputError: transformers has no causal language model of that type, or none of its layers has a part that
+            distprune knows.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config = own_config(config)
+        self.family: Family = family_of(self.config.model_type)
+        self.model: PreTrainedModel = build_on_meta(self.config)
+        self.layers_path, layers = find_layers(self.model, self.config.num_hidden_layers)
+        self._classes = [type(layer) for layer in layers]
+        self._dense = [self._describe(index) for index in range(len(layers))]
+        self._removable: dict[Hashable, Removable] = {}
+        if all(dense.layer.attention is None and dense.layer.ffn is None for dense in self._dense):
+            raise InputError(
+                f"model_type '{self.config.model_type}': distprune knows no part of its layers ({', '.join(sorted({cls.__name__ for cls in self._classes}))}), since they carry none of "
+                "the names that it looks for. docs/families.md says how to add a family."
+            )
+
+    # ---------------------------------------------------------------- the model
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._dense)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """The longest context, in tokens."""
+        return self.config.max_position_embeddings
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return bool(self.config.tie_word_embeddings)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the configuration says that weights are stored in."""
+        return self.config.dtype or torch.float32
+
+    # ---------------------------------------------------------------- layers
+
+    @property
+    def dense_shapes(self) -> list[LayerShape]:
+        """The shapes of all layers, nothing taken from them yet."""
+        return [dense.layer.shape for dense in self._dense]
+
+    def dense_shape(self, index: int) -> LayerShape:
+        return self._dense[index].layer.shape
+
+    def dense_layer(self, index: int) -> DecoderLayer:
+        """A layer's parts, on the meta device."""
+        return self._dense[index].layer
+
+    def removable(self, index: int) -> Removable:
+        """What of a layer may go."""
+        kind = self.kind(index)
+        if kind not in self._removable:
+            self._removable[kind] = find_removable(self, index)
+        return self._removable[kind]
+
+    def kind(self, index: int) -> Hashable:
+        """Equal for layers of one class whose tensors have equal names and shapes, and that see as many tokens."""
+        return self._classes[index], self._dense[index].kind, self.context(index)
+
+    def context(self, index: int) -> int | None:
+        """How many tokens a layer's attention looks at, where it has a sliding window."""
+        types = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None)
+        return window if window and (types is None or types[index] == "sliding_attention") else None
+
+    def names(self, index: int) -> LayerNames:
+        """What a layer's tensors are called in its module."""
+        return self._dense[index].names
+
+    def layer_prefix(self, index: int) -> str:
+        """What stands before these names in the model's state dict."""
+        return f"{self.layers_path}.{index}."
+
+    def layer_class(self, index: int) -> type[nn.Module]:
+        """The family's class of a layer."""
+        return self._classes[index]
+
+    def layer_config(self, index: int, shape: LayerShape | None = None) -> PreTrainedConfig:
+        """The configuration that the class is built from: a layer's own, with the numbers of heads and neurons of a
+        shape if one is given."""
+        config = self.config
+        if getattr(config, "is_heterogeneous", False):
+            config = config.per_layer_config[index]
+        config = copy.copy(config)
+        if shape is not None:
+            for name, value in self.config_changes(index, shape).items():
+                setattr(config, name, value)
+        return config
+
+    def config_changes(self, index: int, shape: LayerShape) -> dict[str, int]:
+        """What a layer's configuration says otherwise than the model's, if the layer has that shape."""
+        family, dense, changes = self.family, self.dense_shape(index), {}
+        if shape.attention is not None and shape.attention.query_heads != dense.attention.query_heads:
+            changes[family.heads] = shape.attention.query_heads
+        if shape.attention is not None and shape.attention.kv_heads != dense.attention.kv_heads:
+            changes[family.kv_heads] = shape.attention.kv_heads
+        if family.heads in changes or family.kv_heads in changes:
+            changes[family.head_dim] = self.names(index).full.query_key_dim
+        if shape.ffn is not None and shape.ffn.width != dense.ffn.width:
+            changes[family.width] = shape.ffn.width
+        return changes
+
+    def layer_from_state(self, index: int, state: Mapping[str, Tensor]) -> DecoderLayer:
+        """A layer of the model from its module's state."""
+        dense = self._dense[index]
+        pairs = dense.layer.attention and dense.layer.attention.rotary_pairs
+        return dense.names.layer_from_state(state, dense.layer.shape, pairs)
+
+    # ---------------------------------------------------------------- tensors
+
+    def attention_tensors(self, index: int, shape: AttentionShape | None) -> dict[str, Dims]:
+        """Names within the layer and dimensions of the tensors of an attention of that shape."""
+        if shape is None:
+            return {}
+        resized = resize_attention(self._dense[index].layer.attention, shape)
+        return dims_of(self.names(index).state_of(DecoderLayer(resized, None)))
+
+    def ffn_tensors(self, index: int, shape: FeedForwardShape | None) -> dict[str, Dims]:
+        """The same of a feed-forward network."""
+        if shape is None:
+            return {}
+        resized = resize_ffn(self._dense[index].layer.ffn, shape)
+        return dims_of(self.names(index).state_of(DecoderLayer(None, resized)))
+
+    def rest_tensors(self, index: int) -> dict[str, Dims]:
+        """The same of what no pruning changes."""
+        return dims_of(self._dense[index].layer.rest)
+
+    def layer_tensors(self, index: int, shape: LayerShape) -> dict[str, Dims]:
+        """The same of a whole layer."""
+        parts = self.attention_tensors(index, shape.attention) | self.ffn_tensors(index, shape.ffn)
+        return parts | self.rest_tensors(index)
+
+    def outer_tensors(self) -> dict[str, Dims]:
+        """Names in the model's state dict and dimensions of what lies outside the decoder layers: embeddings, final
+        norm, and the head unless it is the embedding."""
+        state = {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if not name.startswith(self.layers_path + ".")
+        }
+        if self.is_tied:
+            state.pop(self.head_name, None)
+        return dims_of(state)
+
+    @property
+    def embedding_name(self) -> str:
+        """The embedding's name in the model's state dict."""
+        return self._name_of(self.model.get_input_embeddings())
+
+    @property
+    def head_name(self) -> str:
+        """The head's."""
+        return self._name_of(self.model.get_output_embeddings())
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, each in self.model.named_modules() if each is module) + ".weight"
+
+    def has_plain_heads(self, attention: AttentionShape) -> bool:
+        """Whether a plain configuration can have that many heads: as many as before, or such as divide the hidden
+        size, which the configurations of some families ask for."""
+        before = {shape.attention.query_heads for shape in self.dense_shapes if shape.attention is not None}
+        return attention.query_heads in before or self.hidden_size % attention.query_heads == 0
+
+    # ---------------------------------------------------------------- construction
+
+    def _describe(self, index: int) -> _Dense:
+        config, cls = self.layer_config(index), self._classes[index]
+        base = describe(self.family, cls, config, index)
+        names = LayerNames(self.family, full_attention(base))
+        said = pruned_layer(self.config, index)
+        return _Dense(base if said is None else as_pruned(base, said), names)
+
+
+def own_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The language model's configuration in transformers' own class, whatever code came with the model."""
+    config = config.get_text_config(decoder=True)
+    if not type(config).__module__.startswith("transformers."):
+        described = config.to_dict()
+        described.pop("auto_map", None)
+        config = type(AutoConfig.for_model(config.model_type)).from_dict(described)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise InputError(
+            f"model_type '{config.model_type}' is no causal language model that transformers knows. Give a decoder "
+            "model, such as Llama, Qwen3 or Gemma 3."
+        )
+    return config
+
+
+def pruned_layer(config: PreTrainedConfig, index: int) -> Mapping[str, Any] | None:
+    """What the configuration of a pruned model says of a layer; None of one that is as its class makes it."""
+    return (getattr(config, PRUNED_LAYERS, None) or {}).get(str(index))
+
+
+def as_pruned(base: DecoderLayer, said: Mapping[str, Any]) -> DecoderLayer:
+    """A layer of the shape that a pruned model's configuration says."""
+    attention, ffn = base.attention, base.ffn
+    if "attention" in said:
+        attention = said["attention"] and _attention_as_pruned(attention, said["attention"])
+    if "ffn" in said:
+        ffn = said["ffn"] and resize_ffn(ffn, FeedForwardShape(**said["ffn"]))
+    return replace(base, attention=attention, ffn=ffn)
+
+
+def _attention_as_pruned(attention, said: Mapping[str, Any]):
+    said = dict(said)
+    pairs = said.pop("rotary_pairs", None)
+    resized = resize_attention(attention, AttentionShape(**said))
+    return replace(resized, rotary_pairs=None if pairs is None else torch.tensor(pairs))
+
+
+def dims_of(tensors: Mapping[str, Tensor]) -> dict[str, Dims]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

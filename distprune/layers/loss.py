@@ -1,0 +1,96 @@
+"""Losses at the model's end and their gradients: of every next token's cross-entropy, and of what a pruned model's
+predictions differ from the dense one's.
+
+Sums over tokens and not means, so that a token's gradients don't depend on how many tokens there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distprune.checks import check_gradient
+from distprune.layers.runner import LayerRunner
+
+#: Tokens whose logits exist at once: a vocabulary is some ten times as wide as a layer.
+TOKENS_AT_ONCE = 256
+#: From logits (tokens, vocabulary) to a loss for each of the tokens.
+Loss = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LossHead:
+    """What follows the last layer, as the model's own class computes it.
+
+    Args:
+        runner: that of the layers, whose micro-batches, dtype for gradients and device are taken. Its shell holds the
+            outer tensors, in the dtype for gradients.
+    """
+
+    runner: LayerRunner
+
+    def gradient(self, hidden_states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the loss at the last layer's output.
+
+        Args:
+            hidden_states: at the last layer's output, (samples, length, d).
+            tokens: their ids, (samples, length); the last of a sample is no input, and the first no target.
+
+        Returns:
+            The gradient, of ``hidden_states``' shape and on its device, in the runner's dtype for gradients; and each
+            sample's loss in nats, (samples,) in float64 on the CPU.
+        """
+        targets = F.pad(tokens[:, 1:], (0, 1), value=-100).to(self.runner.device)  # what has no target has no loss
+
+        def loss_of(places: slice, sample: int) -> Loss:
+            return lambda logits: F.cross_entropy(logits, targets[sample, places], reduction="none")
+
+        return self._through(hidden_states, loss_of)
+
+    def divergence(self, hidden_states: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the Kullback-Leibler divergence of a pruned model's predictions from the dense model's.
+
+        Args:
+            hidden_states: at the pruned model's last layer's output, (samples, length, d).
+            dense: at the dense model's.
+
+        Returns:
+            The gradient and each sample's divergence, as :meth:`gradient` gives them.
+        """
+
+        def loss_of(places: slice, sample: int) -> Loss:
+            with torch.no_grad():
+                wanted = self._logits(self._placed(dense[sample, places])).log_softmax(dim=1)
+            return lambda logits: F.kl_div(logits.log_softmax(dim=1), wanted, reduction="none", log_target=True).sum(
+                dim=1
+            )
+
+        return self._through(hidden_states, loss_of)
+
+    def _through(self, hidden_states: Tensor, loss_of: Callable[[slice, int], Loss]) -> tuple[Tensor, Tensor]:
+        """Losses and their gradients, some tokens of a sample at a time."""
+        samples, length, _ = hidden_states.shape
+        gradient = self.runner.empty_like(hidden_states, self.runner.gradient_dtype)
+        losses = torch.zeros(samples, dtype=torch.float64)
+        for sample in range(samples):
+            for start in range(0, length, TOKENS_AT_ONCE):
+                places = slice(start, start + TOKENS_AT_ONCE)
+                given = self._placed(hidden_states[sample, places]).requires_grad_()
+                with torch.enable_grad():
+                    each = loss_of(places, sample)(self._logits(given))
+                [at_input] = torch.autograd.grad(each.sum(), given)
+                check_gradient(at_input, "the model's end")
+                gradient[sample, places] = at_input
+                losses[sample] += each.detach().double().sum().cpu()
+        return gradient, losses
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        return self.runner.shell.logits(hidden_states).float()
+
+    def _placed(self, hidden_states: Tensor) -> Tensor:
+        # A copy, since what was made in inference mode has no gradients.
+        return hidden_states.detach().to(self.runner.device, self.runner.gradient_dtype, copy=True)

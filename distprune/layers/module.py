@@ -1,0 +1,192 @@
+"""A layer as a module: its family's own class, changed to its shape, filled with its tensors and tapped at sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from distprune.families import Family, Fused
+from distprune.layers.architecture import Architecture
+from distprune.layers.names import BRANCH
+from distprune.layers.parts import Attention, DecoderLayer
+from distprune.layers.shapes import AttentionShape, LayerShape
+from distprune.layers.sites import (
+    ATTENDED,
+    ATTENTION_INPUT,
+    ATTENTION_OUTPUT,
+    FFN_INPUT,
+    FFN_OUTPUT,
+    GATE,
+    KEYS,
+    NEURONS,
+    QUERIES,
+    UP,
+    VALUES,
+    Site,
+)
+from distprune.modeling.pruned_layers import reshape_layer
+from distprune.modeling.pruned_projections import ends
+
+Select = Callable[[Tensor], Tensor]
+
+
+def build_module(architecture: Architecture, index: int, layer: DecoderLayer) -> nn.Module:
+    """The layer as a module of its family's class, on the layer's device and in its dtype.
+
+    Its parameters are the layer's own tensors and not copies of them, but for projections that the family keeps in one
+    matrix.
+    """
+    shape = layer.shape
+    with init_empty_weights():
+        module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
+        reshape_layer(module, family_names(architecture.family), said_shape(architecture, index, layer), index)
+    module.load_state_dict(architecture.names(index).state_of(layer), assign=True)
+    return module.eval()
+
+
+def family_names(family: Family) -> dict[str, Any]:
+    """The family's names as code in a checkpoint takes them."""
+    return asdict(family)
+
+
+def said_shape(architecture: Architecture, index: int, layer: DecoderLayer) -> dict[str, Any]:
+    """The layer's shape as code in a checkpoint takes it. Parts that the layer never had are not named."""
+    said: dict[str, Any] = {}
+    dense = architecture.dense_shape(index)
+    if dense.attention is not None:
+        said["attention"] = None if layer.attention is None else _said_attention(layer.attention)
+    if dense.ffn is not None:
+        said["ffn"] = None if layer.ffn is None else asdict(layer.ffn.shape)
+    return said
+
+
+def _said_attention(attention: Attention) -> dict[str, Any]:
+    pairs = attention.rotary_pairs
+    return asdict(attention.shape) | {"rotary_pairs": None if pairs is None else pairs.tolist()}
+
+
+# ---------------------------------------------------------------- sites
+
+
+class EndOfPass(Exception):
+    """Everything that was to be seen of a forward pass has been seen."""
+
+
+@contextmanager
+def tapped(
+    module: nn.Module, family: Family, shape: LayerShape, sites: Collection[Site], *, ends_pass: bool = False
+) -> Iterator[dict[Site, Tensor]]:
+    """While open, every pass of ``module`` leaves activations in the yielded dict, (tokens, width) each; and where
+    sites are gradients, what reaches them backwards.
+
+    A layer without a part has none of its sites. With ``ends_pass``, a forward pass ends with :class:`EndOfPass` when
+    the last of the sites has been come to.
+    """
+    found = {site: place for site, place in places(module, family, shape).items() if {site, site.gradient} & set(sites)}
+    activations: dict[Site, Tensor] = {}
+
+    def keep(site: Site, activation: Tensor) -> None:
+        activations[site] = activation
+        if ends_pass and len(activations) == len(found):
+            raise EndOfPass
+
+    handles = [place.watch(site, site in sites, site.gradient in sites, keep) for site, place in found.items()]
+    try:
+        yield activations
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Place:
+    """A module whose input or output is an activation at a site, or holds it among others."""
+
+    def __init__(self, module: nn.Module, of: str, select: Select = lambda activation: activation):
+        self._module, self._of, self._select = module, of, select
+
+    def watch(self, site: Site, forward: bool, backward: bool, keep: Callable[[Site, Tensor], None]):
+        def see(activation: Tensor) -> None:
+            if backward:
+                activation.register_hook(lambda gradient: keep(site.gradient, self._flat(gradient)))
+            if forward:
+                keep(site, self._flat(activation.detach()))
+
+        if self._of == "input":
+            return self._module.register_forward_pre_hook(lambda _, inputs: see(inputs[0]))
+        return self._module.register_forward_hook(lambda _, __, output: see(output))
+
+    def _flat(self, activation: Tensor) -> Tensor:
+        return self._select(activation).flatten(0, -2)
+
+
+def places(module: nn.Module, family: Family, shape: LayerShape) -> dict[Site, Place]:
+    """Where a layer's sites are in its module, in the order in which its parts come to them."""
+    found: dict[Site, Place] = {}
+    if shape.attention is not None:
+        found |= _attention_places(getattr(module, family.attention), family, shape.attention)
+    if shape.ffn is not None:
+        found |= _ffn_places(module if family.ffn is None else getattr(module, family.ffn), family, shape)
+    return found
+
+
+def _attention_places(attention: nn.Module, family: Family, shape: AttentionShape) -> dict[Site, Place]:
+    fused = family.qkv if family.qkv is not None and family.qkv.name in attention._modules else None
+    if fused is not None:
+        whole = attention._modules[fused.name]
+        widths = (
+            shape.query_heads * shape.query_key_dim,
+            shape.kv_heads * shape.query_key_dim,
+            shape.kv_heads * shape.value_dim,
+        )
+        queries, keys, values = (Place(whole, "output", select) for select in selections(widths, fused, shape.kv_heads))
+        given = Place(whole, "input")
+    else:
+        given = Place(ends(attention, family.query)[0], "input")
+        queries, keys, values = (
+            Place(ends(attention, name)[1], "output") for name in (family.query, family.key, family.value)
+        )
+    first, last = ends(attention, family.output)
+    return {
+        ATTENTION_INPUT: given,
+        QUERIES: queries,
+        KEYS: keys,
+        VALUES: values,
+        ATTENDED: Place(first, "input"),
+        ATTENTION_OUTPUT: Place(last, "output"),
+    }
+
+
+def _ffn_places(ffn: nn.Module, family: Family, shape: LayerShape) -> dict[Site, Place]:
+    has_module, down = family.ffn is not None, getattr(ffn, family.down)
+    fused = family.gate_up
+    first = getattr(ffn, fused.name if fused else family.up)
+    found = {FFN_INPUT: Place(ffn if has_module else first, "input")}
+    if fused:
+        width = shape.ffn.width
+        found[GATE], found[UP] = (Place(first, "output", select) for select in selections((width, width), fused, 1))
+    else:
+        if family.gate is not None:
+            found[GATE] = Place(getattr(ffn, family.gate), "output")
+        found[UP] = Place(first, "output")
+    return found | {NEURONS: Place(down, "input"), FFN_OUTPUT: Place(ffn if has_module else down, "output")}
+
+
+def selections(widths: tuple[int, ...], fused: Fused, groups: int) -> list[Select]:
+    """What takes each of several outputs out of a fused projection's."""
+
+    def select(number: int) -> Select:
+        def of(output: Tensor) -> Tensor:
+            if not fused.by_head:
+                return output.split(widths, dim=-1)[number]
+            by_group = output.unflatten(-1, (groups, -1)).split([width // groups for width in widths], dim=-1)
+            return by_group[number].flatten(-2)
+
+        return of
+
+    return [select(number) for number in range(len(widths))]

@@ -1,0 +1,229 @@
+"""What the tensors of a layer's parts are called in the layer's module, dense or pruned.
+
+A projection that is one matrix of its full width keeps its name. What stands in for one that pruning has changed lies
+beside it, in one of three places: ``left`` and ``right`` hold the factors of a product, and ``narrow`` a matrix that has
+lost rotary pairs or value neurons. See :mod:`distprune.modeling.pruned_projections` for why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distprune.families import Family
+from distprune.layers.parts import (
+    Attention,
+    DecoderLayer,
+    FeedForward,
+    Linear,
+    LowRank,
+    Projection,
+    outputs_of,
+)
+from distprune.layers.shapes import AttentionShape, LayerShape
+
+#: How tensors of an attention and a feed-forward network that are not there are told from the rest of a layer.
+LEFT, RIGHT, NARROW, BRANCH = "left", "right", "narrow", "branch"
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """The names of one layer's tensors, and whose widths tell a narrow projection.
+
+    Attributes:
+        family: the names of modules.
+        full: the attention that the layer's class is built with, heads aside: its heads are as wide as the class makes
+            them; None for a layer without attention.
+    """
+
+    family: Family
+    full: AttentionShape | None
+
+    # ---------------------------------------------------------------- from and to the state of a module
+
+    def state_of(self, layer: DecoderLayer) -> dict[str, Tensor]:
+        """The layer's tensors under the names of its module's state dict. Which rotary pairs are left is no tensor
+        there."""
+        state = dict(layer.rest)
+        if layer.attention is not None:
+            state |= self._attention_state(layer.attention)
+        if layer.ffn is not None:
+            state |= self._ffn_state(layer.ffn)
+        return state
+
+    def layer_from_state(
+        self, state: Mapping[str, Tensor], shape: LayerShape, rotary_pairs: Tensor | None = None
+    ) -> DecoderLayer:
+        """The inverse of :meth:`state_of`, for a layer of ``shape``."""
+        state = dict(state)
+        attention = None if shape.attention is None else self._attention(state, shape.attention, rotary_pairs)
+        ffn = None if shape.ffn is None else self._ffn(state, shape.ffn.is_gated)
+        return DecoderLayer(attention, ffn, state)
+
+    def _attention_state(self, attention: Attention) -> dict[str, Tensor]:
+        family, shape, parent = self.family, attention.shape, self.family.attention
+        pieces = {
+            family.query: (attention.query, self.narrows_pairs(shape)),
+            family.key: (attention.key, self.narrows_pairs(shape)),
+            family.value: (attention.value, self.narrows_values(shape)),
+        }
+        output = _state(parent, family.output, attention.output, self.narrows_values(shape))
+        if family.qkv is None:
+            return {**_states(parent, pieces), **output}
+        if self.keeps_qkv(shape):
+            fused = join_heads([piece for piece, _ in pieces.values()], shape.kv_heads if family.qkv.by_head else None)
+            return {**_state(parent, family.qkv.name, fused), **output}
+        return {**_states(parent, {name: (piece, True) for name, (piece, _) in pieces.items()}), **output}
+
+    def _attention(self, state: dict[str, Tensor], shape: AttentionShape, pairs: Tensor | None) -> Attention:
+        family, parent = self.family, self.family.attention
+        if family.qkv is not None and self.keeps_qkv(shape):
+            sizes = [
+                shape.query_heads * shape.query_key_dim,
+                *(shape.kv_heads * w for w in (shape.query_key_dim, shape.value_dim)),
+            ]
+            fused = _take(state, parent, family.qkv.name)
+            query, key, value = split_heads(fused, sizes, shape.kv_heads if family.qkv.by_head else None)
+        else:
+            query, key, value = (_take(state, parent, name) for name in (family.query, family.key, family.value))
+        output = _take(state, parent, family.output)
+        return Attention(shape.query_heads, shape.kv_heads, query, key, value, output, pairs)
+
+    def _ffn_state(self, ffn: FeedForward) -> dict[str, Tensor]:
+        family, parent = self.family, self.family.ffn
+        state = _state(parent, family.down, ffn.down)
+        if family.gate_up is not None:
+            state |= _state(parent, family.gate_up.name, join_heads([ffn.gate, ffn.up]))
+        else:
+            state |= _state(parent, family.up, ffn.up)
+            if ffn.gate is not None:
+                state |= _state(parent, family.gate, ffn.gate)
+        return state | _state(parent, BRANCH, ffn.branch) if ffn.branch is not None else state
+
+    def _ffn(self, state: dict[str, Tensor], is_gated: bool) -> FeedForward:
+        family, parent = self.family, self.family.ffn
+        if family.gate_up is not None:
+            fused = _take(state, parent, family.gate_up.name)
+            gate, up = split_heads(fused, [outputs_of(fused) // 2] * 2)
+        else:
+            gate, up = _take(state, parent, family.gate) if is_gated else None, _take(state, parent, family.up)
+        has_branch = f"{_path(parent, RIGHT, BRANCH)}.weight" in state
+        branch = _take(state, parent, BRANCH) if has_branch else None
+        return FeedForward(gate, up, _take(state, parent, family.down), branch)
+
+    # ---------------------------------------------------------------- which projections stand in for others
+
+    def narrows_pairs(self, shape: AttentionShape) -> bool:
+        """Whether queries and keys are narrower than the layer's class makes them."""
+        return shape.query_key_dim < self.full.query_key_dim
+
+    def narrows_values(self, shape: AttentionShape) -> bool:
+        """Whether values are narrower than the layer's class makes them."""
+        return shape.value_dim < self.full.value_dim
+
+    def keeps_qkv(self, shape: AttentionShape) -> bool:
+        """Whether queries, keys and values are still one projection, where the family has one."""
+        factored = shape.query_rank is not None or shape.key_rank is not None
+        return not (factored or self.narrows_pairs(shape) or self.narrows_values(shape))
+
+
+def _path(*names: str | None) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _states(parent: str | None, pieces: Mapping[str, tuple[Projection, bool]]) -> dict[str, Tensor]:
+    return {
+        key: tensor
+        for name, (piece, is_narrow) in pieces.items()
+        for key, tensor in _state(parent, name, piece, is_narrow).items()
+    }
+
+
+def _state(parent: str | None, name: str, projection: Projection, is_narrow: bool = False) -> dict[str, Tensor]:
+    if isinstance(projection, LowRank):
+        left = _path(parent, LEFT, name)
+        state = {f"{_path(parent, RIGHT, name)}.weight": projection.right, f"{left}.weight": projection.left}
+        return state if projection.bias is None else state | {f"{left}.bias": projection.bias}
+    path = _path(parent, NARROW, name) if is_narrow else _path(parent, name)
+    state = {f"{path}.weight": projection.weight}
+    return state if projection.bias is None else state | {f"{path}.bias": projection.bias}
+
+
+def _take(state: dict[str, Tensor], parent: str | None, name: str) -> Projection:
+    """A projection out of a module's state, wherever it stands."""
+    if (right := state.pop(f"{_path(parent, RIGHT, name)}.weight", None)) is not None:
+        left = _path(parent, LEFT, name)
+        return LowRank(right, state.pop(f"{left}.weight"), state.pop(f"{left}.bias", None))
+    narrow = _path(parent, NARROW, name)
+    path = narrow if f"{narrow}.weight" in state else _path(parent, name)
+    return Linear(state.pop(f"{path}.weight"), state.pop(f"{path}.bias", None))
+
+
+# ---------------------------------------------------------------- projections that are one matrix
+
+
+def join_heads(pieces: list[Linear], groups: int | None = None) -> Linear:
+    """One linear map of the outputs of several: one after the other, or where ``groups`` are given group by group."""
+
+    def joined(tensors: list[Tensor]) -> Tensor:
+        if groups is None:
+            return torch.cat(tensors)
+        return torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
+
+    has_bias = pieces[0].bias is not None
+    return Linear(joined([p.weight for p in pieces]), joined([p.bias for p in pieces]) if has_bias else None)
+
+
+def split_heads(fused: Linear, sizes: list[int], groups: int | None = None) -> list[Linear]:
+    """The inverse of :func:`join_heads`, for pieces with so many outputs."""
+
+    def pieces(tensor: Tensor) -> list[Tensor]:
+        if groups is None:
+            return [piece.contiguous() for piece in tensor.split(sizes)]
+        of_group = tensor.unflatten(0, (groups, -1)).split([size // groups for size in sizes], dim=1)
+        return [piece.flatten(0, 1) for piece in of_group]
+
+    biases = [None] * len(sizes) if fused.bias is None else pieces(fused.bias)
+    return [Linear(weight, bias) for weight, bias in zip(pieces(fused.weight), biases, strict=True)]
+
+
+# ---------------------------------------------------------------- dtypes
+
+
+def origin_of(name: str, originals: Container[str], family: Family) -> str:
+    """Whose dtype a tensor of a pruned layer takes, among the names of the original layer's state.
+
+    That is its own namesake's; that of the matrix which a factor or a narrow matrix replaces, an added bias belongs to
+    or, for the branch beside the feed-forward network, gives the network's output.
+    """
+    for candidate in _origins(name, family):
+        if candidate in originals:
+            return candidate
+    raise KeyError(name)
+
+
+def _origins(name: str, family: Family) -> Iterator[str]:
+    yield name
+    module, _, kind = name.rpartition(".")
+    for place in (RIGHT, LEFT, NARROW):
+        module = module.replace(f".{place}.", ".")
+    parent, _, own = module.rpartition(".")
+    replaced = {BRANCH: family.down}
+    if family.qkv is not None:
+        replaced |= dict.fromkeys((family.query, family.key, family.value), family.qkv.name)
+    for path in (module, _path(parent, replaced.get(own, own))):
+        yield f"{path}.{kind}"
+        yield f"{path}.weight"
+
+
+def stored_like(layer: DecoderLayer, original: DecoderLayer, names: LayerNames) -> DecoderLayer:
+    """The layer in the dtypes of another, which it was made from: see :func:`origin_of`."""
+    dtypes = {name: tensor.dtype for name, tensor in names.state_of(original).items()}
+    pairs = None if layer.attention is None else layer.attention.rotary_pairs
+    state = {
+        name: tensor.to(dtypes[origin_of(name, dtypes, names.family)]) for name, tensor in names.state_of(layer).items()
+    }
+    return names.layer_from_state(state, layer.shape, pairs)

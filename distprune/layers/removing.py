@@ -1,0 +1,72 @@
+"""What of a layer its family's class can be built without, or what stands in for it can."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from accelerate import init_empty_weights
+
+from distprune.layers.parts import outputs_of
+from distprune.layers.rotary import turns_halves
+from distprune.layers.shapes import LayerShape, Removable
+
+if TYPE_CHECKING:
+    from distprune.layers.architecture import Architecture
+
+#: What families call their norms of queries and keys, which values don't pass through.
+HEAD_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")
+
+
+def find_removable(architecture: Architecture, index: int) -> Removable:
+    """What may go, found out by building the layer's class on the meta device."""
+    family, layer = architecture.family, architecture.dense_layer(index)
+    found = {}
+    if layer.attention is not None:
+        shape = layer.shape.attention
+        beside = {
+            name.removeprefix(family.attention + ".") for name in layer.rest if name.startswith(family.attention + ".")
+        }
+        normed = {name for name in beside if name.split(".")[0] in HEAD_NORMS}
+        # Gates, norms or sinks of what attention gives know their values one by one.
+        has_values_of_its_own = outputs_of(layer.attention.query) != shape.query_heads * shape.query_key_dim
+        mixes = family.mixes_pairs
+        if mixes is None:
+            attention = getattr(_module(architecture, index, layer.shape), family.attention)
+            mixes = turns_halves(type(attention), architecture.config)
+        found |= {
+            "attention": True,
+            "factors": True,
+            "heads": can_have_fewer_heads(architecture, index),
+            "values": beside == normed and not has_values_of_its_own,
+            "pairs": not beside and not has_values_of_its_own and mixes and shape.query_key_dim % 2 == 0,
+        }
+    if layer.ffn is not None:
+        found |= {
+            "neurons": can_be_built(architecture, index, layer.shape.with_ffn(width=1)),
+            "branch": family.ffn is not None,
+            "ffn": family.ffn is not None,
+        }
+    return Removable(**found)
+
+
+def can_have_fewer_heads(architecture: Architecture, index: int) -> bool:
+    shape = architecture.dense_shape(index)
+    if architecture.family.head_dim is None or architecture.family.kv_heads is None or shape.attention.query_heads == 1:
+        return False
+    return can_be_built(architecture, index, shape.with_attention(query_heads=1, kv_heads=1))
+
+
+def can_be_built(architecture: Architecture, index: int, shape: LayerShape) -> bool:
+    """Whether the class, built with a shape's numbers, has the tensors of that shape and no others."""
+    try:
+        module = _module(architecture, index, shape)
+    except (ValueError, RuntimeError, AssertionError, TypeError, ZeroDivisionError):
+        return False
+    tensors = architecture.layer_tensors(index, replace(shape))
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()} == tensors
+
+
+def _module(architecture: Architecture, index: int, shape: LayerShape):
+    with init_empty_weights():
+        return architecture.layer_class(index)(architecture.layer_config(index, shape), index)
