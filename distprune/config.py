@@ -16,7 +16,7 @@ from distprune.storage import HUB_SCHEME, Location
 # What decides where and how fast a run goes, and never what it makes.
 PLACEMENT = ("output", "overwrite", "restart", "workers", "gpus_per_worker", "address", "weights", "writes")
 
-#: How a worker comes by the weights; see :mod:`distprune.engine.weights`.
+#: How a worker comes by the weights; see :mod:`distprune.engine.worker.weights`.
 Way = Literal["auto", "shared", "served", "hub"]
 
 

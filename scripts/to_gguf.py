@@ -4,7 +4,7 @@
     python scripts/to_gguf.py pruned pruned.gguf --pre SmolLM2-135M-Instruct.Q4_1.gguf
 
 Reads and writes one tensor at a time. How a tokenizer splits text into words llama.cpp knows by name: the name follows
-from tokenizer.json, unless `--pre` gives it, or the GGUF file that the model came from. Needs the `gguf` package (extra
+from tokenizer.json, unless `--pre` gives it, or the GGUF file that the model came from. Requirements the `gguf` package (extra
 `demo`).
 """
 

@@ -14,7 +14,7 @@ from distprune.calibration.tokenizer import tokenize
 from distprune.checkpoint import check_free_space
 from distprune.comparison.evaluation import Evaluation
 from distprune.comparison.runs import Run, naming
-from distprune.engine.preflight import Job, check_job
+from distprune.engine.run.preflight import Job, check_job
 from distprune.errors import InputError
 from distprune.evaluation.text import whole_text
 

@@ -15,16 +15,16 @@ from distprune.comparison.evaluation import Evaluation, evaluate_apart
 from distprune.comparison.runs import MethodOptions, Settings, list_runs, naming
 from distprune.config import PruneConfig
 from distprune.engine import RunRecord, prune
-from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers
+from distprune.engine.scheduler.ray_cluster import WorkerPlan, alive_nodes, connected, plan_workers
 from distprune.engine.driver import worker_pool
-from distprune.engine.memory import PeakMemory
-from distprune.engine.preflight import Job
-from distprune.engine.progress import Progress
-from distprune.engine.record import CALIBRATION_FILE
-from distprune.engine.run_dtype import settle_dtype
-from distprune.engine.signals import sigterm_interrupts
-from distprune.engine.stages import check_weights, write_own_samples
-from distprune.engine.weights import weight_access
+from distprune.engine.telemetry.process_memory import PeakMemory
+from distprune.engine.run.preflight import Job
+from distprune.engine.telemetry.progress import Progress
+from distprune.engine.run.record import CALIBRATION_FILE
+from distprune.engine.scheduler.run_dtype import settle_dtype
+from distprune.engine.run.signals import sigterm_interrupts
+from distprune.engine.stages.pruning_pass import check_weights, write_own_samples
+from distprune.engine.worker.weights import weight_access
 
 #: Makes what tells how far one step of the comparison is.
 NewProgress = Callable[[], Progress]

@@ -22,22 +22,22 @@ from distprune.checkpoint import (
     publish,
 )
 from distprune.config import PruneConfig
-from distprune.engine.assembly import assemble
-from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers
-from distprune.engine.dense_pass import DensePass
-from distprune.engine.end_to_end import EndToEnd
-from distprune.engine.gradient_pass import GradientPass
-from distprune.engine.harmless import Unfailing
-from distprune.engine.hub_output import is_on_hub, prune_to_hub
-from distprune.engine.journal import Journal, fingerprint
-from distprune.engine.layer_files import LayerFiles
-from distprune.engine.log import RunLog, json_file
-from distprune.engine.memory import peak_memory
-from distprune.engine.metrics import RunMetrics
-from distprune.engine.pool import WorkerPool
-from distprune.engine.preflight import Job, check_job
-from distprune.engine.progress import Progress, Together
-from distprune.engine.record import (
+from distprune.engine.stages.assembling import assemble
+from distprune.engine.scheduler.ray_cluster import WorkerPlan, alive_nodes, connected, plan_workers
+from distprune.engine.stages.dense_pass import DensePass
+from distprune.engine.stages.end_to_end import EndToEnd
+from distprune.engine.stages.gradient_pass import GradientPass
+from distprune.engine.telemetry.harmless import Unfailing
+from distprune.engine.run.hub_output import is_on_hub, prune_to_hub
+from distprune.engine.run.journal import Journal, fingerprint
+from distprune.engine.run.layer_files import LayerFiles
+from distprune.engine.telemetry.log import RunLog, json_file
+from distprune.engine.telemetry.process_memory import peak_memory
+from distprune.engine.telemetry.metrics import RunMetrics
+from distprune.engine.scheduler.pool import WorkerPool
+from distprune.engine.run.preflight import Job, check_job
+from distprune.engine.telemetry.progress import Progress, Together
+from distprune.engine.run.record import (
     CALIBRATION_FILE,
     LOG_FILE,
     OWN_FILES,
@@ -47,25 +47,25 @@ from distprune.engine.record import (
     load_record,
     parameter_counts,
 )
-from distprune.engine.run_dtype import settle_dtype
-from distprune.engine.runtime import RayRuntime
-from distprune.engine.signals import interruptions_noted, sigterm_interrupts
-from distprune.engine.sites import Needs
-from distprune.engine.stages import check_weights, distill_layers, prune_blocks, write_own_samples
-from distprune.engine.weights import WeightAccess, weight_access
-from distprune.engine.work import CHECK, PUBLISHING, Outline, Work
+from distprune.engine.scheduler.run_dtype import settle_dtype
+from distprune.engine.scheduler.runtime import RayRuntime
+from distprune.engine.run.signals import interruptions_noted, sigterm_interrupts
+from distprune.engine.scheduler.nodes import Requirements
+from distprune.engine.stages.pruning_pass import check_weights, distill_layers, prune_blocks, write_own_samples
+from distprune.engine.worker.weights import WeightAccess, weight_access
+from distprune.engine.run.work_folder import CHECK, PUBLISHING, Outline, Work
 from distprune.errors import InputError, InterruptedWhenDone, Unreachable
 from distprune.hardware import AUTO
 from distprune.methods import Plan
 from distprune.storage import copy, kept_locally, staged
 
 #: What a worker of a run needs on a kind of device.
-NeedsOf = Callable[[PruneConfig, Checkpoint, str], Needs]
+RequirementsOf = Callable[[PruneConfig, Checkpoint, str], Requirements]
 # Seconds until a run says that it waits for its first worker.
 PATIENCE = 30
 
 
-def prune(config: PruneConfig, progress: Progress | None = None, needs: NeedsOf | None = None) -> RunRecord:
+def prune(config: PruneConfig, progress: Progress | None = None, needs: RequirementsOf | None = None) -> RunRecord:
     """Prune a model and publish the result at ``config.output``.
 
     Work happens in ``OUTPUT.partial`` and becomes visible by one rename at the end. A run that ends before that leaves
@@ -98,7 +98,7 @@ def prune(config: PruneConfig, progress: Progress | None = None, needs: NeedsOf 
 
 
 def prune_job(
-    job: Job, progress: Progress, log: RunLog, needs: NeedsOf | None, past_interruption: Callable[[], None]
+    job: Job, progress: Progress, log: RunLog, needs: RequirementsOf | None, past_interruption: Callable[[], None]
 ) -> RunRecord:
     name, partial = str(job.config.output), partial_directory(job.config.output)
     with progress, failures_explained(partial), hold_lock(partial):
@@ -112,7 +112,7 @@ def prune_job(
             if needs:
                 workers = workers.needing(needs(config, job.checkpoint, workers.device))
             with work_folder(job, workers, progress) as work, logged(work), log.errors():
-                log.run_began(config, goes_on=work.goes_on, dtype_reason=dtype.reason)
+                log.run_began(config, resumed=work.resumed, dtype_reason=dtype.reason)
                 with Unfailing("metrics", lambda: RunMetrics(name)) as metrics:
                     told = Together(progress, log, metrics)
                     for note in job.notes:

@@ -22,16 +22,16 @@ from distprune.calibration.model import load_config as load_model_config
 from distprune.checkpoint.fingerprint import compute_fingerprint
 from distprune.checkpoint.hub import HubModel
 from distprune.config import PruneConfig, load_config
-from distprune.engine.cluster import alive_nodes, connected, plan_workers
+from distprune.engine.scheduler.ray_cluster import alive_nodes, connected, plan_workers
 from distprune.engine.driver import PATIENCE
-from distprune.engine.memory import PeakMemory, peak_memory
-from distprune.engine.pool import WorkerPool
-from distprune.engine.run_dtype import settle_dtype
-from distprune.engine.runtime import NODE_ID, RayRuntime
-from distprune.engine.signals import sigterm_interrupts
-from distprune.engine.sites import Site, this_site
-from distprune.engine.transport import Parcel, pack, unpack, whole_of
-from distprune.engine.weights import naming_node
+from distprune.engine.telemetry.process_memory import PeakMemory, peak_memory
+from distprune.engine.scheduler.pool import WorkerPool
+from distprune.engine.scheduler.run_dtype import settle_dtype
+from distprune.engine.scheduler.runtime import NODE_ID, RayRuntime
+from distprune.engine.run.signals import sigterm_interrupts
+from distprune.engine.scheduler.nodes import Node, this_node
+from distprune.engine.worker.host_tensor import HostTensor, pack, unpack, whole_of
+from distprune.engine.worker.weights import naming_node
 from distprune.errors import InputError, WorkersLost
 from distprune.evaluation import Answering, Loading
 from distprune.evaluation.scorer import Scorer
@@ -214,7 +214,7 @@ class Evaluator:
         return self._scorer
 
     @ray.method(max_task_retries=-1)
-    def ready(self) -> Site:
+    def ready(self) -> Node:
         """The model is loaded. Asked again after every restart.
 
         Raises:
@@ -222,12 +222,12 @@ class Evaluator:
         """
         with naming_node():
             _ = self.scorer.model
-        return this_site(self._device)
+        return this_node(self._device)
 
     def dtype(self, _: None) -> str:
         return self.scorer.dtype()
 
-    def loss(self, windows: Parcel) -> float:
+    def loss(self, windows: HostTensor) -> float:
         return self.scorer.loss(unpack(windows))
 
     def log_likelihoods(self, requests: list[tuple]) -> list[tuple[float, bool]]:

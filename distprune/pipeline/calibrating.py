@@ -10,8 +10,8 @@ from typing import Any
 from distprune.calibration import build_calibration, open_calibration
 from distprune.comparison.driver import prepare
 from distprune.config import PruneConfig
-from distprune.engine.cluster import alive_nodes, plan_workers
-from distprune.engine.preflight import check_job
+from distprune.engine.scheduler.ray_cluster import alive_nodes, plan_workers
+from distprune.engine.run.preflight import check_job
 from distprune.errors import InputError
 from distprune.pipeline.config import CalibrationConfig
 from distprune.pipeline.contents import digest_of_text

@@ -8,12 +8,12 @@ from typing import Any
 
 from distprune.checkpoint import partial_directory
 from distprune.config import PruneConfig
-from distprune.engine import Needs, RunRecord, load_record, prune
-from distprune.engine.cluster import alive_nodes, plan_workers
-from distprune.engine.journal import IDENTITY, fingerprint
-from distprune.engine.preflight import check_job
-from distprune.engine.run_dtype import settle_dtype
-from distprune.engine.work import Work
+from distprune.engine import Requirements, RunRecord, load_record, prune
+from distprune.engine.scheduler.ray_cluster import alive_nodes, plan_workers
+from distprune.engine.run.journal import IDENTITY, fingerprint
+from distprune.engine.run.preflight import check_job
+from distprune.engine.scheduler.run_dtype import settle_dtype
+from distprune.engine.run.work_folder import Work
 from distprune.errors import InputError
 from distprune.pipeline.step import Step, Surroundings
 from distprune.planning import worker_needs
@@ -37,7 +37,7 @@ class Prune(Step):
             return result_of(load_record(self.config.output))
         restart = surroundings.restart or not was_begun(work, identity)
         config = self.config.model_copy(update={"restart": restart})
-        return result_of(prune(config, surroundings.progress(), lambda *job: Needs(*worker_needs(*job))))
+        return result_of(prune(config, surroundings.progress(), lambda *job: Requirements(*worker_needs(*job))))
 
     def is_there(self, result: Mapping[str, Any]) -> bool:
         return self._fingerprint_there() == result["fingerprint"]

@@ -11,7 +11,7 @@ from rich.table import Table
 from distprune.comparison import ComparisonRow
 from distprune.decoder_layer import LayerShape
 from distprune.engine import RunRecord, RunStatus
-from distprune.engine.record import LayerRecord
+from distprune.engine.run.record import LayerRecord
 
 GIB = 2**30
 

@@ -12,8 +12,8 @@ import pytest
 
 from distprune import prune
 from distprune.engine import RunRecord, driver, pool, run_dtype, weights
-from distprune.engine.runtime import RayRuntime
-from distprune.engine.worker import Worker
+from distprune.engine.scheduler.runtime import RayRuntime
+from distprune.engine.worker.actor import Worker
 
 OPTIONS = {
     "method": "olica",

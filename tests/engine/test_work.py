@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distprune.engine.work import PUBLISHING, Outline, Work
+from distprune.engine.run.work_folder import PUBLISHING, Outline, Work
 
 OUTLINE = Outline("model", "olica", 0.3, 4, False)
 
