@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from distprune.config import DistillConfig
-from distprune.decoder_layer import DecoderLayer, state_of
-from distprune.determinism import deterministic_attention
-from distprune.forward import LayerRunner
 from distprune.distillation.trainable import BETAS, TrainableLayer
+from distprune.layers.determinism import deterministic_attention
+from distprune.layers.parts import DecoderLayer
+from distprune.layers.runner import LayerRunner
 
 # Points of the loss curve in a run's record.
 CURVE_POINTS = 20
@@ -73,17 +73,17 @@ def distill(
     layer: DecoderLayer,
     index: int,
     following: Sequence[DecoderLayer],
-    exercise: Batch,
+    samples: Batch,
     runner: LayerRunner,
     options: DistillConfig,
 ) -> tuple[DecoderLayer, DistillationReport]:
     """Train a pruned layer to do what the dense layer does.
 
     Args:
-        layer: the pruned layer; it may have low-rank factors and a calibration branch, which train too.
+        layer: the pruned layer; it may have low-rank factors and a linear branch, which train too.
         index: which layer of the model it is.
         following: the dense layers after it that judge its output; they stay as they are.
-        exercise: what it learns from.
+        samples: what it learns from.
         runner: what runs the layer, and on which device.
         options: epochs, learning rate and the like.
 
@@ -91,14 +91,14 @@ def distill(
         The layer with its tensors in the given ones' dtypes, or as it was where its held-out loss did not fall.
     """
     student = Student(layer, index, following, runner, options)
-    training, held_out = split(len(exercise), options)
-    before = student.mean_loss(exercise[held_out])
-    if not state_of(layer):  # no weights, nothing to learn
+    training, held_out = split(len(samples), options)
+    before = student.mean_loss(samples[held_out])
+    if not student.learns:  # no weights, nothing to learn
         return layer, DistillationReport([], before, before, kept=False)
-    losses = student.train(exercise[training])
-    after = student.mean_loss(exercise[held_out])
-    lesson = DistillationReport(averaged(losses, CURVE_POINTS), before, after, kept=after < before)
-    return (student.layer() if lesson.kept else layer), lesson
+    losses = student.train(samples[training])
+    after = student.mean_loss(samples[held_out])
+    report = DistillationReport(averaged(losses, CURVE_POINTS), before, after, kept=after < before)
+    return (student.layer() if report.kept else layer), report
 
 
 class Student:
@@ -119,15 +119,20 @@ class Student:
             for number, dense in enumerate(following, index + 1)
         }
 
-    def train(self, exercise: Batch) -> list[float]:
+    @property
+    def learns(self) -> bool:
+        """Whether it has weights to train."""
+        return bool(self._trainable.parameters)
+
+    def train(self, samples: Batch) -> list[float]:
         """Run the optimizer over all epochs. Returns the loss of every step."""
         options, losses = self._options, []
         parameters = self._trainable.parameters.values()
         optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=BETAS, weight_decay=0.0, fused=True)
-        batches = list(shuffled_batches(len(exercise), options))
+        batches = list(shuffled_batches(len(samples), options))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(len(batches)))
         for batch in batches:
-            loss = self._loss(exercise[batch])
+            loss = self._loss(samples[batch])
             optimizer.zero_grad()
             with deterministic_attention():
                 loss.backward()
@@ -137,17 +142,17 @@ class Student:
         return losses
 
     @torch.no_grad()
-    def mean_loss(self, exercise: Batch) -> float:
+    def mean_loss(self, samples: Batch) -> float:
         size = self._options.batch
-        batches = [exercise[start : start + size] for start in range(0, len(exercise), size)]
-        return sum(self._loss(batch).item() * len(batch) for batch in batches) / len(exercise)
+        batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+        return sum(self._loss(batch).item() * len(batch) for batch in batches) / len(samples)
 
-    def _loss(self, exercise: Batch) -> Tensor:
-        exercise = exercise.to(self._runner.device, self._runner.gradient_dtype)
-        outputs = self._trainable.forward(exercise.inputs)
-        loss = relative_error(outputs, exercise.outputs)
+    def _loss(self, samples: Batch) -> Tensor:
+        samples = samples.to(self._runner.device, self._runner.gradient_dtype)
+        outputs = self._trainable.forward(samples.inputs)
+        loss = relative_error(outputs, samples.outputs)
         if self._following:
-            loss = loss + relative_error(self._look_ahead(outputs), exercise.ahead)
+            loss = loss + relative_error(self._look_ahead(outputs), samples.ahead)
         return loss
 
     def _look_ahead(self, hidden_states: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from distprune.config import DistillConfig
-from distprune.decoder_layer import DecoderLayer
-from distprune.determinism import deterministic_attention
-from distprune.forward import LayerRunner
 from distprune.distillation.trainable import BETAS, TrainableLayer
+from distprune.layers.determinism import deterministic_attention
+from distprune.layers.parts import DecoderLayer
+from distprune.layers.runner import LayerRunner
 
 #: What AdamW knows of a parameter.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")

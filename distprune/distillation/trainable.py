@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distprune.config import DistillConfig
-from distprune.decoder_layer import DecoderLayer, layer_from_state, state_of, stored_like
-from distprune.forward import LayerRunner
+from distprune.layers.names import stored_like
+from distprune.layers.parts import DecoderLayer
+from distprune.layers.runner import LayerRunner
 
 BETAS = (0.9, 0.95)
 
@@ -19,7 +20,7 @@ class TrainableLayer:
     """What trains is in float32, all else in bfloat16 where the run is in bfloat16.
 
     Args:
-        layer: stays as it is; it may have low-rank factors and a calibration branch, which train too.
+        layer: stays as it is; it may have low-rank factors and a linear branch, which train too.
         index: which layer of the model it is.
         runner: what runs it, and on which device.
         options: what of it trains.
@@ -53,12 +54,15 @@ class TrainableLayer:
     def layer(self) -> DecoderLayer:
         """The layer as it is now in the given one's dtypes, low-rank updates folded in."""
         updated = {name: module for name, module in self._module.named_modules() if isinstance(module, UpdatedLinear)}
+        names, pairs = self._runner.architecture.names(self._index), None
         if updated:
-            state = state_of(self._pruned.to(self._runner.device))
+            state = names.state_of(self._pruned.to(self._runner.device))
             state |= {f"{name}.weight": module.folded(state[f"{name}.weight"]) for name, module in updated.items()}
         else:
             state = {name: tensor.detach() for name, tensor in self._module.state_dict().items()}
-        return stored_like(layer_from_state(state, self._pruned.shape), self._pruned)
+        if self._pruned.attention is not None:
+            pairs = self._pruned.attention.rotary_pairs
+        return stored_like(names.layer_from_state(state, self._pruned.shape, pairs), self._pruned, names)
 
 
 class UpdatedLinear(nn.Module):

@@ -2,7 +2,7 @@
 
 from distprune.engine.driver import prune
 from distprune.engine.run.record import RunRecord, load_record
-from distprune.engine.scheduler.nodes import Requirements
 from distprune.engine.run.status import RunStatus, status
+from distprune.engine.scheduler.nodes import Requirements
 
 __all__ = ["Requirements", "RunRecord", "RunStatus", "load_record", "prune", "status"]

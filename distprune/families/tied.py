@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from distprune.checkpoint import Checkpoint
-from distprune.families.base import Family
+from distprune.families.disk_names import DiskNames
 
 #: Bytes of each of the two tensors that are compared at once.
 PIECE = 64 * 2**20
@@ -23,26 +23,31 @@ UNTIED = (
 )
 
 
-def with_embedding(checkpoint: Checkpoint, family: Family) -> Checkpoint:
-    """The checkpoint with its head in the embedding's place where it is tied and stores the head alone."""
-    tensors = dict(checkpoint.tensors)
-    if not checkpoint.config.tie_word_embeddings or family.embedding in tensors or family.head not in tensors:
-        return checkpoint
-    tensors[family.embedding] = tensors.pop(family.head)
-    return replace(checkpoint, tensors=tensors)
-
-
-def untied_where_different(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+def untied_where_different(checkpoint: Checkpoint, names: DiskNames, embedding: str, head: str) -> Checkpoint:
     """The checkpoint with a configuration that is not tied where it stores a head that is no copy of the embedding.
 
     Reads both tensors where there are two, a piece of each at a time and up to the first difference.
+
+    Args:
+        checkpoint: of a model whose configuration may tie the two.
+        names: what it calls its tensors.
+        embedding: the embedding's name in the model's module tree.
+        head: the head's.
     """
-    stored = family.embedding in checkpoint.tensors and family.head in checkpoint.tensors
-    if not (checkpoint.config.tie_word_embeddings and stored) or are_equal(checkpoint, family.embedding, family.head):
+    one, other = names.on_disk(embedding), names.on_disk(head)
+    if one == other or other not in checkpoint.tensors or not is_tied(checkpoint):
+        return checkpoint
+    if are_equal(checkpoint, one, other):
         return checkpoint
     config = copy.deepcopy(checkpoint.config)
-    config.tie_word_embeddings = False
+    for each in (config, config.get_text_config(decoder=True)):
+        each.tie_word_embeddings = False
     return replace(checkpoint, config=config)
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the configuration ties the head to the embedding."""
+    return bool(checkpoint.config.tie_word_embeddings)
 
 
 def are_equal(checkpoint: Checkpoint, name: str, other: str) -> bool:

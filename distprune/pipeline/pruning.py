@@ -13,7 +13,7 @@ from distprune.engine.scheduler.ray_cluster import alive_nodes, plan_workers
 from distprune.engine.run.journal import IDENTITY, fingerprint
 from distprune.engine.run.preflight import check_job
 from distprune.engine.scheduler.run_dtype import settle_dtype
-from distprune.engine.run.work_folder import Work
+from distprune.engine.run.work_folder import WorkFolder
 from distprune.errors import InputError
 from distprune.pipeline.step import Step, Surroundings
 from distprune.planning import worker_needs
@@ -30,7 +30,7 @@ class Prune(Step):
     def run(self, surroundings: Surroundings) -> dict[str, Any]:
         surroundings.connect()
         identity = identity_of(self.config)
-        work = Work(partial_directory(self.config.output))
+        work = WorkFolder(partial_directory(self.config.output))
         if not surroundings.restart and self._fingerprint_there() == fingerprint(identity):
             # Made by a pipeline that ended before it could say so, or from other texts that gave the same windows.
             work.remove()
@@ -57,7 +57,7 @@ def identity_of(config: PruneConfig) -> dict[str, Any]:
     return job.computed_in(settle_dtype(config, job.stored_dtype, workers)).identity(workers.device)
 
 
-def was_begun(work: Work, identity: Mapping[str, Any]) -> bool:
+def was_begun(work: WorkFolder, identity: Mapping[str, Any]) -> bool:
     """Whether what an earlier run has left in its work folder is of the run with that identity."""
     return work.journal.has(IDENTITY) and work.journal.report(IDENTITY) == identity
 

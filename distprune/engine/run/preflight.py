@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from upath import UPath
 
-from distprune.budgets import Target, target_of
+from distprune.budgets import StoredSizes, Target, target_of
 from distprune.calibration import Calibration, load_tokenizer, open_calibration, tokenizer_fingerprint
 from distprune.checkpoint import (
     Checkpoint,
@@ -26,11 +26,15 @@ from distprune.checkpoint import (
     resolve_model,
 )
 from distprune.config import PruneConfig
+from distprune.engine.run.left_alone import LeftAlone, left_alone
+from distprune.engine.worker.dense_model import DenseModel
 from distprune.errors import InputError
-from distprune.families import UNTIED, Family, family_of, untied_where_different, with_embedding
+from distprune.families.disk_names import disk_names
+from distprune.families.language_model import language_config
+from distprune.families.tied import UNTIED, untied_where_different
 from distprune.hardware import AUTO, ComputeDtype, compute_dtype
+from distprune.layers.architecture import Architecture
 from distprune.methods import Method, make_method
-from distprune.modeling import PrunedConfig
 from distprune.storage import is_remote, is_url, location
 from distprune.version import __version__
 
@@ -47,22 +51,29 @@ class Job:
     config: PruneConfig
     model_path: Path  # of a hub model, perhaps without its weights
     hub: HubModel | None
-    checkpoint: Checkpoint
-    family: Family
-    dense: PrunedConfig
+    model: DenseModel
     method: Method
     target: Target
+    left_alone: LeftAlone
     notes: tuple[str, ...] = ()  # what the run says of itself
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.model.checkpoint
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.model.architecture
 
     @property
     def needs_gradients(self) -> bool:
         """Whether there is a gradient pass."""
-        return needs_gradients(self.method, self.dense)
+        return needs_gradients(self.method, self.architecture)
 
     @property
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the checkpoint's weights."""
-        return self.checkpoint.tensors[self.family.embedding].dtype
+        return stored_dtype(self.model)
 
     def computed_in(self, dtype: ComputeDtype) -> Job:
         """The same run, its configuration's dtype settled."""
@@ -101,27 +112,62 @@ def check_job(config: PruneConfig) -> Job:
     prepare_output(config.output, config.overwrite)
     method = make_method(config.method, config.options)
     hub, stored = open_model(config)
-    model_path, family = stored.path, family_of(stored.config)
-    stored = with_embedding(stored, family)
-    dense = family.dense_config(stored.config)
-    check_tensors(stored, family, dense)
+    model_path, model = stored.path, dense_model(stored)
     texts = config.calibration, config.distill and config.distill.calibration
     for path in filter(None, texts):
         tokenizer = load_tokenizer(model_path, config.trust_remote_code)
-        check_calibration(open_calibration(path), tokenizer, model_path, dense)
+        check_calibration(open_calibration(path), tokenizer, model_path, model.architecture)
     if config.distill:
         check_can_be_split(config, texts)
-    if needs_gradients(method, dense):
+    if needs_gradients(method, model.architecture):
         check_has_targets(config)
-    checkpoint = untied_where_different(stored, family)  # the one check that may read weights, so after the others
-    dense = family.dense_config(checkpoint.config)
-    check_tensors(checkpoint, family, dense)
-    target = target_of(config, dense, family.stored_sizes(checkpoint.tensors, dense))
+    # The one check that may read weights, so after the others.
+    architecture = model.architecture
+    settled = untied_where_different(stored, model.names, architecture.embedding_name, architecture.head_name)
+    if settled is not stored:
+        model = dense_model(settled)
+    target = target_of(config, model.architecture, stored_sizes(model))
     method.check_target(target, config.align)
     there = folder_size(partial_directory(config.output))
-    check_free_space(config.output, space_needed(config, checkpoint, family, dense, method) - there)
-    notes = (UNTIED,) if checkpoint is not stored else ()
-    return Job(config, model_path, hub, checkpoint, family, dense, method, target, notes)
+    check_free_space(config.output, space_needed(config, model, method) - there)
+    left = left_alone(model)
+    notes = (*stored.notes, *((UNTIED,) if settled is not stored else ()), *((str(left),) if left.parts else ()))
+    return Job(config, model_path, hub, model, method, target, left, notes)
+
+
+def dense_model(checkpoint: Checkpoint) -> DenseModel:
+    """The language model of a checkpoint, every tensor that it needs there in the shape that it needs.
+
+    Raises:
+        InputError: transformers has no such model, a tensor is missing or has another shape, or tensors of a decoder
+            layer are stored in a form of their own.
+    """
+    config, _ = language_config(checkpoint.config)
+    architecture = Architecture(config)
+    names = disk_names(architecture.model, checkpoint)
+    for name, parts in names.converted.items():
+        if name.startswith(architecture.layers_path + "."):
+            raise InputError(
+                f"{checkpoint.tensors[parts[0]].file}: tensor '{parts[0]}' is one of {len(parts)} that transformers "
+                f"makes '{name}' of when it loads a {config.model_type} model, and distprune can't run such layers "
+                "yet. Give a model without experts."
+            )
+    return DenseModel(architecture, names, checkpoint)
+
+
+def stored_dtype(model: DenseModel) -> torch.dtype:
+    """The dtype of a checkpoint's weights, by its embedding."""
+    return model.checkpoint.tensors[model.names.on_disk(model.architecture.embedding_name)].dtype
+
+
+def stored_sizes(model: DenseModel) -> StoredSizes:
+    """How large the numbers of a checkpoint's tensors are."""
+    tensors = model.checkpoint.tensors
+    layers = tuple(
+        {name: tensors[stored].dtype.itemsize for name, stored in model.layer_names(index).items()}
+        for index in range(model.architecture.num_layers)
+    )
+    return StoredSizes(layers, sum(tensors[name].nbytes for name in model.outer_names()))
 
 
 def check_apart(config: PruneConfig) -> None:
@@ -192,8 +238,9 @@ def check_can_be_split(config: PruneConfig, texts: tuple[Path | None, Path | Non
         )
 
 
-def needs_gradients(method: Method, dense: PrunedConfig) -> bool:
-    return bool(method.gradient_moments(dense.dense_shape()))
+def needs_gradients(method: Method, architecture: Architecture) -> bool:
+    """Whether a method asks for the loss's gradients, of any layer."""
+    return any(method.gradient_moments(shape) for shape in architecture.dense_shapes)
 
 
 def check_has_targets(config: PruneConfig) -> None:
@@ -205,20 +252,18 @@ def check_has_targets(config: PruneConfig) -> None:
         )
 
 
-def space_needed(
-    config: PruneConfig, checkpoint: Checkpoint, family: Family, dense: PrunedConfig, method: Method
-) -> int:
+def space_needed(config: PruneConfig, model: DenseModel, method: Method) -> int:
     """Bytes that a run may come to hold in its work folder: profiles to the end, and the most that lies there beside
     them when gradients, pruned layers or the shards that these become are made."""
-    tokens = config.samples * config.sequence_length
+    architecture, tokens = model.architecture, config.samples * config.sequence_length
     if config.calibration is not None:
         tokens = open_calibration(config.calibration).tokens.size
-    layers = dense.num_hidden_layers
-    weights = sum(info.nbytes for info in checkpoint.tensors.values())
-    profiles = sum(method.profile_bytes(dense.hidden_size, dense.layer_shape(index)) for index in range(layers))
-    states = tokens * dense.hidden_size * expected_itemsize(config, checkpoint.tensors[family.embedding].dtype)
+    layers, hidden_size = architecture.num_layers, architecture.hidden_size
+    weights = sum(info.nbytes for info in model.checkpoint.tensors.values())
+    profiles = sum(method.profile_bytes(hidden_size, shape) for shape in architecture.dense_shapes)
+    states = tokens * hidden_size * expected_itemsize(config, stored_dtype(model))
     # Of every layer and of the model's end, with the gradients of some; or of every block, and of one layer more.
-    passing = (layers + 1 + GRADIENTS_KEPT) * states if needs_gradients(method, dense) else 0
+    passing = (layers + 1 + GRADIENTS_KEPT) * states if needs_gradients(method, architecture) else 0
     pruning = (-(-layers // config.block_length(layers)) + 1) * states + weights
     # Parts and the shards that are made of them lie side by side for a moment.
     assembling = weights + min(weights, merged_at_once(config) * config.max_shard_size)
@@ -245,27 +290,15 @@ def folder_size(folder: Path | UPath) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def check_tensors(checkpoint: Checkpoint, family: Family, dense: PrunedConfig) -> None:
-    """See that the checkpoint holds just the tensors, in the shapes, that its configuration asks for."""
-    checkpoint.check_shapes(family.tensor_shapes(dense))
-    unknown = family.unknown_tensors(checkpoint.tensors, dense)
-    if unknown:
-        raise InputError(
-            f"{checkpoint.tensors[unknown[0]].file}: holds tensor '{unknown[0]}', for which a "
-            f"{family.model_type} model with this config.json has no place ({len(unknown)} such tensors). "
-            "Merge adapters and remove extra heads before pruning."
-        )
-
-
 def check_calibration(
-    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, model_path: Path, dense: PrunedConfig
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, model_path: Path, architecture: Architecture
 ) -> None:
     """See that the calibration set was made for this model and fits its context."""
     fingerprint = tokenizer_fingerprint(tokenizer)
-    calibration.check_matches(fingerprint, dense.vocab_size, str(model_path))
+    calibration.check_matches(fingerprint, architecture.vocab_size, str(model_path))
     length = calibration.tokens.shape[1]
-    if length > dense.max_position_embeddings:
+    if length > architecture.max_length:
         raise InputError(
             f"{calibration.path}: its windows of {length} tokens exceed the model's context of "
-            f"{dense.max_position_embeddings}. Make it again with a shorter --sequence-length."
+            f"{architecture.max_length}. Make it again with a shorter --sequence-length."
         )

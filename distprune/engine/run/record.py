@@ -10,12 +10,12 @@ from typing import Any
 
 from distprune.budgets import decoder_parameters, layer_parameters, outer_parameters
 from distprune.config import PruneConfig
-from distprune.decoder_layer import LayerShape
 from distprune.distillation.layerwise import DistillationReport
 from distprune.engine.telemetry.process_memory import PeakMemory
 from distprune.engine.worker.report import Report
 from distprune.errors import InputError
-from distprune.modeling import PrunedConfig
+from distprune.layers.architecture import Architecture
+from distprune.layers.shapes import LayerShape
 
 RECORD_FILE = "distprune_run.json"
 CONFIG_FILE = "distprune_config.yaml"
@@ -46,6 +46,8 @@ class RunRecord:
         dtype: that of forward passes.
         predicted_loss, gap: what the plan says of itself, see :class:`distprune.methods.Plan`; None of most methods.
         notes: what the run says of itself: where it took the model for something else than its configuration says.
+        left_alone: parameters that no pruning changes since distprune doesn't know what they do, by what they belong to.
+        left_alone_share: the fraction of all stored parameters that these are.
     """
 
     model: str
@@ -68,6 +70,8 @@ class RunRecord:
     seconds: Mapping[str, float]
     layers: list[LayerRecord] = field(repr=False)
     notes: list[str] = field(default_factory=list)
+    left_alone: Mapping[str, int] = field(default_factory=dict)
+    left_alone_share: float = 0.0
 
     @property
     def decoder_sparsity(self) -> float:
@@ -93,27 +97,30 @@ def forecast(predicted_loss: float, gap: float) -> str:
 
 
 def layer_records(
-    dense: PrunedConfig, plan: list[LayerShape], reports: list[Report], lessons: list[DistillationReport | None]
+    model: Architecture,
+    plan: list[LayerShape],
+    reports: list[Report],
+    distillations: list[DistillationReport | None],
 ) -> list[LayerRecord]:
     return [
         LayerRecord(
             index=index,
-            dense=dense.layer_shape(index),
+            dense=model.dense_shape(index),
             pruned=shape,
-            parameters_before=layer_parameters(dense, index, dense.layer_shape(index)),
-            parameters_after=layer_parameters(dense, index, shape),
+            parameters_before=layer_parameters(model, index, model.dense_shape(index)),
+            parameters_after=layer_parameters(model, index, shape),
             seconds=reports[index].seconds,
             warnings=reports[index].warnings,
-            distillation=lessons[index],
+            distillation=distillations[index],
         )
         for index, shape in enumerate(plan)
     ]
 
 
-def parameter_counts(dense: PrunedConfig, plan: list[LayerShape]) -> dict[str, int]:
+def parameter_counts(model: Architecture, plan: list[LayerShape]) -> dict[str, int]:
     """The four counts of :class:`RunRecord`."""
-    before = decoder_parameters(dense, [dense.layer_shape(index) for index in range(len(plan))])
-    after, outer = decoder_parameters(dense, plan), outer_parameters(dense)
+    before = decoder_parameters(model, model.dense_shapes)
+    after, outer = decoder_parameters(model, plan), outer_parameters(model)
     return {
         "decoder_parameters_before": before,
         "decoder_parameters_after": after,
@@ -143,12 +150,12 @@ def load_record(folder: Path) -> RunRecord:
 
 
 def read_layer(stored: Mapping[str, Any]) -> LayerRecord:
-    lesson = stored["distillation"]
+    distillation = stored["distillation"]
     return LayerRecord(
         **{
             **stored,
-            "dense": LayerShape(**stored["dense"]),
-            "pruned": LayerShape(**stored["pruned"]),
-            "distillation": lesson and DistillationReport(**lesson),
+            "dense": LayerShape.from_json(stored["dense"]),
+            "pruned": LayerShape.from_json(stored["pruned"]),
+            "distillation": distillation and DistillationReport(**distillation),
         }
     )

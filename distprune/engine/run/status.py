@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from distprune.checkpoint import is_locked, partial_directory
-from distprune.engine.stages.dense_pass import PASSED, PROFILE
 from distprune.engine.run.journal import Journal
 from distprune.engine.run.layer_files import DISTILLED, PRUNED
 from distprune.engine.run.record import load_record
-from distprune.engine.run.work_folder import OUTLINE, Outline, Work
+from distprune.engine.run.work_folder import OUTLINE, Outline, WorkFolder
+from distprune.engine.stages.dense_pass import PASSED, PROFILE
 from distprune.errors import InputError
 
 # The stage that not every run has, as the record's seconds call it.
@@ -43,12 +43,12 @@ def status(output: Path) -> RunStatus:
         InputError: there is no such run.
     """
     try:
-        return status_of_unfinished(Work(partial_directory(output)))
+        return status_of_unfinished(WorkFolder(partial_directory(output)))
     except FileNotFoundError:  # none has begun, or it ends just now
         return status_of_finished(output)
 
 
-def status_of_unfinished(work: Work) -> RunStatus:
+def status_of_unfinished(work: WorkFolder) -> RunStatus:
     """The status from what the run has left in its folder so far.
 
     Raises:

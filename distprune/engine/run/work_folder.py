@@ -33,7 +33,7 @@ class Outline:
     has_gradients: bool = False
 
 
-class Work:
+class WorkFolder:
     """What lies in the folder:
 
     - ``journal/``: what was done, and the hidden states that are still needed;

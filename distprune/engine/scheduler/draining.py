@@ -8,8 +8,8 @@ from __future__ import annotations
 from math import inf, isinf
 from typing import Any
 
-from distprune.engine.scheduler.worker_registry import WorkerRegistry
 from distprune.engine.scheduler.runtime import RayRuntime
+from distprune.engine.scheduler.worker_registry import WorkerRegistry
 
 ASK_EVERY = 1.0  # seconds
 

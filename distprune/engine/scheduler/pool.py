@@ -8,8 +8,8 @@ would. A worker whose node is about to go takes no further calls, and leaves as 
 that can't be done in time.
 
 A call may have several steps, all by the one worker that has begun it and each as soon as it is known. Of two such
-calls the second can live on what the first gives step by step, so that both go on at once: a pipeline. A step is handed
-over while the one before it runs, so that its arguments are there when its turn comes.
+calls the second can live on what the first gives step by step, so that both go on at once: a pipeline. A step's
+values are prefetched while the one before it runs, so that they are there when its turn comes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from distprune.engine.scheduler.worker_registry import WorkerRegistry
 from distprune.engine.scheduler.draining import Draining
 from distprune.engine.scheduler.durations import Durations
+from distprune.engine.scheduler.nodes import Nodes, Requirements
+from distprune.engine.scheduler.runtime import RayRuntime
+from distprune.engine.scheduler.worker_registry import WorkerRegistry
 from distprune.engine.telemetry.process_memory import PeakMemory
 from distprune.engine.telemetry.progress import Progress
-from distprune.engine.scheduler.runtime import RayRuntime
-from distprune.engine.scheduler.nodes import Requirements, Nodes
+from distprune.engine.worker.task import Task
 from distprune.errors import WorkersLost
 
 # A call survives this many losses of its worker; more mean that the layer itself is what kills it (out of memory).
@@ -38,23 +39,11 @@ LOOK_EVERY = 1.0  # seconds
 
 
 @dataclass(frozen=True)
-class Later:
-    """An argument that is made when its call starts, and again if it must start again; nothing is held until then."""
-
-    make: Callable[[], Any]
-
-
-@dataclass(frozen=True)
 class Step:
-    """A worker's method, its arguments and who takes its results."""
+    """A task and who takes its results."""
 
-    method: str
-    arguments: tuple
+    task: Task
     then: Callable[..., None]
-
-    def __str__(self) -> str:
-        layer = self.arguments[0] if self.arguments else None
-        return f"'{self.method}'" + (f" of layer {layer}" if isinstance(layer, int) else "")
 
 
 @dataclass(eq=False)
@@ -81,9 +70,9 @@ class Call:
     def done(self) -> bool:
         return self.taken == self.length
 
-    def methods(self, number: int) -> list[str]:
-        """Of the steps from this one on; those that are not known yet are taken to be as the last that is."""
-        known = [step.method for step in self.steps]
+    def kinds(self, number: int) -> list[str]:
+        """Of the tasks from this step on; those that are not known yet are taken to be as the last that is."""
+        known = [step.task.kind() for step in self.steps]
         return (known + known[-1:] * (self.length - len(known)))[number:]
 
 
@@ -103,20 +92,24 @@ class Attempt:
     def step(self) -> Step:
         return self.call.steps[self.number]
 
+    @property
+    def task(self) -> Task:
+        return self.step.task
+
 
 @dataclass(frozen=True)
 class Prefetched:
-    """A step that its worker has been told: its arguments, and its results to be."""
+    """A step that its worker has been told: the values of its task, and its results to be."""
 
-    arguments: list[Any]
+    values: list[Any]
     results: list[Any]
 
 
 @dataclass(frozen=True)
-class Running:
-    """A share at work, and since when."""
+class InFlight:
+    """An attempt at work, and since when."""
 
-    share: Attempt
+    attempt: Attempt
     results: list[Any]
     since: float
 
@@ -124,13 +117,15 @@ class Running:
 class WorkerPool:
     """Workers take queued calls as they fall idle; a worker counts from the moment it is up, so none is waited for."""
 
-    def __init__(self, runtime: RayRuntime, count: int, progress: Progress | None = None, needs: Requirements | None = None):
+    def __init__(
+        self, runtime: RayRuntime, count: int, progress: Progress | None = None, needs: Requirements | None = None
+    ):
         self._runtime = runtime
         self._registry = WorkerRegistry(runtime, Nodes(needs or Requirements()), progress or Progress())
         self._orders = itertools.count()
         self._queue: list[Call] = []
-        self._running: dict[Any, Running] = {}
-        self._ahead: dict[Any, Prefetched] = {}  # by worker, the step after the running one
+        self._in_flight: dict[Any, InFlight] = {}
+        self._prefetched: dict[Any, Prefetched] = {}  # by worker, the step after its present one
         self._waiting: list[Attempt] = []  # workers whose call's next step is not known yet
         self._durations = Durations()
         self._draining = Draining(runtime, self._registry)
@@ -151,12 +146,9 @@ class WorkerPool:
             self._greet(ready[0])
         return True
 
-    def submit(self, then: Callable[..., None], method: str, *arguments: Any) -> None:
-        """Queue the workers' ``method(*arguments)``; :meth:`run` calls ``then`` with its results.
-
-        An argument may be a :class:`Later`.
-        """
-        self._enqueue(Call(next(self._orders), 1, [Step(method, arguments, then)]))
+    def submit(self, task: Task, then: Callable[..., None]) -> None:
+        """Queue a task; :meth:`run` calls ``then`` with its results."""
+        self._enqueue(Call(next(self._orders), 1, [Step(task, then)]))
 
     def submit_steps(self, length: int) -> Call:
         """Queue a call of so many steps, which :meth:`add_step` tells as they become known.
@@ -167,17 +159,17 @@ class WorkerPool:
         self._enqueue(call)
         return call
 
-    def add_step(self, call: Call, then: Callable[..., None], method: str, *arguments: Any) -> None:
+    def add_step(self, call: Call, task: Task, then: Callable[..., None]) -> None:
         """Tell a call its next step; ``then`` gets its results once, whoever is lost in between."""
-        call.steps.append(Step(method, arguments, then))
-        for share in [share for share in self._waiting if share.call is call]:
-            self._waiting.remove(share)
-            self._go_on(share)
-        for running in [running for running in self._running.values() if running.share.call is call]:
-            self._hand_next(running.share)
+        call.steps.append(Step(task, then))
+        for attempt in [attempt for attempt in self._waiting if attempt.call is call]:
+            self._waiting.remove(attempt)
+            self._go_on(attempt)
+        for flight in [flight for flight in self._in_flight.values() if flight.attempt.call is call]:
+            self._prefetch_next(flight.attempt)
 
     def put(self, value: Any) -> Any:
-        """A value as an argument that many calls can share.
+        """A value as an argument that many calls can attempt.
 
         What a worker on this node has just given is passed on as it lies there, without a copy.
         """
@@ -197,67 +189,67 @@ class WorkerPool:
             WorkersLost: a call lost too many workers.
             ray.exceptions.RayError: a call failed otherwise.
         """
-        while self._queue or self._waiting or any(not running.share.call.done for running in self._running.values()):
+        while self._queue or self._waiting or any(not flight.attempt.call.done for flight in self._in_flight.values()):
             self._look_for_draining_nodes()
-            ended = self._runtime.wait([*self._running, *self._starting], timeout=LOOK_EVERY)
+            ended = self._runtime.wait([*self._in_flight, *self._starting], timeout=LOOK_EVERY)
             if not ended:
                 self._take_over_stragglers()
             elif ended[0] in self._starting:
                 self._greet(ended[0])
             else:
-                self._finish(self._running.pop(ended[0]))
+                self._finish(self._in_flight.pop(ended[0]))
 
-    def _finish(self, running: Running) -> None:
-        share, call = running.share, running.share.call
+    def _finish(self, flight: InFlight) -> None:
+        attempt, call = flight.attempt, flight.attempt.call
         try:
-            values = self._runtime.fetch(running.results)
+            values = self._runtime.fetch(flight.results)
         except self._runtime.lost as error:
-            self._registry.lose(share.worker)
-            if self._draining.is_leaving(share.worker):
-                self._send_away(share.worker)
+            self._registry.lose(attempt.worker)
+            if self._draining.is_leaving(attempt.worker):
+                self._send_away(attempt.worker)
             else:
-                self._count_loss(share, error)
-                self._registry.comes_back(share.worker)
-                self._await(share.worker)
-            self._give_back(share)
+                self._count_loss(attempt, error)
+                self._registry.comes_back(attempt.worker)
+                self._await(attempt.worker)
+            self._give_back(attempt)
             return
-        seconds = self._runtime.now() - running.since
-        self._durations.add(share.step.method, seconds)
-        self._registry.ends(share.worker, seconds, values)
-        is_new = share.number == call.taken
+        seconds = self._runtime.now() - flight.since
+        self._durations.add(attempt.task.kind(), seconds)
+        self._registry.ends(attempt.worker, seconds, values)
+        is_new = attempt.number == call.taken
         call.taken += is_new
         if call.done:
-            self._leave(share)
+            self._leave(attempt)
         else:
-            self._go_on(Attempt(share.worker, call, share.number + 1))
+            self._go_on(Attempt(attempt.worker, call, attempt.number + 1))
         if is_new:
-            if self._registry.is_on_this_node(share.worker):
-                self._at_hand = dict(zip(map(id, values), running.results, strict=True))
-            share.step.then(*values)
+            if self._registry.is_on_this_node(attempt.worker):
+                self._at_hand = dict(zip(map(id, values), flight.results, strict=True))
+            attempt.step.then(*values)
             self._at_hand = {}
 
-    def _go_on(self, share: Attempt) -> None:
+    def _go_on(self, attempt: Attempt) -> None:
         """Take the step, or keep the worker until it is known."""
-        if share.is_known:
-            self._start(share)
+        if attempt.is_known:
+            self._start(attempt)
         else:
-            self._waiting.append(share)
+            self._waiting.append(attempt)
             self._dispatch()
 
-    def _leave(self, share: Attempt) -> None:
+    def _leave(self, attempt: Attempt) -> None:
         """A worker ends its part in a call; so do others that wait to go on with it, once it is done."""
-        share.call.copies -= 1
-        self._ahead.pop(share.worker, None)
-        self._employ(share.worker)
-        if share.call.done:
-            for other in [other for other in self._waiting if other.call is share.call]:
+        attempt.call.copies -= 1
+        self._prefetched.pop(attempt.worker, None)
+        self._employ(attempt.worker)
+        if attempt.call.done:
+            for other in [other for other in self._waiting if other.call is attempt.call]:
                 self._waiting.remove(other)
                 self._leave(other)
 
     def _take_over_stragglers(self) -> None:
-        for running in list(self._running.values()):
-            usual, call = self._durations.usual(running.share.step.method), running.share.call
-            late = self._runtime.now() - running.since > STRAGGLES * max(usual, LOOK_EVERY)
+        for flight in list(self._in_flight.values()):
+            usual, call = self._durations.usual(flight.attempt.task.kind()), flight.attempt.call
+            late = self._runtime.now() - flight.since > STRAGGLES * max(usual, LOOK_EVERY)
             if late and call.copies == 1 and not call.done and (worker := self._worker_for(call)):
                 self._begin(worker, call)
 
@@ -271,39 +263,39 @@ class WorkerPool:
             if worker in self._idle:
                 self._idle.remove(worker)
                 self._send_away(worker)
-        for result, running in list(self._running.items()):
-            spent = self._runtime.now() - running.since
-            if self._is_late(running.share, spent) and not self._runtime.wait([result], timeout=0):
-                del self._running[result]
-                self._give_up(running.share)
-        for share in [share for share in self._waiting if self._is_late(share)]:
-            self._waiting.remove(share)
-            self._give_up(share)
+        for result, flight in list(self._in_flight.items()):
+            spent = self._runtime.now() - flight.since
+            if self._is_late(flight.attempt, spent) and not self._runtime.wait([result], timeout=0):
+                del self._in_flight[result]
+                self._give_up(flight.attempt)
+        for attempt in [attempt for attempt in self._waiting if self._is_late(attempt)]:
+            self._waiting.remove(attempt)
+            self._give_up(attempt)
 
-    def _is_late(self, share: Attempt, spent: float = 0.0) -> bool:
+    def _is_late(self, attempt: Attempt, spent: float = 0.0) -> bool:
         """Whether a worker's node is gone before its call is done, by what such calls usually take."""
-        if not self._draining.is_leaving(share.worker):
+        if not self._draining.is_leaving(attempt.worker):
             return False
-        left = self._durations.left(share.call.methods(share.number), spent)
-        return share.call.done or not self._draining.can_end(share.worker, left)
+        left = self._durations.left(attempt.call.kinds(attempt.number), spent)
+        return attempt.call.done or not self._draining.can_end(attempt.worker, left)
 
-    def _give_up(self, share: Attempt) -> None:
+    def _give_up(self, attempt: Attempt) -> None:
         """A worker leaves its call, which others have done or are to do."""
-        if not share.call.done:
-            self._registry.gives_up(share.worker)
-        self._send_away(share.worker)
-        self._give_back(share)
+        if not attempt.call.done:
+            self._registry.gives_up(attempt.worker)
+        self._send_away(attempt.worker)
+        self._give_back(attempt)
 
     def _send_away(self, worker: Any) -> None:
         self._draining.forget(worker)
         self._registry.send_away(worker)
 
-    def _give_back(self, share: Attempt) -> None:
+    def _give_back(self, attempt: Attempt) -> None:
         """A worker ends its part in a call, which goes back into the queue unless others are at it."""
-        share.call.copies -= 1
-        self._ahead.pop(share.worker, None)
-        if not share.call.done and not share.call.copies:
-            self._enqueue(share.call)
+        attempt.call.copies -= 1
+        self._prefetched.pop(attempt.worker, None)
+        if not attempt.call.done and not attempt.call.copies:
+            self._enqueue(attempt.call)
 
     def _enqueue(self, call: Call) -> None:
         insort(self._queue, call, key=lambda queued: queued.order)
@@ -338,48 +330,47 @@ class WorkerPool:
         """
         if self._idle:
             return self._idle.popleft()
-        staying = [share for share in self._waiting if not self._draining.is_leaving(share.worker)]
-        later = [share for share in staying if share.call.order > call.order]
+        staying = [attempt for attempt in self._waiting if not self._draining.is_leaving(attempt.worker)]
+        later = [attempt for attempt in staying if attempt.call.order > call.order]
         if not later:
             return None
-        share = max(later, key=lambda share: share.call.order)
-        self._waiting.remove(share)
-        share.call.copies -= 1
-        if not share.call.copies:
-            insort(self._queue, share.call, key=lambda queued: queued.order)
-        return share.worker
+        attempt = max(later, key=lambda attempt: attempt.call.order)
+        self._waiting.remove(attempt)
+        attempt.call.copies -= 1
+        if not attempt.call.copies:
+            insort(self._queue, attempt.call, key=lambda queued: queued.order)
+        return attempt.worker
 
     def _await(self, worker: Any) -> None:
-        self._starting[self._runtime.call(worker, "ready")[0]] = worker
+        self._starting[self._runtime.ready(worker)] = worker
 
     def _begin(self, worker: Any, call: Call) -> None:
         call.copies += 1
         self._go_on(Attempt(worker, call))
 
-    def _start(self, share: Attempt) -> None:
-        handed = self._ahead.pop(share.worker, None) or self._hand(share)
-        self._registry.begins(share.worker, share.step.method, handed.arguments)
-        self._running[handed.results[0]] = Running(share, handed.results, self._runtime.now())
-        self._hand_next(share)
+    def _start(self, attempt: Attempt) -> None:
+        prefetched = self._prefetched.pop(attempt.worker, None) or self._prefetch(attempt)
+        self._registry.begins(attempt.worker, attempt.task, prefetched.values)
+        self._in_flight[prefetched.results[0]] = InFlight(attempt, prefetched.results, self._runtime.now())
+        self._prefetch_next(attempt)
 
-    def _hand(self, share: Attempt) -> Prefetched:
-        given = share.step.arguments
-        arguments = [argument.make() if isinstance(argument, Later) else argument for argument in given]
-        return Prefetched(arguments, self._runtime.call(share.worker, share.step.method, arguments))
+    def _prefetch(self, attempt: Attempt) -> Prefetched:
+        values = attempt.task.values
+        return Prefetched(values, self._runtime.call(attempt.worker, attempt.task, values))
 
-    def _hand_next(self, running: Attempt) -> None:
-        """Hand over the step that follows a running one, if it is known; the worker takes it when it has ended that."""
-        share = Attempt(running.worker, running.call, running.number + 1)
-        if share.is_known and share.worker not in self._ahead:
-            self._ahead[share.worker] = self._hand(share)
+    def _prefetch_next(self, attempt: Attempt) -> None:
+        """Tell a worker the step after its present one, if it is known; it begins it when it has ended that."""
+        following = Attempt(attempt.worker, attempt.call, attempt.number + 1)
+        if following.is_known and following.worker not in self._prefetched:
+            self._prefetched[following.worker] = self._prefetch(following)
 
-    def _count_loss(self, share: Attempt, error: Exception) -> None:
-        if share.call.done or share.call.copies > 1:
+    def _count_loss(self, attempt: Attempt, error: Exception) -> None:
+        if attempt.call.done or attempt.call.copies > 1:
             return
-        share.call.losses += 1
-        if share.call.losses > LOSSES:
+        attempt.call.losses += 1
+        if attempt.call.losses > LOSSES:
             raise WorkersLost(
-                f"{share.step} lost {share.call.losses} workers in a row, most likely for lack of memory. "
+                f"{attempt.task} lost {attempt.call.losses} workers in a row, most likely for lack of memory. "
                 f"Take fewer --workers or a smaller --micro-batch. Ray says: {str(error).strip()}"
             ) from error
 

@@ -15,8 +15,8 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from distprune.config import PruneConfig
-from distprune.engine.scheduler.local_ray import start_local_ray
 from distprune.engine.run.signals import interruptions_held_back, sigterm_as_it_was
+from distprune.engine.scheduler.local_ray import start_local_ray
 from distprune.engine.scheduler.nodes import Requirements
 from distprune.errors import InputError
 

@@ -1,4 +1,4 @@
-"""A pipeline of workers that hand the samples on to each other, piece by piece.
+"""A pipeline of workers that pass the samples on to each other, piece by piece.
 
 The samples pass stations one after the other, mostly the model's layers. Each worker holds one station: it opens it
 ahead of time, gets the samples in pieces of whole micro-batches, each as soon as the station before has passed it on,
@@ -8,20 +8,19 @@ and closes the station, by solving for a profile for instance, when the next one
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from distprune.engine.run.write_behind import write_behind
 from distprune.engine.scheduler.pool import Call, WorkerPool
 from distprune.engine.worker.host_tensor import HostTensor
-from distprune.engine.run.write_behind import write_behind
+from distprune.engine.worker.task import Task
 
 # Pieces for every worker: the more, the sooner all of them are at work, and the more calls. Even a single worker works
 # on one while the driver passes on the one before.
 PIECES_PER_WORKER = 4
-
-#: A worker's method and its arguments.
-Order = tuple[str, tuple]
 
 
 @dataclass
@@ -49,15 +48,15 @@ class Relay(ABC):
     # ---------------------------------------------------------------- what happens at a station
 
     @abstractmethod
-    def opening(self, station: int) -> Order:
+    def opening(self, station: int) -> Task:
         """What a worker does before any sample is there."""
 
     @abstractmethod
-    def handing(self, station: int, number: int, samples: slice, piece: Any) -> Order:
+    def passing(self, station: int, number: int, samples: slice, piece: Any) -> Task:
         """What it does with one piece of the samples, which gives what the next station gets; ``piece`` was put."""
 
     @abstractmethod
-    def closing(self, station: int, pieces: int) -> Order:
+    def closing(self, station: int, pieces: int) -> Task:
         """What it does when it has seen all samples."""
 
     @abstractmethod
@@ -88,7 +87,7 @@ class Relay(ABC):
         """Let workers open the stations before ``end`` and wait for samples."""
         for station in range(self._next, min(end, self.stations)):
             self._open[station] = OpenStation(self.pool.submit_steps(1 + len(self._pieces) + 1))
-            self._add(station, lambda _: None, self.opening(station))
+            self._add(station, self.opening(station), lambda _: None)
             self._next = station + 1
 
     def _give(self, station: int, piece: HostTensor) -> None:
@@ -96,14 +95,13 @@ class Relay(ABC):
         given, put = self._open[station].given, self.pool.put(piece)
         number = len(given)
         given.append(put)
-        order = self.handing(station, number, self._pieces[number], put)
-        self._add(station, partial(self._pass_on, station), order)
+        task = self.passing(station, number, self._pieces[number], put)
+        self._add(station, task, partial(self._pass_on, station))
         if len(given) == len(self._pieces):
-            self._add(station, partial(self._close, station), self.closing(station, len(given)))
+            self._add(station, self.closing(station, len(given)), partial(self._close, station))
 
-    def _add(self, station: int, then: Any, order: Order) -> None:
-        method, arguments = order
-        self.pool.add_step(self._open[station].call, then, method, *arguments)
+    def _add(self, station: int, task: Task, then: Callable[..., None]) -> None:
+        self.pool.add_step(self._open[station].call, task, then)
 
     def _pass_on(self, station: int, piece: HostTensor) -> None:
         following = station + 1

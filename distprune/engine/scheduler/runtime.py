@@ -24,12 +24,13 @@ from ray.util.client import ray as client
 
 from distprune.checkpoint import PartFolder
 from distprune.config import PruneConfig
-from distprune.engine.scheduler.ray_cluster import WorkerPlan, count_fitting
 from distprune.engine.scheduler.nodes import Node
-from distprune.engine.worker.layer_worker import ForgottenError
-from distprune.engine.worker.host_tensor import fetch, in_pieces, put
-from distprune.engine.worker.weights import WeightAccess
+from distprune.engine.scheduler.ray_cluster import WorkerPlan, count_fitting
 from distprune.engine.worker.actor import PART_FOLDER, Worker
+from distprune.engine.worker.host_tensor import fetch, in_pieces, put
+from distprune.engine.worker.layer_worker import ForgottenError
+from distprune.engine.worker.task import Task
+from distprune.engine.worker.weights import WeightAccess
 
 # Ray's label of every node.
 NODE_ID = "ray.io/node-id"
@@ -73,9 +74,13 @@ class RayRuntime:
         ends = state.get_draining_nodes()
         return {node: end / 1000 - time.time() if end else inf for node, end in ends.items()}
 
-    def call(self, worker: Any, method: str, arguments: Sequence[Any] = ()) -> list[ObjectRef]:
-        """A worker's method begins when it is free and its arguments are there; its results to be."""
-        results = getattr(worker, method).remote(*arguments)
+    def ready(self, worker: Any) -> ObjectRef:
+        """The node that a worker is up on, to be."""
+        return worker.ready.remote()
+
+    def call(self, worker: Any, task: Task, values: Sequence[Any]) -> list[ObjectRef]:
+        """A worker begins a task when it is free and the values of the task's fields are there; its results to be."""
+        results = worker.run.options(num_returns=task.results).remote(type(task), *values)
         return results if isinstance(results, list) else [results]
 
     def wait(self, results: Sequence[ObjectRef], count: int = 1, timeout: float | None = None) -> list[ObjectRef]:

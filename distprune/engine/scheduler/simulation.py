@@ -9,29 +9,39 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import singledispatchmethod
 from math import inf
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from distprune.checkpoint import WrittenFile
 from distprune.config import PruneConfig
-from distprune.decoder_layer import LayerShape
-from distprune.engine.stages.dense_pass import DensePass
 from distprune.engine.run.journal import Journal
-from distprune.engine.scheduler.pool import WorkerPool
 from distprune.engine.run.preflight import MERGED_AT_ONCE
-from distprune.engine.telemetry.progress import Progress
-from distprune.engine.worker.report import Report
 from distprune.engine.scheduler.nodes import Node
-from distprune.engine.stages.pruning_pass import check_weights, merge_shards, prune_blocks
-from distprune.engine.worker.host_tensor import HostTensor
+from distprune.engine.scheduler.pool import WorkerPool
+from distprune.engine.stages.checking import Check
+from distprune.engine.stages.context import RunContext
+from distprune.engine.stages.dense_pass import DensePass
+from distprune.engine.stages.merging import MergeShards
+from distprune.engine.stages.pruning_pass import PruningPass
+from distprune.engine.telemetry.progress import Progress
+from distprune.engine.worker.check_tasks import CheckLayer, CheckOuter
+from distprune.engine.worker.layer_worker import Finished
+from distprune.engine.worker.pass_tasks import CloseLayer, Embed, OpenForward, Sweep
+from distprune.engine.worker.prune_task import Prune
+from distprune.engine.worker.report import Report
+from distprune.engine.worker.task import Task
+from distprune.engine.worker.write_tasks import Merge
+from distprune.layers.shapes import LayerShape
 
 HOUR = 3600.0
 SHARD_BYTES = PruneConfig.model_fields["max_shard_size"].default
 NOWHERE = Node("", "", "", None, 0)
+#: Values, seconds at work, and bytes moved.
+Done = tuple[list[Any], float, float]
 
 
 @dataclass(frozen=True)
@@ -153,10 +163,17 @@ class SimulatedRuntime:
         rate = self.machines.losses / HOUR
         return begins + self._random.expovariate(rate) if rate else inf
 
-    def call(self, worker: SimulatedWorker, method: str, arguments: Sequence[Any] = ()) -> list[Result]:
+    def ready(self, worker: SimulatedWorker) -> Result:
+        return self._take(worker, [NOWHERE], 0.0, 0.0)[0]
+
+    def call(self, worker: SimulatedWorker, task: Task, values: Sequence[Any]) -> list[Result]:
+        self._replace_if_dead(worker)
+        return self._take(worker, *self._done(type(task)(*values), worker))
+
+    def _take(self, worker: SimulatedWorker, values: Sequence[Any], seconds: float, moved: float) -> list[Result]:
+        """The results of what a worker does for so many seconds as soon as it is free, bytes moved aside."""
         self._replace_if_dead(worker)
         begins = max(self.clock, worker.up, worker.free)
-        values, seconds, moved = getattr(self, f"_{method}")(worker, *arguments)
         ends = begins + seconds + moved / self.machines.transfer
         if worker.dies < ends:
             self.losses += begins < worker.dies  # what waited behind a lost call is not another one
@@ -204,58 +221,57 @@ class SimulatedRuntime:
     def now(self) -> float:
         return self.clock
 
-    # ---------------------------------------------------------------- the workers' methods: values, seconds, bytes
+    # ---------------------------------------------------------------- the tasks: values, seconds, bytes
 
-    def _ready(self, worker: SimulatedWorker) -> tuple:
-        return [NOWHERE], 0.0, 0.0
+    @singledispatchmethod
+    def _done(self, task: Task, worker: SimulatedWorker) -> Done:
+        """What a task gives, and what it takes; most of those that are not below are passed over in no time."""
+        return [None], 0.0, 0.0
 
-    def _check_outer(self, worker: SimulatedWorker) -> tuple:
+    @_done.register(CheckLayer)
+    @_done.register(CheckOuter)
+    def _(self, task: Task, worker: SimulatedWorker) -> Done:
         return [None], self.costs.check, 0.0
 
-    def _check_layer(self, worker: SimulatedWorker, index: int) -> tuple:
-        return [None], self.costs.check, 0.0
+    @_done.register
+    def _(self, task: Embed, worker: SimulatedWorker) -> Done:
+        return [task.tokens], 0.0, self.costs.states
 
-    def _embed(self, worker: SimulatedWorker, tokens: np.ndarray) -> tuple:
-        return [HostTensor(tokens, torch.int8)], 0.0, self.costs.states
-
-    def _open_layer(self, worker: SimulatedWorker, index: int) -> tuple:
-        worker.opened = worker.process, index
+    @_done.register
+    def _(self, task: OpenForward, worker: SimulatedWorker) -> Done:
+        worker.opened = worker.process, task.index
         return [None], self.costs.read, 0.0
 
-    def _sweep(self, worker: SimulatedWorker, index: int, piece: int, states: HostTensor) -> tuple:
-        if worker.opened != (worker.process, index):
+    @_done.register
+    def _(self, task: Sweep, worker: SimulatedWorker) -> Done:
+        if worker.opened != (worker.process, task.index):
             return [Vanished()], 0.0, 0.0
-        share, costs = len(states.array) / self.run.samples, self.costs
-        statistics = costs.dense_statistics + self._is_carried(index) * costs.statistics
-        return [states], share * (costs.forward + statistics), share * costs.states
+        part, costs = len(task.hidden_states.array) / self.run.samples, self.costs
+        statistics = costs.dense_statistics + self._is_carried(task.index) * costs.statistics
+        return [task.hidden_states], part * (costs.forward + statistics), part * costs.states
 
-    def _profile(self, worker: SimulatedWorker, index: int, pieces: int) -> tuple:
-        if worker.opened != (worker.process, index):
+    @_done.register
+    def _(self, task: CloseLayer, worker: SimulatedWorker) -> Done:
+        if worker.opened != (worker.process, task.index):
             return [Vanished()], 0.0, 0.0
         return [{}, {}], self.costs.profile, 0.0
 
-    def _prune(
-        self,
-        worker: SimulatedWorker,
-        index: int,
-        states: HostTensor,
-        planned: LayerShape,
-        profile: Any,
-        carried: Any,
-        propagate: bool,
-    ) -> tuple:
+    @_done.register
+    def _(self, task: Prune, worker: SimulatedWorker) -> Done:
         costs = self.costs
-        observed = 0.0 if self._is_carried(index) else costs.forward + costs.statistics
-        seconds = costs.read + observed + costs.solve + propagate * costs.forward
-        moved = propagate * costs.states
+        observed = 0.0 if self._is_carried(task.index) else costs.forward + costs.statistics
+        seconds = costs.read + observed + costs.solve + task.propagates * costs.forward
+        moved = task.propagates * costs.states
         if writing := self.machines.writing:
             seconds += costs.pruned / writing
         else:
             moved += costs.pruned
-        return [{}, states if propagate else None, Report({}, [])], seconds, moved
+        output = task.hidden_states if task.propagates else None
+        return [Finished({}, None), output, Report({}, [])], seconds, moved
 
-    def _merge(self, worker: SimulatedWorker, parts: Sequence[str]) -> tuple:
-        writing, size = self.machines.writing, len(parts) * self.costs.pruned
+    @_done.register
+    def _(self, task: Merge, worker: SimulatedWorker) -> Done:
+        writing, size = self.machines.writing, len(task.parts) * self.costs.pruned
         if writing is None:
             return [None], 0.0, 0.0
         return [WrittenFile("", size)], 2 * size / writing, 0.0
@@ -314,16 +330,16 @@ def simulate(costs: Costs, machines: Machines, run: Pass, seed: int = 0) -> Outc
     Embedding and head are left out: two tensors among hundreds.
     """
     runtime = SimulatedRuntime(costs, machines, run, seed)
-    pool, journal, progress = WorkerPool(runtime, min(machines.workers, run.layers)), MemoryJournal(), Progress()
-    tokens = np.zeros((run.samples, 1), np.int8)
-    check_weights(pool, run.layers, progress)
-    profiles = DensePass(pool, tokens, run.layers, run.block_length, run.micro_batch, journal, progress).run()
-    shapes = [LayerShape(1, 1, 1, 1, 1)] * run.layers
-    prune_blocks(pool, shapes, profiles, run.block_length, (), journal, lambda *_: None, progress)
+    pool, progress = WorkerPool(runtime, min(machines.workers, run.layers)), Progress()
+    context = RunContext(pool, MemoryJournal(), progress, run.layers, run.block_length, run.micro_batch)
+    Check(context).run()
+    profiles = DensePass(context, np.zeros((run.samples, 1), np.int8)).run()
+    shapes = [LayerShape(None, None)] * run.layers
+    PruningPass(context, shapes, profiles, lambda *_: None).run(())
     shards = shards_of(costs, run)
 
     def merge_here(shard: str) -> None:
         runtime.merge_here(len(shards[shard]) * costs.pruned)
 
-    merge_shards(pool, shards, lambda *_: None, merge_here, min(machines.workers, MERGED_AT_ONCE), progress)
+    MergeShards(context, min(machines.workers, MERGED_AT_ONCE), lambda *_: None, merge_here).run(shards)
     return Outcome(max(runtime.clock, runtime.written), runtime.busy, runtime.losses)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from math import isinf
 from typing import Any
 
+from distprune.engine.scheduler.nodes import Node, Nodes
+from distprune.engine.scheduler.runtime import RayRuntime
 from distprune.engine.telemetry.process_memory import PeakMemory
 from distprune.engine.telemetry.progress import Assignment, Progress, WorkerName
-from distprune.engine.scheduler.runtime import RayRuntime
-from distprune.engine.scheduler.nodes import Node, Nodes
 from distprune.engine.worker.host_tensor import size_of
+from distprune.engine.worker.task import Task
+from distprune.engine.worker.write_tasks import MeasureMemory
 
 
 @dataclass
@@ -115,11 +117,10 @@ class WorkerRegistry:
 
     # ---------------------------------------------------------------- what they do
 
-    def begins(self, worker: Any, method: str, arguments: Sequence[Any]) -> None:
-        """A step begins."""
-        self._progress.moved(size_of(arguments))
-        layer = arguments[0] if arguments and isinstance(arguments[0], int) else None
-        assignment = Assignment(method, layer)
+    def begins(self, worker: Any, task: Task, values: Sequence[Any]) -> None:
+        """A step begins, with values in the place of the task's fields."""
+        self._progress.moved(size_of(values))
+        assignment = Assignment(task.kind(), task.layer)
         if worker in self._works and self._works[worker].assignment == assignment:
             return
         self.rests(worker)
@@ -139,7 +140,7 @@ class WorkerRegistry:
     def peak_memory(self, idle: Iterable[Any]) -> list[PeakMemory]:
         """Of workers that have nothing to do."""
         peaks = []
-        for results in [self._runtime.call(worker, "peak_memory") for worker in idle]:
+        for results in [self._runtime.call(worker, MeasureMemory(), []) for worker in idle]:
             with suppress(*self._runtime.lost):
                 peaks += self._runtime.fetch(results)
         return peaks

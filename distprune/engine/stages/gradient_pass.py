@@ -1,4 +1,4 @@
-"""The gradient pass: the loss's gradient handed from layer to layer, last to first.
+"""The gradient pass: the loss's gradient passed from layer to layer, last to first.
 
 The first station is the model's end, where tokens come in and the loss's gradient goes out; then come the layers from
 the last to the first. Each takes the hidden states at its input, which the dense pass has left in the journal, makes
@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from distprune.engine.stages.dense_pass import PROFILE
-from distprune.engine.run.journal import Journal, entry_of
-from distprune.engine.scheduler.pool import Later, WorkerPool
-from distprune.engine.telemetry.progress import Progress
-from distprune.engine.scheduler.relay import Order, Relay
+from distprune.engine.run.journal import entry_of
 from distprune.engine.run.states import DENSE, GRADIENT, load_states, save_states
+from distprune.engine.scheduler.relay import Relay
+from distprune.engine.stages.context import RunContext
+from distprune.engine.stages.dense_pass import PROFILE
 from distprune.engine.worker.host_tensor import HostTensor, unpack, unpack_all
+from distprune.engine.worker.pass_tasks import Backward, CloseLayer, CloseLoss, LossGradient, OpenBackward, OpenLoss
+from distprune.engine.worker.task import Later, Task
 from distprune.methods import Profile
 
 #: Journal entry of the dense model's mean loss on the calibration set, in nats a token.
@@ -34,33 +35,21 @@ class GradientPass(Relay):
 
     Args:
         tokens: of the calibration set, (samples, length).
-        layers: of the model.
-        block_length: of the hidden states at the input of every block this long, the journal keeps those that pruning
-            needs.
-        micro_batch: samples that are never parted.
     """
 
-    def __init__(
-        self,
-        pool: WorkerPool,
-        tokens: np.ndarray,
-        layers: int,
-        block_length: int,
-        micro_batch: int,
-        journal: Journal,
-        progress: Progress,
-    ):
-        super().__init__(pool, 1 + layers, micro_batch)
-        self.tokens, self.layers, self.block_length = tokens, layers, block_length
-        self.journal, self.progress = journal, progress
-        self._entries = [LOSS, *(entry_of(PROFILE, self._layer(station)) for station in range(1, 1 + layers))]
+    def __init__(self, context: RunContext, tokens: np.ndarray):
+        super().__init__(context.pool, 1 + context.layers, context.micro_batch)
+        self.context, self.tokens, self.layers = context, tokens, context.layers
+        self.journal, self.progress = context.journal, context.progress
+        layers = (self._layer(station) for station in range(1, 1 + self.layers))
+        self._entries = [LOSS, *(entry_of(PROFILE, index) for index in layers)]
 
     def _layer(self, station: int) -> int:
         """The layer at a station; at the model's end, the one that would come next."""
         return self.layers - station
 
     def run(self) -> list[Profile]:
-        """Go on where the journal ends. Returns the profiles of all layers."""
+        """Resume where the journal ends. Returns the profiles of all layers."""
         done = self.journal.count_first(self._entries)
         self.progress.stage("Gradient pass", self.layers, max(0, done - 1))
         self._cleared = 0
@@ -72,21 +61,21 @@ class GradientPass(Relay):
         self.carry_through()
         return [self.journal.stored_tensors(entry_of(PROFILE, index)) for index in range(self.layers)]
 
-    def opening(self, station: int) -> Order:
-        return ("open_head", ()) if station == HEAD else ("open_backward", (self._layer(station),))
+    def opening(self, station: int) -> Task:
+        return OpenLoss() if station == HEAD else OpenBackward(self._layer(station))
 
-    def handing(self, station: int, number: int, samples: slice, piece: Any) -> Order:
+    def passing(self, station: int, number: int, samples: slice, piece: Any) -> Task:
         index = self._layer(station)
         hidden_states = Later(partial(self._stored_states, index, samples))
         if station == HEAD:
-            return "loss_gradient", (hidden_states, piece)
-        return "backward", (index, number, hidden_states, piece)
+            return LossGradient(hidden_states, piece)
+        return Backward(index, number, hidden_states, piece)
 
     def _stored_states(self, index: int, samples: slice) -> Any:
         return self.pool.put(load_states(self.journal, DENSE, index, samples))
 
-    def closing(self, station: int, pieces: int) -> Order:
-        return ("losses", ()) if station == HEAD else ("profile", (self._layer(station), pieces))
+    def closing(self, station: int, pieces: int) -> Task:
+        return CloseLoss() if station == HEAD else CloseLayer(self._layer(station), pieces)
 
     def reached(self, station: int, pieces: list[HostTensor]) -> None:
         save_states(self.journal, GRADIENT, self._layer(station), pieces)
@@ -115,6 +104,6 @@ class GradientPass(Relay):
         while self._cleared < self.stations and self.journal.has(self._entries[self._cleared]):
             index = self._layer(self._cleared)
             self.journal.remove(entry_of(GRADIENT, index))
-            if index % self.block_length or index == self.layers:
+            if index == self.layers or not self.context.begins_block(index):
                 self.journal.remove(entry_of(DENSE, index))
             self._cleared += 1

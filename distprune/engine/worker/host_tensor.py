@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,19 +37,34 @@ def pack(tensor: Tensor) -> HostTensor:
     return HostTensor(bits.numpy(), tensor.dtype)
 
 
-def unpack(parcel: HostTensor) -> Tensor:
-    """The tensor, sharing the parcel's memory, which is read-only when it came through the object store."""
+def unpack(packed: HostTensor) -> Tensor:
+    """The tensor, sharing its memory, which is read-only when it came through the object store."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(parcel.array).view(parcel.dtype)
+        return torch.from_numpy(packed.array).view(packed.dtype)
 
 
-def pack_all(tensors: dict[str, Tensor]) -> dict[str, HostTensor]:
-    return {name: pack(tensor) for name, tensor in tensors.items()}
+def pack_all(value: Any) -> Any:
+    """The same value with every tensor in it packed, in dicts, tuples and dataclasses such as decoder layers."""
+    return map_leaves(value, Tensor, pack)
 
 
-def unpack_all(parcels: dict[str, HostTensor]) -> dict[str, Tensor]:
-    return {name: unpack(parcel) for name, parcel in parcels.items()}
+def unpack_all(value: Any) -> Any:
+    """The inverse of :func:`pack_all`."""
+    return map_leaves(value, HostTensor, unpack)
+
+
+def map_leaves(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """A value with everything of a kind in it changed."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: map_leaves(each, kind, change) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map_leaves(each, kind, change) for each in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{own.name: map_leaves(getattr(value, own.name), kind, change) for own in fields(value)})
+    return value
 
 
 def fetch(result: ObjectRef | list[ObjectRef]) -> Any:
@@ -75,6 +90,8 @@ def size_of(value: Any) -> int:
         return value.array.nbytes
     if isinstance(value, Mapping):
         return sum(map(size_of, value.values()))
+    if is_dataclass(value) and not isinstance(value, type):
+        return sum(size_of(getattr(value, own.name)) for own in fields(value))
     return sum(map(size_of, value)) if isinstance(value, list | tuple) else 0
 
 

@@ -28,48 +28,16 @@ from distprune.checkpoint import (
     TensorInfo,
     TensorSource,
     check_free_space,
-    describe,
-    entry_of,
 )
 from distprune.config import Way
-from distprune.engine.scheduler.ray_cluster import WorkerPlan, alive_nodes, count_fitting
 from distprune.engine.run.preflight import Job
+from distprune.engine.scheduler.ray_cluster import WorkerPlan, alive_nodes, count_fitting
+from distprune.engine.worker.dense_model import DenseModel
 from distprune.engine.worker.host_tensor import HostTensor, fetch, in_pieces, pack, unpack, whole_of
 from distprune.errors import InputError
-from distprune.families import FAMILIES, Family
-from distprune.modeling import PrunedConfig
-from distprune.storage import location
 
 PIECE = 64 * 2**20  # bytes of a file that are served at once
 HUB = TypeAdapter(HubModel | None)
-
-
-@dataclass(frozen=True)
-class Model:
-    """The dense model: what its tensors are called, its geometry, and where tensors are read from."""
-
-    family: Family
-    dense: PrunedConfig
-    checkpoint: Checkpoint
-
-    def to_json(self) -> dict[str, Any]:
-        """What JSON can say of the model, for :meth:`from_json`."""
-        tensors = self.checkpoint.tensors
-        return {
-            "family": self.family.model_type,
-            "dense": self.dense.to_dict(),
-            "path": str(self.checkpoint.path),
-            "tensors": {name: {"file": str(info.file)} | entry_of(info) for name, info in tensors.items()},
-        }
-
-    @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Model:
-        """The model that :meth:`to_json` said, its checkpoint with our configuration in place of its own."""
-        dense = PrunedConfig.from_dict(said["dense"])
-        tensors = {
-            name: describe(location(entry.pop("file")), name, **entry) for name, entry in said["tensors"].items()
-        }
-        return cls(FAMILIES[said["family"]], dense, Checkpoint(Path(said["path"]), dense, tensors))
 
 
 @dataclass(frozen=True)
@@ -79,7 +47,7 @@ class WeightAccess:
     ``content`` is the fingerprint of the model's folder, None where the driver's node has no more than its headers.
     """
 
-    model: Model
+    model: DenseModel
     content: str | None
     hub: HubModel | None
     way: Way
@@ -94,10 +62,10 @@ class WeightAccess:
     def from_json(cls, said: Mapping[str, Any], server: ActorHandle | None = None) -> WeightAccess:
         """What :meth:`to_json` said, and the server beside it."""
         return cls(
-            Model.from_json(said["model"]), said["content"], HUB.validate_python(said["hub"]), said["way"], server
+            DenseModel.from_json(said["model"]), said["content"], HUB.validate_python(said["hub"]), said["way"], server
         )
 
-    def open(self) -> Model:
+    def open(self) -> DenseModel:
         """The model as this node best reads it, or as it was told to.
 
         Raises:
@@ -180,9 +148,9 @@ def naming_node() -> Iterator[None]:
 def weight_access(job: Job, workers: WorkerPlan) -> Iterator[WeightAccess]:
     """What workers are to be told of a run's model, and a server on the driver's node where some may need one."""
     way = job.config.weights
-    bare = replace(job.checkpoint, config=job.dense, source=TensorFiles())
+    bare = replace(job.model, checkpoint=replace(job.checkpoint, source=TensorFiles()))
     content = job.checkpoint.fingerprint() if job.hub is None or way == "shared" else None
-    access = WeightAccess(Model(job.family, job.dense, bare), content, job.hub, way)
+    access = WeightAccess(bare, content, job.hub, way)
     if way in ("shared", "hub") or (way == "auto" and not may_span_nodes(workers)):
         yield access
         return
