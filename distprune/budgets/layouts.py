@@ -52,4 +52,4 @@ def are_alike(shapes: Sequence[LayerShape]) -> bool:
 
 def has_plain_heads(model: Architecture, shape: LayerShape) -> bool:
     """Whether a plain configuration of the family can have as many heads as the layer, if it has any."""
-    return shape.attention is None or model.has_plain_heads(shape)
+    return shape.attention is None or model.has_plain_heads(shape.attention)

@@ -78,7 +78,7 @@ def attention_amount(
 def ffn_amount(
     resource: Resource, model: Architecture, index: int, shape: FeedForwardShape | None, sizes: ItemSizes | None = None
 ) -> int:
-    """What a feed-forward network of that shape takes, with the linear branch beside it; nothing where there is none."""
+    """What a feed-forward network of that shape takes, its linear branch included; nothing where there is none."""
     return 0 if shape is None else tensors_amount(resource, model, model.ffn_tensors(index, shape), sizes)
 
 
@@ -96,9 +96,7 @@ def outer_amount(resource: Resource, model: Architecture, sizes: StoredSizes | N
     return tensors_amount(resource, model, model.outer_tensors())
 
 
-def tensors_amount(
-    resource: Resource, model: Architecture, tensors: Dimensions, sizes: ItemSizes | None = None
-) -> int:
+def tensors_amount(resource: Resource, model: Architecture, tensors: Dimensions, sizes: ItemSizes | None = None) -> int:
     """What tensors take that are no part of attention."""
     if resource == "kv-cache":
         return 0
@@ -108,7 +106,7 @@ def tensors_amount(
 def stored(resource: Resource, model: Architecture, tensors: Dimensions, sizes: ItemSizes | None = None) -> int:
     """Numbers in tensors of these shapes, or bytes."""
     if resource == "bytes" and sizes:
-        return sum(math.prod(dims) * sizes[origin_of(name, sizes)] for name, dims in tensors.items())
+        return sum(math.prod(dims) * sizes[origin_of(name, sizes, model.family)] for name, dims in tensors.items())
     return sum(map(math.prod, tensors.values())) * (itemsize(model) if resource == "bytes" else 1)
 
 

@@ -84,7 +84,9 @@ def share_out(total: float, wanted: Sequence[float], most: Sequence[int], prices
     low, high = 0.0, total / min(wanted)
 
     def costs(scale: float) -> list[float]:
-        return [price * min(cap, max(1.0, scale * share)) for share, cap, price in zip(wanted, most, prices, strict=True)]
+        return [
+            price * min(cap, max(1.0, scale * share)) for share, cap, price in zip(wanted, most, prices, strict=True)
+        ]
 
     for _ in range(100):  # the scale at which the capped shares cost the total
         scale = (low + high) / 2

@@ -113,9 +113,10 @@ class Method(BaseModel):
         self._check_offered("--target", target.resource, "targets")
         self._check_offered("--layout", target.layout, "layouts")
         if target.sparsity and not (can_go := what_can_go(target)).intersection(self.removes):
+            others = self._others(lambda method: can_go.intersection(method.removes))
             raise InputError(
-                f"method {self.name} removes {' and '.join(self.removes)}, and from a {family(target)} model in the "
-                f"layout {target.layout} neither can go. {self._others(lambda method: can_go.intersection(method.removes))}"
+                f"method {self.name} removes {', '.join(self.removes)}, and none of these can go from a "
+                f"{family(target)} model in the layout {target.layout}. {others}"
             )
         if target.layout == "stock" and not are_alike(target.dense_shapes):
             raise InputError(

@@ -139,7 +139,10 @@ class Oops(Method):
             return Plan(dense)
         ratios = torch.stack([profile["outlier_ratio"] for profile in profiles])
         sparsities = outlier_weighted(target.decoder_sparsity, ratios, self.outlier_span).tolist()
-        divided = [self._divide(target, *layer, align) for layer in zip(range(len(dense)), sparsities, profiles)]
+        divided = [
+            self._divide(target, index, sparsity, profile, align)
+            for index, (sparsity, profile) in enumerate(zip(sparsities, profiles, strict=True))
+        ]
         return Plan(fill_with_ffn(target, [shape for shape, _ in divided], align, [neurons for _, neurons in divided]))
 
     def _divide(
@@ -167,9 +170,7 @@ class Oops(Method):
         _, neurons, smaller = min(options, key=lambda option: option[:2])
         return smaller, neurons
 
-    def _attention_options(
-        self, target: Target, index: int, profile: Profile
-    ) -> Iterator[tuple[LayerShape, float]]:
+    def _attention_options(self, target: Target, index: int, profile: Profile) -> Iterator[tuple[LayerShape, float]]:
         """What attention may become, and the energy that is lost by it."""
         shape, smallest = target.dense_shapes[index], self._smallest(target, index)
         if smallest == shape:

@@ -32,13 +32,14 @@ def keep_heads(attention: Attention, heads: Tensor) -> Attention:
         attention: none of its projections is factored.
         heads: (groups, heads per group), indices of query heads, a row for each KV group that stays; ascending.
     """
-    shape = attention.shape
+    shape, pairs = attention.shape, attention.rotary_pairs
     groups = heads[:, 0] // shape.heads_per_group
-    pairs = attention.rotary_pairs
+    # Some families' queries have gates beside them.
+    query_dim = len(attention.query.weight) // shape.query_heads
     return Attention(
         query_heads=heads.numel(),
         kv_heads=len(groups),
-        query=slice_linear(attention.query, rows=channels_of(heads, shape.query_key_dim)),
+        query=slice_linear(attention.query, rows=channels_of(heads, query_dim)),
         key=slice_linear(attention.key, rows=channels_of(groups, shape.query_key_dim)),
         value=slice_linear(attention.value, rows=channels_of(groups, shape.value_dim)),
         output=slice_linear(attention.output, columns=channels_of(heads, shape.value_dim)),

@@ -68,9 +68,7 @@ def inverses(problem: Problem) -> SolveWork:
     hidden, work = problem.hidden_size, weights_gone_over(problem)
     widths = site_widths(hidden, problem.dense)
     for width in {widths[moment.site] for moment in problem.moments if isinstance(moment, Gram)}:
-        work += SolveWork(
-            float64=width**3 + 4.0 * width**2 * hidden, workspace=16.0 * width**2 + 16.0 * width * hidden
-        )
+        work += SolveWork(float64=width**3 + 4.0 * width**2 * hidden, workspace=16.0 * width**2 + 16.0 * width * hidden)
     return work
 
 

@@ -59,8 +59,9 @@ class LayerStatistics:
 
     def to_tensors(self, moments: Iterable[Moment]) -> dict[str, Tensor]:
         """The averages of some of the moments as named tensors, for :meth:`from_tensors`, and their sites' tokens."""
-        averages = {str(moment): self._average(moment) for moment in (moments := list(moments))}
-        return averages | {counted(site): torch.tensor(self.tokens(site)) for site in sites_of(moments)}
+        averages = {moment: self._average(moment) for moment in moments}
+        tokens = {counted(site): torch.tensor(self.tokens(site)) for site in sorted(sites_of(averages))}
+        return {str(moment): average for moment, average in averages.items()} | tokens
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], moments: Iterable[Moment]) -> LayerStatistics | None:
