@@ -253,7 +253,7 @@ def digests() -> Callable[[Path], dict[str, str]]:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[str, ActorHandle]]:
-    """Method and worker of every step of a call, in order; the runs' first call waits until all workers are up."""
+    """Kind of task and worker of every step of a call, in order; the runs' first waits until all workers are up."""
     made: list[tuple[str, ActorHandle]] = []
     start, init = WorkerPool._start, WorkerPool.__init__
 
@@ -261,9 +261,9 @@ def calls(monkeypatch) -> list[tuple[str, ActorHandle]]:
         init(pool, *arguments)
         ray.get(list(pool._starting))
 
-    def note_and_start(pool: WorkerPool, share: Attempt) -> None:
-        start(pool, share)
-        made.append((share.step.method, share.worker))
+    def note_and_start(pool: WorkerPool, attempt: Attempt) -> None:
+        start(pool, attempt)
+        made.append((attempt.task.kind(), attempt.worker))
 
     monkeypatch.setattr(WorkerPool, "__init__", init_and_wait)
     monkeypatch.setattr(WorkerPool, "_start", note_and_start)
