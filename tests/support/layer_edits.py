@@ -175,3 +175,33 @@ def without_ffn(layer: DecoderLayer) -> tuple[DecoderLayer, DecoderLayer]:
 
 def unchanged(layer: DecoderLayer) -> tuple[DecoderLayer, DecoderLayer]:
     return layer, layer
+
+
+def with_branch(rank: int) -> Edit:
+    def edit(layer: DecoderLayer) -> tuple[DecoderLayer, DecoderLayer]:
+        weight = layer.ffn.down.weight
+        generator = torch.Generator().manual_seed(rank)
+        right, left = (torch.randn(*dims, generator=generator) for dims in ((rank, len(weight)), (len(weight), rank)))
+        scale = weight.float().std()
+        branch = LowRank((right * scale).to(weight), (left * scale).to(weight))
+        branched = replace(layer, ffn=replace(layer.ffn, branch=branch))
+        return branched, branched
+
+    return edit
+
+
+def with_biases(layer: DecoderLayer) -> tuple[DecoderLayer, DecoderLayer]:
+    """The two output projections get biases."""
+
+    def biased(linear: Linear | LowRank) -> Linear | LowRank:
+        weight = linear.weight if isinstance(linear, Linear) else linear.left
+        generator = torch.Generator().manual_seed(len(weight))
+        return replace(linear, bias=(0.1 * torch.randn(len(weight), generator=generator)).to(weight))
+
+    attention, ffn = layer.attention, layer.ffn
+    changed = replace(
+        layer,
+        attention=replace(attention, output=biased(attention.output)),
+        ffn=replace(ffn, down=biased(ffn.down)),
+    )
+    return changed, changed
