@@ -1,1 +1,5 @@
-"""What pruned checkpoints carry: small modules that stand in for others, and the classes that build models with them."""
+"""What pruned checkpoints carry, small modules that stand in for others, and the classes that build models with them."""
+
+from distprune.modeling.loading import load
+
+__all__ = ["load"]
