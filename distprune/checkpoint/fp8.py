@@ -8,17 +8,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from distprune.checkpoint.headers import TensorInfo, with_scale
+from distprune.checkpoint.infos import TensorInfo, with_scale
 from distprune.checkpoint.quantization import RELEASE, Fp8Scheme
 from distprune.errors import InputError
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-#: What follows a weight's name in that of its scale. Whatever it is, the scale is what the weight is multiplied by.
-ENDINGS = ("_scale_inv", "_scale")
-#: What quantizes a layer's activations at run time, beside its weight, and a key/value cache.
-ACTIVATION_SCALES = ("input_scale", "output_scale", "activation_scale")
+#: What the scale of a module's ``weight`` may be called, and that of a parameter after its own name. Whatever it is
+#: called, it is what the weight is multiplied by.
+WEIGHT_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
+PARAMETER_SCALES = ("_scale_inv", "_scale")
+#: What quantizes a module's activations at run time, beside its weight, and a key/value cache.
+ACTIVATION_SCALES = ("input_scale", "output_scale", "activation_scale", "qscale_act")
 CACHE_SCALES = (".k_scale", ".v_scale")
-PIECE = 16 * 2**20  # numbers that are dequantized at once
+PIECE = 2**20  # numbers that are dequantized at once, few enough for a cache
 
 
 def with_scales(tensors: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[str, TensorInfo]:
@@ -28,10 +30,10 @@ def with_scales(tensors: Mapping[str, TensorInfo], scheme: Fp8Scheme) -> dict[st
         InputError: a scale fits none of the ways in which the model says that it scales.
     """
     scale_of = {
-        name: name + ending
+        name: scale
         for name, info in tensors.items()
-        for ending in ENDINGS
-        if info.dtype in FP8 and name + ending in tensors
+        for scale in _names_of_scales(name)
+        if info.dtype in FP8 and scale in tensors
     }
     beside = {*scale_of.values()} | {_stem(name) + ending for name in scale_of for ending in ACTIVATION_SCALES}
     return {
@@ -60,6 +62,12 @@ def dequantized_rows(numbers: Tensor, scale: Tensor, block: tuple[int, ...], row
         if factors.shape[dim] > 1:
             factors = factors.repeat_interleave(block[dim], dim).narrow(dim, 0, chosen.shape[dim])
     return (chosen * factors).to(torch.bfloat16).reshape(*rows.shape, *numbers.shape[1:])
+
+
+def _names_of_scales(name: str) -> list[str]:
+    if name.endswith(".weight"):
+        return [name.removesuffix("weight") + ending for ending in WEIGHT_SCALES]
+    return [name + ending for ending in PARAMETER_SCALES]
 
 
 def _stem(name: str) -> str:

@@ -22,7 +22,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
 from distprune.checkpoint.disk import GB, check_free_space, free_bytes
-from distprune.checkpoint.headers import TensorInfo, describe, read_header
+from distprune.checkpoint.headers import read_header
+from distprune.checkpoint.infos import TensorInfo, describe
 from distprune.checkpoint.layout import (
     CONFIG_FILE,
     INDEX_FILE,

@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from upath import UPath
 
-from distprune.checkpoint.headers import LENGTH_BYTES, TensorInfo
+from distprune.checkpoint.headers import LENGTH_BYTES
+from distprune.checkpoint.infos import TensorInfo
 from distprune.errors import Unreachable
 
 # Bytes that are asked for at once. Those of a layer come side by side, since one stream is slower than the network.

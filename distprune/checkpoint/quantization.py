@@ -1,4 +1,4 @@
-"""What config.json says of a model's quantization: how its fp8 weights are scaled, or why it can't be read."""
+"""How a model is quantized, by its config.json and its tensors' names: fp8 that can be read, or why it can't be."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from distprune.checkpoint.infos import TensorInfo
 from distprune.errors import InputError
 
 DEQUANTIZE = "Quantized checkpoints must be dequantized first: use the model's bf16 or fp16 release."
@@ -20,6 +21,11 @@ FIXES = {
     "mxfp4": "Load it with from_pretrained and quantization_config=Mxfp4Config(dequantize=True), and write it with "
     "save_pretrained.",
 }
+# What quantizers (GPTQ, AWQ, compressed-tensors, bitsandbytes) call the tensors that they put in a weight's place.
+PACKED = (
+    *(".qweight", ".qzeros", ".g_idx", ".scales", ".weight_packed", ".weight_scale", ".weight_zero_point"),
+    *(".weight.absmax", ".weight.quant_map", ".SCB", ".weight_scale_inv"),
+)
 DEQUANTIZED = "The model is stored in fp8: it is dequantized to bfloat16 on reading, and pruned and written as that."
 
 
@@ -59,6 +65,20 @@ def forget_quantization(config: PretrainedConfig) -> None:
                 delattr(part, name)
         if part.dtype is not None and part.dtype.itemsize == 1:
             part.dtype = torch.bfloat16
+
+
+def refuse_packed(tensors: Mapping[str, TensorInfo], scheme: Fp8Scheme | None) -> None:
+    """Raise InputError where weights are quantized and config.json doesn't say so, or says that it's done otherwise."""
+    for name, info in tensors.items():
+        is_float = info.dtype.is_floating_point
+        in_eight_bits = is_float and info.dtype.itemsize == 1
+        if name.endswith(PACKED) or in_eight_bits or (name.endswith(".weight") and not is_float):
+            stored = str(info.dtype).removeprefix("torch.")
+            said = "describes it otherwise" if scheme else "has no quantization_config"
+            raise InputError(
+                f"{info.file}: tensor {name} ({stored}) is part of a quantized checkpoint, although config.json "
+                f"{said}. {DEQUANTIZE}"
+            )
 
 
 def notes_on(scheme: Fp8Scheme | None) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ from upath import UPath
 
 from distprune.checkpoint.fingerprint import compute_fingerprint
 from distprune.checkpoint.fp8 import with_scales
-from distprune.checkpoint.headers import TensorInfo, read_header
+from distprune.checkpoint.headers import read_header
+from distprune.checkpoint.infos import TensorInfo
 from distprune.checkpoint.layout import (
     CONFIG_FILE,
     find_entry,
@@ -24,13 +25,7 @@ from distprune.checkpoint.layout import (
     refuse_adapter,
     require_checkpoint,
 )
-from distprune.checkpoint.quantization import (
-    DEQUANTIZE,
-    Fp8Scheme,
-    find_scheme,
-    forget_quantization,
-    notes_on,
-)
+from distprune.checkpoint.quantization import Fp8Scheme, find_scheme, forget_quantization, notes_on, refuse_packed
 from distprune.checkpoint.remote import fetch_model, fingerprint_of
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
 from distprune.errors import InputError
@@ -38,11 +33,6 @@ from distprune.storage import is_remote, location
 
 LISTED = 5
 HEADERS_AT_ONCE = 8
-# What quantizers (GPTQ, AWQ, compressed-tensors, bitsandbytes) call the tensors that they put in a weight's place.
-PACKED = (
-    *(".qweight", ".qzeros", ".g_idx", ".scales", ".weight_packed", ".weight_scale", ".weight_zero_point"),
-    *(".weight.absmax", ".weight.quant_map", ".SCB", ".weight_scale_inv"),
-)
 
 
 @dataclass(frozen=True)
@@ -178,7 +168,7 @@ def tensors_of(
         tensors = {name: info for header in headers.values() for name, info in header.items()}
     if scheme:
         tensors = with_scales(tensors, scheme)
-    _refuse_packed(tensors, scheme)
+    refuse_packed(tensors, scheme)
     return tensors
 
 
@@ -191,20 +181,6 @@ def _indexed_tensors(index: Path, headers: Mapping[str, Mapping[str, TensorInfo]
             f"{_listed(absent)}. The index and the shards are of different downloads: download them again."
         )
     return {name: headers[shard][name] for name, shard in weight_map.items()}
-
-
-def _refuse_packed(tensors: Mapping[str, TensorInfo], scheme: Fp8Scheme | None) -> None:
-    """Raise InputError where weights are quantized and config.json doesn't say so, or says that it's done otherwise."""
-    for name, info in tensors.items():
-        is_float = info.dtype.is_floating_point
-        in_eight_bits = is_float and info.dtype.itemsize == 1
-        if name.endswith(PACKED) or in_eight_bits or (name.endswith(".weight") and not is_float):
-            stored = str(info.dtype).removeprefix("torch.")
-            said = "describes it otherwise" if scheme else "has no quantization_config"
-            raise InputError(
-                f"{info.file}: tensor {name} ({stored}) is part of a quantized checkpoint, although config.json "
-                f"{said}. {DEQUANTIZE}"
-            )
 
 
 def _listed(items: list[str], separator: str = ", ") -> str:

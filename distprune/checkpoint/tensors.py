@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from distprune.checkpoint.fp8 import dequantized, dequantized_rows
-from distprune.checkpoint.headers import LENGTH_BYTES, ScaledInfo, TensorInfo
+from distprune.checkpoint.headers import LENGTH_BYTES
+from distprune.checkpoint.infos import ScaledInfo, TensorInfo
 from distprune.checkpoint.objects import read_objects
 from distprune.errors import Unreachable
 from distprune.storage import is_remote

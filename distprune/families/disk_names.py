@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from distprune.checkpoint import Checkpoint
-from distprune.errors import InputError
+from distprune.families.fitting import check_fit
 from distprune.families.language_model import language_config, language_part, whole_model
+from distprune.families.renaming import Loaded, loaded_by
 
 #: Buffers that old checkpoints carry although they are computed when the model is built.
 COMPUTED = ("rotary_emb.inv_freq", ".attention.bias", ".attn.bias", ".masked_bias")
@@ -56,6 +54,11 @@ class DiskNames:
         """The name in the module tree of a tensor on disk, None for one that is carried."""
         return self._trees.get(name)
 
+    def carried_in(self, module: str) -> tuple[str, ...]:
+        """What is carried of a module in the tree, such as a layer: ``module`` is its name with a dot at the end."""
+        prefix = self._modules.get(module)
+        return tuple(name for name in self.carried if prefix is not None and name.startswith(prefix))
+
     def to_json(self) -> dict[str, Any]:
         """What JSON can say of them, for :meth:`from_json`."""
         return asdict(self)
@@ -91,84 +94,56 @@ def disk_names(model: PreTrainedModel, checkpoint: Checkpoint) -> DiskNames:
         checkpoint: its headers.
 
     Raises:
-        InputError: a tensor that the model needs is missing or has another shape; the checkpoint is of a larger model
-            that transformers can't build.
+        InputError: a tensor that the model needs is missing, has another shape or holds no floating-point numbers; the
+            checkpoint is of a larger model that transformers can't build.
     """
     _, is_part = language_config(checkpoint.config)
     is_alone = is_part and type(model.config) is not type(checkpoint.config)
     whole = whole_model(checkpoint.config) if is_alone else model
-    place = language_part(whole, model) if is_part else {name: name for name in model.state_dict()}
-    tree = {name: tensor for name, tensor in model.state_dict().items() if is_alone or name in place}
-    stored: dict[str, str] = {}
-    converted: dict[str, list[str]] = {}
-    carried = []
-    for name, targets, is_converted in loaded_as(whole, checkpoint.tensors):
-        ours = [place[target] for target in targets if target in place]
-        if ours and not is_converted and ours[0] not in stored:
-            stored[ours[0]] = name
-        elif targets or not name.endswith(COMPUTED):
-            carried.append(name)
-            for target in ours if is_converted else ():
-                converted.setdefault(target, []).append(name)
-    _add_tied(stored, model)
-    names = DiskNames(stored, tuple(carried), {name: tuple(parts) for name, parts in converted.items()})
-    _check_shapes(names, tree, model, checkpoint)
+    tree = model.state_dict()
+    place = language_part(whole, model) if is_part else {name: name for name in tree}
+    names = _sorted_out(loaded_by(whole, checkpoint.tensors), place, model.all_tied_weights_keys)
+    asked_for = {name: tree[name] for name in (tree if is_alone else place) if not _may_lack(name, names, model)}
+    check_fit(checkpoint, {names.on_disk(name): tensor for name, tensor in asked_for.items()}, _tables(names, model))
     return names
 
 
-def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, list[str], bool]]:
-    """What transformers makes of each name on disk when it loads a model: names in its module tree, if any.
-
-    The third says whether the tensor is converted too, alone or with others, not only renamed.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    converter_of = {pattern: each for each in converters for pattern in each.source_patterns}
-    tree, prefix = model.state_dict(), model.base_model_prefix
-    for name in sorted(names, key=dot_natural_key):  # the order in which some renamings must see them
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, tree)
-        if renamed not in tree and name in tree:
-            renamed, pattern = rename_source_key(name, [], [], prefix, tree)
-        if pattern is None:
-            yield name, [renamed] if renamed in tree else [], False
-            continue
-        first, *others = converter_of[pattern].target_patterns
-        targets = [renamed, *(renamed.replace(first, other) for other in others)]
-        yield name, [target for target in targets if target in tree], True
+def _sorted_out(loaded: Iterable[Loaded], place: Mapping[str, str], tied: Mapping[str, str]) -> DiskNames:
+    """The names, given those in the language model's module tree by those in the whole model's, and what is tied."""
+    stored: dict[str, str] = {}
+    converted: dict[str, tuple[str, ...]] = {}
+    carried: list[str] = []
+    for each in loaded:
+        ours = [place[target] for target in each.targets if target in place]
+        if ours and not each.is_converted and ours[0] not in stored:
+            stored[ours[0]] = each.name
+        elif each.targets or not each.name.endswith(COMPUTED):
+            carried.append(each.name)
+            for target in ours if each.is_converted else ():
+                converted[target] = (*converted.get(target, ()), each.name)
+    for one, other in (*tied.items(), *((other, one) for one, other in tied.items())):
+        if one not in stored and other in stored:  # a tie is symmetric: either may be what is stored
+            stored[one] = stored[other]
+    return DiskNames(stored, tuple(carried), converted)
 
 
-def _add_tied(stored: dict[str, str], model: PreTrainedModel) -> None:
-    """Name what is tied and stored once; a tie is symmetric, so that either may be what is stored."""
-    for one, other in model.all_tied_weights_keys.items():
-        for missing, there in ((one, other), (other, one)):
-            if missing not in stored and there in stored:
-                stored[missing] = stored[there]
+def _may_lack(name: str, names: DiskNames, model: PreTrainedModel) -> bool:
+    """Whether transformers does without a tensor on disk of that name in the module tree, and it is not there."""
+    if name in names.stored:
+        return False
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    elsewhere = name in names.converted or name in model.all_tied_weights_keys
+    return elsewhere or any(re.search(pattern, name) for pattern in ignored)
 
 
-def _check_shapes(names: DiskNames, tree: Mapping[str, Tensor], model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    not_needed = [*(model._keys_to_ignore_on_load_missing or ())]
-    expected = {
-        names.on_disk(name): tuple(tensor.shape)
-        for name, tensor in tree.items()
-        if name in names.stored
-        or not (name in names.converted or any(re.search(pattern, name) for pattern in not_needed))
+def _tables(names: DiskNames, model: PreTrainedModel) -> set[str]:
+    """The names on disk of what has a row for each token."""
+    tables = [table.weight for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table]
+    return {
+        names.on_disk(name)
+        for name, parameter in model.named_parameters()
+        if any(parameter is table for table in tables)
     }
-    _check_vocabulary(names, model, checkpoint)
-    checkpoint.check_shapes(expected)
-
-
-def _check_vocabulary(names: DiskNames, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Refuse embeddings that were padded, or grew, without a word of it in config.json, as transformers does."""
-    tables = {id(table.weight) for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table}
-    for name, parameter in model.named_parameters():
-        info = checkpoint.tensors.get(names.stored.get(name, ""))
-        if id(parameter) in tables and info and info.shape[1:] == parameter.shape[1:] and info.shape != parameter.shape:
-            raise InputError(
-                f"{info.file}: tensor {names.stored[name]} has {info.shape[0]} rows, and config.json a vocab_size of "
-                f"{parameter.shape[0]}, with which transformers doesn't load it either. Set vocab_size to "
-                f"{info.shape[0]} in {checkpoint.path}/config.json, or resize the model with resize_token_embeddings."
-            )
 
 
 def _joined(parts: list[str]) -> str:

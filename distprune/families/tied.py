@@ -10,6 +10,7 @@ import copy
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedModel
 
 from distprune.checkpoint import Checkpoint
 from distprune.families.disk_names import DiskNames
@@ -23,31 +24,28 @@ UNTIED = (
 )
 
 
-def untied_where_different(checkpoint: Checkpoint, names: DiskNames, embedding: str, head: str) -> Checkpoint:
-    """The checkpoint with a configuration that is not tied where it stores a head that is no copy of the embedding.
-
-    Reads both tensors where there are two, a piece of each at a time and up to the first difference.
-
-    Args:
-        checkpoint: of a model whose configuration may tie the two.
-        names: what it calls its tensors.
-        embedding: the embedding's name in the model's module tree.
-        head: the head's.
-    """
-    one, other = names.on_disk(embedding), names.on_disk(head)
-    if one == other or other not in checkpoint.tensors or not is_tied(checkpoint):
-        return checkpoint
-    if are_equal(checkpoint, one, other):
-        return checkpoint
+def untied(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a configuration that ties nothing."""
     config = copy.deepcopy(checkpoint.config)
     for each in (config, config.get_text_config(decoder=True)):
         each.tie_word_embeddings = False
     return replace(checkpoint, config=config)
 
 
-def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the configuration ties the head to the embedding."""
-    return bool(checkpoint.config.tie_word_embeddings)
+def differ_though_tied(model: PreTrainedModel, checkpoint: Checkpoint, names: DiskNames) -> bool:
+    """Whether tensors that the model ties are stored apart and differ, so that transformers won't tie them.
+
+    Reads both of two such tensors, a piece of each at a time and up to the first difference.
+
+    Args:
+        model: on the meta device, with what its configuration ties.
+    """
+    stored = [
+        (names.on_disk(one), names.on_disk(other))
+        for one, other in model.all_tied_weights_keys.items()
+        if one in names.stored and other in names.stored
+    ]
+    return any(one != other and not are_equal(checkpoint, one, other) for one, other in stored)
 
 
 def are_equal(checkpoint: Checkpoint, name: str, other: str) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from local_hub import REPOSITORY, join, serving
 from safetensors.torch import load_file, save_file
-from transformers import FineGrainedFP8Config, LlamaForCausalLM
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from distprune.checkpoint import Checkpoint, describe, entry_of, find_on_hub, fp8, open_on_hub, resolve_model
 from distprune.errors import InputError
@@ -94,12 +94,19 @@ def in_shards(blocks) -> Path:
 
 
 def test_a_model_in_blocks_is_what_transformers_dequantizes_it_to(blocks):
-    dequantize = FineGrainedFP8Config(weight_block_size=[32, 16], dequantize=True)
-    model = LlamaForCausalLM.from_pretrained(blocks, quantization_config=dequantize, dtype=torch.bfloat16)
-    expected, checkpoint = model.state_dict(), Checkpoint.open(blocks)
-    assert set(checkpoint.tensors) == set(expected)
-    for name, tensor in checkpoint.read(expected).items():
-        assert torch.equal(tensor, expected[name]), name
+    stored, checkpoint = load_file(blocks / WEIGHTS), Checkpoint.open(blocks)
+    weights = [name for name in stored if f"{name}_scale_inv" in stored]
+    assert len(weights) == 2 * 7
+    for name in weights:
+        parts = {"proj": [stored[name]], "proj_scale_inv": [stored[f"{name}_scale_inv"]]}
+        [expected] = Fp8Dequantize(None).convert(parts)["proj"]
+        assert torch.equal(checkpoint.read([name])[name], expected.to(torch.bfloat16)), name
+
+
+def test_a_model_in_blocks_opens_as_the_one_that_is_not_quantized(blocks, tiny_model):
+    checkpoint = Checkpoint.open(blocks)
+    checkpoint.check_shapes({name: tuple(tensor.shape) for name, tensor in tiny_model.state_dict().items()})
+    assert set(checkpoint.tensors) == set(tiny_model.state_dict())
 
 
 def test_infos_say_bfloat16_and_the_size_that_is_read(blocks):
@@ -146,6 +153,27 @@ def test_every_form_is_the_product_of_numbers_and_scales(
     assert torch.equal(checkpoint.read([NAME])[NAME], expected)
     rows = torch.tensor([[2, 0, 2], [1, 1, 0]])
     assert torch.equal(checkpoint.read_rows(NAME, rows), expected[rows])
+
+
+@pytest.mark.parametrize("scale", ["scale", "qscale_weight"])
+def test_other_names_that_scales_have_are_known(single_file, scale):
+    module = NAME.removesuffix("weight")
+    stored = {NAME: torch.ones(8, 4).to(torch.float8_e4m3fn), module + scale: torch.tensor(3.0)}
+    save_file(stored | {f"{module}qscale_act": torch.ones(())}, single_file / WEIGHTS)
+    edit_config(single_file, quantization_config={"quant_method": "fp8"})
+    checkpoint = Checkpoint.open(single_file)
+    assert list(checkpoint.tensors) == [NAME]
+    assert torch.equal(checkpoint.read([NAME])[NAME], torch.full((8, 4), 3, dtype=torch.bfloat16))
+
+
+def test_experts_in_one_tensor_have_scales_after_its_name(single_file):
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    stored = {name: torch.ones(2, 8, 4).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.tensor([2.0, 3])}
+    save_file(stored | {f"{name}_activation_scale": torch.ones(2)}, single_file / WEIGHTS)
+    edit_config(single_file, quantization_config={"quant_method": "fp8"})
+    checkpoint = Checkpoint.open(single_file)
+    assert list(checkpoint.tensors) == [name]
+    assert checkpoint.read([name])[name][:, 7, 3].tolist() == [2, 3]
 
 
 def test_scales_that_are_powers_of_two_in_a_byte_are_read(single_file):

@@ -15,6 +15,7 @@ from distprune.checkpoint import Checkpoint
 from distprune.errors import InputError
 from distprune.families.disk_names import DiskNames, disk_names
 from distprune.families.language_model import language_config
+from distprune.families.tied import differ_though_tied
 
 WEIGHTS = "model.safetensors"
 DECODER = {
@@ -88,8 +89,12 @@ def save(model_type: str, folder: Path, **settings) -> PreTrainedModel:
 
 
 def empty_language_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The language model by its own class, or the whole model where it has none."""
+    config = language_config(checkpoint.config)[0]
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(language_config(checkpoint.config)[0])
+        if type(config) in AutoModelForCausalLM._model_mapping:
+            return AutoModelForCausalLM.from_config(config)
+        return AutoModelForImageTextToText.from_config(checkpoint.config)
 
 
 def names_of(folder: Path) -> tuple[DiskNames, Checkpoint, PreTrainedModel]:
@@ -134,8 +139,9 @@ def test_a_language_model_is_found_within_one_with_vision(model_type, tmp_path):
     saved = save(model_type, tmp_path, **WITH_VISION[model_type])
     names, checkpoint, model = names_of(tmp_path)
     decoder, head = saved.get_decoder().state_dict(), saved.get_output_embeddings().weight
-    expected = {f"model.{name}": tensor for name, tensor in decoder.items()} | {"lm_head.weight": head}
-    assert {*names.stored} == {*model.state_dict()} == {*expected}
+    prefix = "model.language_model." if type(model) is type(saved) else "model."
+    expected = {f"{prefix}{name}": tensor for name, tensor in decoder.items()} | {"lm_head.weight": head}
+    assert {*names.stored} == {*expected}
     assert_found(names, checkpoint, expected)
     assert len(names.carried) == len(saved.state_dict()) - len(expected)
 
@@ -171,7 +177,6 @@ def test_a_base_models_checkpoint_lacks_the_prefix(model_type, tmp_path):
     names, checkpoint, _ = names_of(tmp_path)
     assert not any(name.startswith(prefix) for name in checkpoint.tensors)
     assert_found(names, checkpoint, saved.state_dict())
-    assert names.on_disk("lm_head.weight" if model_type != "gpt_neox" else "embed_out.weight") in checkpoint.tensors
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
@@ -197,6 +202,7 @@ def test_what_has_no_place_in_the_module_tree_is_carried(tmp_path):
     rewrite(tmp_path, lambda tensors: tensors | {name: torch.randn(3, 4) for name in extra})
     names, checkpoint, _ = names_of(tmp_path)
     assert {*names.carried} == {*extra}
+    assert names.carried_in("model.layers.1.") == names.carried_in("model.layers.2.") == ()
     assert_found(names, checkpoint, saved.state_dict())
 
 
@@ -228,9 +234,20 @@ def test_either_of_two_that_are_tied_may_be_stored(stored, tmp_path):
 def test_both_of_two_that_are_tied_may_be_stored(tmp_path):
     save("llama", tmp_path, **PLAIN["llama"], tie_word_embeddings=True)
     rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
-    names, _, _ = names_of(tmp_path)
+    names, checkpoint, model = names_of(tmp_path)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert names.on_disk(name) == names.in_module(name) == name
+    assert not differ_though_tied(model, checkpoint, names)
+    rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1})
+    assert differ_though_tied(model, Checkpoint.open(tmp_path), names)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not torch.equal(loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight)
+
+
+def test_one_that_is_stored_for_both_of_two_does_not_differ_from_itself(tmp_path):
+    save("llama", tmp_path, **PLAIN["llama"], tie_word_embeddings=True)
+    names, checkpoint, model = names_of(tmp_path)
+    assert not differ_though_tied(model, checkpoint, names)
 
 
 def test_what_is_converted_is_carried_and_not_missed(tmp_path):
@@ -244,6 +261,7 @@ def test_what_is_converted_is_carried_and_not_missed(tmp_path):
         f"model.layers.1.mlp.experts.{expert}.{name}_proj.weight" for expert in (0, 1) for name in ("gate", "up")
     }
     assert {*names.carried} == {name for parts in names.converted.values() for name in parts}
+    assert {*names.carried_in("model.layers.1.")} == {name for name in names.carried if ".layers.1." in name}
     assert_found(names, checkpoint, {name: t for name, t in saved.state_dict().items() if name not in fused})
 
 
@@ -272,11 +290,10 @@ def test_a_new_tensor_of_a_base_models_checkpoint_lacks_the_prefix_too(tmp_path)
 
 
 def test_neighbours_with_names_of_their_own_on_disk_lead_as_far_as_they_agree():
-    names = DiskNames(
-        {"model.layers.0.attn.q.weight": "h.0.wq.weight", "model.layers.0.norm.weight": "h.0.norm.weight"}
-    )
-    assert names.on_disk("model.layers.0.attn.q.bias") == "h.0.wq.bias"
-    assert names.on_disk("model.layers.0.attn.right") == "h.0.attn.right"
+    layer = "model.layers.0"
+    names = DiskNames({f"{layer}.attn.q.weight": "h.0.wq.weight", f"{layer}.norm.weight": "h.0.norm.weight"})
+    assert names.on_disk(f"{layer}.attn.q.bias") == "h.0.wq.bias"
+    assert names.on_disk(f"{layer}.attn.right") == "h.0.attn.right"
     assert names.on_disk("lm_head.weight") == "lm_head.weight"
 
 
@@ -300,9 +317,7 @@ def test_a_missing_tensor_is_named_as_it_would_be_on_disk(tmp_path):
 def test_a_missing_embedding_is_named(tmp_path):
     save("llama", tmp_path, **PLAIN["llama"], tie_word_embeddings=True)
     rewrite(tmp_path, lambda tensors: {name: tensor for name, tensor in tensors.items() if "embed" not in name})
-    with pytest.raises(
-        InputError, match=r"lacks 2 tensor\(s\).*: model\.embed_tokens\.weight, lm_head\.weight\. Check"
-    ):
+    with pytest.raises(InputError, match=r"lacks 1 tensor\(s\).*: model\.embed_tokens\.weight\. Check"):
         names_of(tmp_path)
 
 
@@ -317,12 +332,22 @@ def test_another_shape_is_named(tmp_path):
 @pytest.mark.parametrize(("rows", "tied"), [(100, False), (100, True), (90, False)])
 def test_another_number_of_tokens_than_the_vocabulary_has_is_refused_as_transformers_does(rows, tied, tmp_path):
     save("llama", tmp_path, **PLAIN["llama"], tie_word_embeddings=tied)
-    rewrite(
-        tmp_path, lambda ts: ts | {name: torch.ones(rows, 32) for name in ts if name[:8] in ("model.em", "lm_head.")}
-    )
+    resized = torch.ones(rows, 32)
+    rewrite(tmp_path, lambda ts: {name: resized.clone() if len(t) == 96 else t for name, t in ts.items()})
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(InputError, match=rf"embed_tokens\.weight has {rows} rows.*vocab_size of 96.*Set vocab_size to"):
+        names_of(tmp_path)
+
+
+def test_a_part_in_integers_is_refused_and_what_is_carried_may_be_in_any_dtype(tmp_path):
+    save("llama", tmp_path, **PLAIN["llama"])
+    rewrite(tmp_path, lambda tensors: tensors | {"visual.order": torch.arange(3, dtype=torch.int8)})
+    assert names_of(tmp_path)[0].carried == ("visual.order",)
+    save("qwen2", tmp_path, **PLAIN["qwen2"])
+    name = "model.layers.0.self_attn.q_proj.bias"
+    rewrite(tmp_path, lambda tensors: tensors | {name: tensors[name].to(torch.int8)})
+    with pytest.raises(InputError, match=rf"{WEIGHTS}: tensor {name} is stored as int8, which can't be pruned. Write"):
         names_of(tmp_path)
 
 

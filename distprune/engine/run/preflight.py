@@ -31,7 +31,7 @@ from distprune.engine.worker.dense_model import DenseModel
 from distprune.errors import InputError
 from distprune.families.disk_names import disk_names
 from distprune.families.language_model import language_config
-from distprune.families.tied import UNTIED, untied_where_different
+from distprune.families.tied import UNTIED, differ_though_tied, untied
 from distprune.hardware import AUTO, ComputeDtype, compute_dtype
 from distprune.layers.architecture import Architecture
 from distprune.methods import Method, make_method
@@ -122,16 +122,15 @@ def check_job(config: PruneConfig) -> Job:
     if needs_gradients(method, model.architecture):
         check_has_targets(config)
     # The one check that may read weights, so after the others.
-    architecture = model.architecture
-    settled = untied_where_different(stored, model.names, architecture.embedding_name, architecture.head_name)
-    if settled is not stored:
-        model = dense_model(settled)
+    is_untied = differ_though_tied(model.architecture.model, stored, model.names)
+    if is_untied:
+        model = dense_model(untied(stored))
     target = target_of(config, model.architecture, stored_sizes(model))
     method.check_target(target, config.align)
     there = folder_size(partial_directory(config.output))
     check_free_space(config.output, space_needed(config, model, method) - there)
     left = left_alone(model)
-    notes = (*stored.notes, *((UNTIED,) if settled is not stored else ()), *((str(left),) if left.parts else ()))
+    notes = (*stored.notes, *((UNTIED,) if is_untied else ()), *((str(left),) if left.parts else ()))
     return Job(config, model_path, hub, model, method, target, left, notes)
 
 
