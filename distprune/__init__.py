@@ -1,10 +1,8 @@
-"""distprune: distributed, offline structured pruning of large language models on Ray.
-
-Importing it lets transformers' Auto classes open pruned checkpoints without ``trust_remote_code``.
-"""
+"""distprune: distributed, offline structured pruning of large language models on Ray."""
 
 from distprune.api import calibrate, compare, evaluate, inspect, plan, prune, status
 from distprune.errors import InputError, RunFailed
+from distprune.modeling import load
 from distprune.version import __version__
 
 __all__ = [
@@ -15,6 +13,7 @@ __all__ = [
     "compare",
     "evaluate",
     "inspect",
+    "load",
     "plan",
     "prune",
     "status",

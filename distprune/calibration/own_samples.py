@@ -13,7 +13,7 @@ from distprune.calibration.model import input_device, load_model
 from distprune.calibration.tokenizer import load_tokenizer
 from distprune.errors import InputError
 from distprune.hardware import AUTO
-from distprune.kv_cache import CACHE
+from distprune.modeling import CACHE
 
 
 def generate_own_samples(

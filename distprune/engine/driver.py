@@ -186,7 +186,7 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
     work.once("copy", lambda: copy_model_files(job, work.checkpoint))
     parts = work.writer.announce() if config.writes == "auto" else None
     with weight_access(job, workers) as model, worker_pool(job, workers, model, progress, parts) as pool:
-        context = RunContext(pool, work.journal, progress, layers, config.block_length(layers), config.micro_batch)
+        context = RunContext(pool, progress, layers, work.journal, config.block_length(layers), config.micro_batch)
         work.once(CHECK, Check(context, one_of_each_kind(job.architecture)).run)
         if config.calibration is None:
             work.once("own samples", lambda: OwnSamples(context).run(calibration))

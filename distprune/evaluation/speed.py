@@ -28,7 +28,7 @@ from distprune.errors import InputError
 from distprune.evaluation.answering import Loading
 from distprune.evaluation.environment import environment
 from distprune.hardware import name_of
-from distprune.kv_cache import CACHE
+from distprune.modeling import CACHE
 from distprune.resident import peak_resident
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from distprune.checkpoint import partial_directory
 from distprune.config import PruneConfig
 from distprune.engine import Requirements, RunRecord, load_record, prune
-from distprune.engine.scheduler.ray_cluster import alive_nodes, plan_workers
 from distprune.engine.run.journal import IDENTITY, fingerprint
 from distprune.engine.run.preflight import check_job
-from distprune.engine.scheduler.run_dtype import settle_dtype
 from distprune.engine.run.work_folder import WorkFolder
+from distprune.engine.scheduler.ray_cluster import alive_nodes, plan_workers
+from distprune.engine.scheduler.run_dtype import settle_dtype
 from distprune.errors import InputError
 from distprune.pipeline.step import Step, Surroundings
 from distprune.planning import worker_needs
@@ -53,7 +53,7 @@ class Prune(Step):
 def identity_of(config: PruneConfig) -> dict[str, Any]:
     """All that decides the run's bytes on the workers that it would get now."""
     job = check_job(config)
-    workers = plan_workers(config, alive_nodes(), job.dense.num_hidden_layers)
+    workers = plan_workers(config, alive_nodes(), job.architecture.num_layers)
     return job.computed_in(settle_dtype(config, job.stored_dtype, workers)).identity(workers.device)
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distprune.config import PruneConfig
-from distprune.engine.scheduler.ray_cluster import connected
 from distprune.engine.run.journal import fingerprint
+from distprune.engine.scheduler.ray_cluster import connected
 from distprune.engine.telemetry.progress import Progress
 from distprune.version import __version__
 

@@ -331,7 +331,7 @@ def simulate(costs: Costs, machines: Machines, run: Pass, seed: int = 0) -> Outc
     """
     runtime = SimulatedRuntime(costs, machines, run, seed)
     pool, progress = WorkerPool(runtime, min(machines.workers, run.layers)), Progress()
-    context = RunContext(pool, MemoryJournal(), progress, run.layers, run.block_length, run.micro_batch)
+    context = RunContext(pool, progress, run.layers, MemoryJournal(), run.block_length, run.micro_batch)
     Check(context).run()
     profiles = DensePass(context, np.zeros((run.samples, 1), np.int8)).run()
     shapes = [LayerShape(None, None)] * run.layers

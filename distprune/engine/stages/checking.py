@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from distprune.calibration import CalibrationMetadata, write_calibration
-from distprune.engine.stages.context import RunContext
+from distprune.engine.stages.context import FirstStages
 from distprune.engine.worker.check_tasks import CheckLayer, CheckOuter, ProveLayer
 from distprune.engine.worker.pass_tasks import WriteOwnSamples
 
@@ -22,7 +22,7 @@ class Check:
         proved: a layer of every kind.
     """
 
-    context: RunContext
+    context: FirstStages
     proved: Sequence[int] = ()
 
     def run(self) -> None:
@@ -48,7 +48,7 @@ class Check:
 class OwnSamples:
     """The model writes its own calibration set: the one step that needs it whole, on one worker."""
 
-    context: RunContext
+    context: FirstStages
 
     def run(self, output: Path) -> None:
         """Write the set to ``output``."""

@@ -10,22 +10,31 @@ from distprune.engine.telemetry.progress import Progress
 
 
 @dataclass(frozen=True)
-class RunContext:
-    """One run, as its stages see it.
+class FirstStages:
+    """What the stages before the first pass need, which keep nothing.
 
     Attributes:
         pool: the workers.
-        journal: what was done by now, and what is to be kept.
         progress: what is told.
         layers: of the model.
+    """
+
+    pool: WorkerPool
+    progress: Progress
+    layers: int
+
+
+@dataclass(frozen=True)
+class RunContext(FirstStages):
+    """One run, as its stages see it.
+
+    Attributes:
+        journal: what was done by now, and what is to be kept.
         block_length: layers in a row that are pruned on each other's outputs.
         micro_batch: samples that are never parted.
     """
 
-    pool: WorkerPool
     journal: Journal
-    progress: Progress
-    layers: int
     block_length: int
     micro_batch: int
 
