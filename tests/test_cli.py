@@ -429,18 +429,22 @@ def test_an_unknown_layout_is_refused(distprune):
     assert "option 'layout' is 'dense'" in result.stderr and "'heterogeneous'" in result.stderr
 
 
-def test_export_writes_the_file_as_it_is_asked_to_and_tells_its_size(distprune, monkeypatch, tmp_path):
-    asked = []
-
-    def export(folder, output, **options):
-        asked.append((folder, output, options))
-        output.write_bytes(bytes(20_000_000))
-
-    monkeypatch.setattr("distprune.export.gguf_file.export", export)
+def test_export_writes_the_file_as_it_is_asked_to_and_tells_its_size(distprune, dense_path, tmp_path):
+    gguf = pytest.importorskip("gguf")
     output = tmp_path / "model.gguf"
-    result = distprune("export", "pruned", output, "--dtype", "f32", "--pre", "smollm")
-    assert (result.exit_code, result.stdout) == (0, f"{output}: 0.02 GB\n")
-    assert asked == [(Path("pruned"), output, {"dtype": "f32", "pre": "smollm"})]
+    result = distprune("export", dense_path, output, "--dtype", "f32", "--pre", "smollm")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{output}: {output.stat().st_size / 1e9:.2f} GB\n"
+    read = gguf.GGUFReader(output)
+    assert {tensor.tensor_type.name for tensor in read.tensors} == {"F32"}
+    assert read.fields["tokenizer.ggml.pre"].contents() == "smollm"
+
+
+def test_export_of_a_folder_that_is_no_checkpoint_is_refused(distprune, tmp_path):
+    result = distprune("export", tmp_path / "none", tmp_path / "model.gguf")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "none is not a folder" in result.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_export_without_the_gguf_package_is_refused(distprune, monkeypatch, tmp_path):
