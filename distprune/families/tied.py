@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedModel
 
 from distprune.checkpoint import Checkpoint
-from distprune.families.base import Family
 from distprune.families.disk_names import DiskNames
 
 #: Bytes of each of the two tensors that are compared at once.
@@ -25,25 +24,11 @@ UNTIED = (
 )
 
 
-def with_embedding(checkpoint: Checkpoint, family: Family) -> Checkpoint:
-    """The checkpoint with its head in the embedding's place where it is tied and stores the head alone."""
-    tensors = dict(checkpoint.tensors)
-    if not checkpoint.config.tie_word_embeddings or family.embedding in tensors or family.head not in tensors:
-        return checkpoint
-    tensors[family.embedding] = tensors.pop(family.head)
-    return replace(checkpoint, tensors=tensors)
-
-
-def untied_where_different(checkpoint: Checkpoint, family: Family) -> Checkpoint:
-    """The checkpoint with a configuration that is not tied where it stores a head that is no copy of the embedding.
-
-    Reads both tensors where there are two, a piece of each at a time and up to the first difference.
-    """
-    stored = family.embedding in checkpoint.tensors and family.head in checkpoint.tensors
-    if not (checkpoint.config.tie_word_embeddings and stored) or are_equal(checkpoint, family.embedding, family.head):
-        return checkpoint
+def untied(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a configuration that ties nothing."""
     config = copy.deepcopy(checkpoint.config)
-    config.tie_word_embeddings = False
+    for each in (config, config.get_text_config(decoder=True)):
+        each.tie_word_embeddings = False
     return replace(checkpoint, config=config)
 
 
