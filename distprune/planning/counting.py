@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from distprune.planning.kernels import Kernel, kernel_of
 from distprune.planning.pretended import PretendedGpu
 from distprune.planning.unknown import known_without_values, without_masks
+from distprune.solvers.expected import REPEATED
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Counting(TorchDispatchMode):
         result = function(*args, **kwargs)
         given, made = tensors_in((args, kwargs)), tensors_in(result)
         if (kernel := kernel_of(function, args, kwargs, given, made)) is not None:
-            self.kernels[kernel] += 1
+            self.kernels[kernel] += REPEATED.get()
         self._hold(given, made, kernel)
         return result
 
