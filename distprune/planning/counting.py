@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distprune.planning.kernels import Kernel, kernel_of
-from distprune.planning.pretended import PretendedGpu
-from distprune.planning.unknown import known_without_values, without_masks
+from distprune.planning.unknown import distinct, known_without_values, without_masks
 from distprune.solvers.expected import REPEATED
 
 
@@ -34,19 +31,17 @@ class Counts:
         read: bytes from the checkpoint.
     """
 
-    kernels: Counter[Kernel] = field(default_factory=Counter)
-    peak: dict[str, int] = field(default_factory=dict)
+    kernels: Mapping[Kernel, int]
+    peak: Mapping[str, int]
     read: int = 0
 
-    def __add__(self, other: Counts) -> Counts:
-        """One after the other, nothing of the one being left while the other runs."""
-        devices = {*self.peak, *other.peak}
-        peak = {device: max(self.peak.get(device, 0), other.peak.get(device, 0)) for device in devices}
-        return Counts(self.kernels + other.kernels, peak, self.read + other.read)
-
     def flops(self, *kinds: str) -> float:
-        """The floating-point operations of kernels of these kinds, or of all."""
-        return sum(count * kernel.flops for kernel, count in self.kernels.items() if not kinds or kernel.kind in kinds)
+        """The floating-point operations of kernels of these kinds."""
+        return sum(count * kernel.flops for kernel, count in self.kernels.items() if kernel.kind in kinds)
+
+    def bytes(self, kind: str) -> float:
+        """The bytes of kernels of a kind."""
+        return sum(count * kernel.bytes for kernel, count in self.kernels.items() if kernel.kind == kind)
 
 
 class Counting(TorchDispatchMode):
@@ -60,9 +55,11 @@ class Counting(TorchDispatchMode):
         self.read = 0
         self._known: set[int] = set()
 
-    @property
-    def counts(self) -> Counts:
-        return Counts(Counter(self.kernels), dict(self.peak), self.read)
+    def take(self) -> Counts:
+        """What was done since this was last asked. What lives goes on to live."""
+        counts = Counts(self.kernels, self.peak, self.read)
+        self.kernels, self.peak, self.read = Counter(), dict(self.live), 0
+        return counts
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -70,6 +67,8 @@ class Counting(TorchDispatchMode):
             return NotImplemented
         if (known := known_without_values(function, args)) is not None:
             return known
+        if (values := distinct(function, args)) is not None:
+            return values
         if function._can_decompose():
             with self:
                 return function.decompose(*args, **kwargs)
@@ -100,13 +99,6 @@ class Counting(TorchDispatchMode):
     def _forget(self, storage: int, device: str, size: int) -> None:
         self._known.discard(storage)
         self.live[device] -= size
-
-
-@contextmanager
-def valueless() -> Iterator[None]:
-    """Inside, tensors that are made have no values, and take no memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True), PretendedGpu():
-        yield
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -21,6 +21,14 @@ def known_without_values(function: Any, args: tuple) -> bool | int | float | Non
     return 1.0 if tensor.dtype.is_floating_point else tensor.storage_offset()
 
 
+def distinct(function: Any, args: tuple) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The different values of a tensor, none of which is taken to come twice; None where something else is asked."""
+    if function is not aten._unique2.default:
+        return None
+    flat = args[0].flatten()
+    return flat, torch.empty_like(args[0], dtype=torch.long), torch.empty_like(flat, dtype=torch.long)
+
+
 def without_masks(function: Any, args: tuple) -> tuple:
     """The arguments of an operation, all rows being meant where a mask would say which."""
     if function.overloadpacket not in (aten.index, aten.index_put, aten.index_put_):
