@@ -178,11 +178,13 @@ class Architecture:
     # ---------------------------------------------------------------- tensors
 
     def attention_tensors(self, index: int, shape: AttentionShape | None) -> dict[str, Dims]:
-        """Names within the layer and dimensions of the tensors of an attention of that shape."""
+        """Names within the layer and dimensions of the tensors of an attention of that shape, its norms included."""
         if shape is None:
             return {}
-        resized = resize_attention(self._dense[index].layer.attention, shape)
-        return dims_of(self.names(index).state_of(DecoderLayer(resized, None)))
+        dense, names = self._dense[index].layer, self.names(index)
+        inside = {name: tensor for name, tensor in dense.rest.items() if names.is_in_attention(name)}
+        resized = resize_attention(dense.attention, shape)
+        return dims_of(names.state_of(DecoderLayer(resized, None, inside)))
 
     def ffn_tensors(self, index: int, shape: FeedForwardShape | None) -> dict[str, Dims]:
         """The same of a feed-forward network."""
@@ -193,7 +195,9 @@ class Architecture:
 
     def rest_tensors(self, index: int) -> dict[str, Dims]:
         """The same of what no pruning changes."""
-        return dims_of(self._dense[index].layer.rest)
+        names = self.names(index)
+        rest = self._dense[index].layer.rest.items()
+        return dims_of({name: tensor for name, tensor in rest if not names.is_in_attention(name)})
 
     def layer_tensors(self, index: int, shape: LayerShape) -> dict[str, Dims]:
         """The same of a whole layer."""

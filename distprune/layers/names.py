@@ -47,7 +47,7 @@ class LayerNames:
     def state_of(self, layer: DecoderLayer) -> dict[str, Tensor]:
         """The layer's tensors under the names of its module's state dict. Which rotary pairs are left is no tensor
         there."""
-        state = dict(layer.rest)
+        state = {name: tensor for name, tensor in layer.rest.items() if not self._went_with_its_part(name, layer)}
         if layer.attention is not None:
             state |= self._attention_state(layer.attention)
         if layer.ffn is not None:
@@ -62,6 +62,13 @@ class LayerNames:
         attention = None if shape.attention is None else self._attention(state, shape.attention, rotary_pairs)
         ffn = None if shape.ffn is None else self._ffn(state, shape.ffn.is_gated)
         return DecoderLayer(attention, ffn, state)
+
+    def is_in_attention(self, name: str) -> bool:
+        """Whether a tensor of the rest lies in an attention that is known: a norm of its queries."""
+        return self.full is not None and name.startswith(f"{self.family.attention}.")
+
+    def _went_with_its_part(self, name: str, layer: DecoderLayer) -> bool:
+        return layer.attention is None and self.is_in_attention(name)
 
     def _attention_state(self, attention: Attention) -> dict[str, Tensor]:
         family, shape, parent = self.family, attention.shape, self.family.attention

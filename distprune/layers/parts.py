@@ -51,7 +51,7 @@ class Attention:
 
     query_heads: int
     kv_heads: int
-    query: Projection  # d -> h·p
+    query: Projection  # d -> h·p; wider where a family's queries carry gates along
     key: Projection  # d -> g·p
     value: Linear  # d -> g·v
     output: Projection  # h·v -> d
@@ -63,7 +63,7 @@ class Attention:
         return AttentionShape(
             query_heads=self.query_heads,
             kv_heads=self.kv_heads,
-            query_key_dim=outputs_of(self.query) // self.query_heads,
+            query_key_dim=outputs_of(self.key) // self.kv_heads,
             value_dim=outputs_of(self.value) // self.kv_heads,
             query_rank=rank_of(self.query),
             key_rank=rank_of(self.key),

@@ -66,7 +66,8 @@ def allocate_globally(target: Target, profiles: Sequence[Profile], reach: Reach)
             menus.append(attention_menu(target, index, profile, reach))
         if shape.ffn:
             menus.append(ffn_menu(target, index, profile, reach))
-    allocation = allocate([menu.curve for menu in menus], target.remaining)
+    rest = target.amount([LayerShape(None, None)] * len(shapes))
+    allocation = allocate([menu.curve for menu in menus], target.remaining - rest)
     for menu, choice in zip(menus, allocation.choices, strict=True):
         shapes[menu.layer] = replace(shapes[menu.layer], **{menu.part: menu.shapes[choice]})
     return Plan(spend_rest(target, shapes, reach.align), allocation.cost, allocation.gap)
