@@ -248,8 +248,8 @@ def prune(
     """Prune a model on Ray. Every option can also stand in the YAML file, with underscores."""
     given = dict(locals())
     config, option, log_format = given.pop("config"), given.pop("option"), given.pop("log_format")
-    from distprune.engine.harmless import harmless
-    from distprune.engine.log import json_lines
+    from distprune.engine.telemetry.harmless import harmless
+    from distprune.engine.telemetry.log import json_lines
     from distprune.reporting import memory_line, parameter_table
 
     if option:
@@ -271,7 +271,7 @@ def prune(
 
 def display() -> Any:
     """Progress on standard error, for as long as that can be written."""
-    from distprune.engine.harmless import Unfailing
+    from distprune.engine.telemetry.harmless import Unfailing
     from distprune.reporting import console_progress
 
     return Unfailing("the display", lambda: console_progress(error_console))
@@ -524,7 +524,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="print the run's record as JSON")] = False,
 ) -> None:
     """What was taken from which layer."""
-    from distprune.engine.record import forecast
+    from distprune.engine.run.record import forecast
     from distprune.reporting import layer_table, memory_line, parameter_table
 
     record = api.inspect(directory)
@@ -574,8 +574,8 @@ def pipeline(
     What has not changed is not done again, and an interrupted pipeline resumes. Exits with 0 where something passes,
     3 where nothing does, 2 for bad input, 1 where it failed and 130 where it was interrupted.
     """
-    from distprune.engine.harmless import harmless
-    from distprune.engine.log import json_lines
+    from distprune.engine.telemetry.harmless import harmless
+    from distprune.engine.telemetry.log import json_lines
     from distprune.reporting.pipeline_tables import print_summary
 
     def tell(summary: Any) -> None:

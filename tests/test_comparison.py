@@ -22,8 +22,8 @@ from distprune.comparison import ComparisonRow, Evaluation
 from distprune.comparison import driver as comparison_driver
 from distprune.comparison.evaluation import evaluate_apart
 from distprune.config import PruneConfig
-from distprune.engine.memory import PeakMemory, peak_memory
-from distprune.engine.progress import Progress
+from distprune.engine.telemetry.process_memory import PeakMemory, peak_memory
+from distprune.engine.telemetry.progress import Progress
 from distprune.evaluation import evaluate_perplexity
 from distprune.reporting import comparison_table
 

@@ -24,6 +24,7 @@ from distprune.layers.removing import find_removable
 from distprune.layers.resized import resize_attention, resize_ffn
 from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape, Removable
 from distprune.layers.tree import build_on_meta, find_layers
+from distprune.modeling.modeling_pruned import restore_activation
 
 Dims = tuple[int, ...]
 #: Where a configuration says what of its layers per-layer configurations can't say.
@@ -252,6 +253,8 @@ def own_config(config: PreTrainedConfig) -> PreTrainedConfig:
         described = config.to_dict()
         described.pop("auto_map", None)
         config = type(AutoConfig.for_model(config.model_type)).from_dict(described)
+    config = copy.copy(config)
+    restore_activation(config)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(
             f"model_type '{config.model_type}' is no causal language model that transformers knows. Give a decoder "

@@ -12,9 +12,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from distprune.families import Family, Fused
-from distprune.layers.architecture import Architecture
+from distprune.layers.architecture import Architecture, pruned_layer
 from distprune.layers.names import BRANCH
-from distprune.layers.parts import Attention, DecoderLayer
+from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import AttentionShape, LayerShape
 from distprune.layers.sites import (
     ATTENDED,
@@ -50,6 +50,18 @@ def build_module(architecture: Architecture, index: int, layer: DecoderLayer) ->
     return module.eval()
 
 
+def build_from_state(architecture: Architecture, index: int, state: Mapping[str, Tensor]) -> nn.Module:
+    """A layer of the model as a module of its family's class, filled with its state as a checkpoint holds it."""
+    said = pruned_layer(architecture.config, index)
+    shape = None if said is None else architecture.dense_shape(index)
+    with init_empty_weights():
+        module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
+        if said is not None:
+            reshape_layer(module, family_names(architecture.family), said, index)
+    module.load_state_dict(state, assign=True)
+    return module.eval()
+
+
 def family_names(family: Family) -> dict[str, Any]:
     """The family's names as code in a checkpoint takes them."""
     return asdict(family)
@@ -57,18 +69,19 @@ def family_names(family: Family) -> dict[str, Any]:
 
 def said_shape(architecture: Architecture, index: int, layer: DecoderLayer) -> dict[str, Any]:
     """The layer's shape as code in a checkpoint takes it. Parts that the layer never had are not named."""
+    pairs = None if layer.attention is None else layer.attention.rotary_pairs
+    return say_shape(architecture.dense_shape(index), layer.shape, pairs)
+
+
+def say_shape(dense: LayerShape, shape: LayerShape, rotary_pairs: Tensor | None) -> dict[str, Any]:
+    """The same of a layer of some shape that has kept these rotary pairs, made from a dense one."""
     said: dict[str, Any] = {}
-    dense = architecture.dense_shape(index)
     if dense.attention is not None:
-        said["attention"] = None if layer.attention is None else _said_attention(layer.attention)
+        pairs = None if rotary_pairs is None else rotary_pairs.tolist()
+        said["attention"] = shape.attention and asdict(shape.attention) | {"rotary_pairs": pairs}
     if dense.ffn is not None:
-        said["ffn"] = None if layer.ffn is None else asdict(layer.ffn.shape)
+        said["ffn"] = shape.ffn and asdict(shape.ffn)
     return said
-
-
-def _said_attention(attention: Attention) -> dict[str, Any]:
-    pairs = attention.rotary_pairs
-    return asdict(attention.shape) | {"rotary_pairs": None if pairs is None else pairs.tolist()}
 
 
 # ---------------------------------------------------------------- sites

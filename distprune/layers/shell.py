@@ -6,7 +6,7 @@ hidden states in after the last of them. So embedding, norm, soft cap, head and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,13 @@ class Shell:
                 module._parameters[own] = nn.Parameter(placed, requires_grad=False)
             else:
                 module._buffers[own] = placed
+
+    def empty(self, names: Iterable[str]) -> None:
+        """Free the memory of some of these tensors, which have to be filled again before they are asked for."""
+        for name in names:
+            path, _, own = name.rpartition(".")
+            parameters = self.model.get_submodule(path)._parameters
+            parameters[own] = nn.Parameter(parameters[own].to("meta"), requires_grad=False)
 
     def _fill_with_zeros(self, except_for: set[str]) -> None:
         """Stand-ins for small tensors that don't matter to what is asked."""

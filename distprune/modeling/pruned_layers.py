@@ -10,13 +10,12 @@ a family keeps the parts is said by another, its "names".
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from .pruned_attention import NoAttention, caching_narrowly
+from .pruned_attention import NoAttention, cache_narrowly
 from .pruned_projections import Columns, JoinedProjections, Projection, add_places, put_in_place, put_matrix
 
 BRANCH = "branch"
@@ -67,8 +66,7 @@ def reshape_attention(attention: nn.Module, names: dict[str, Any], shape: dict[s
         add_bias(output)
     replace_map(attention, names["output"], shape.get("output_rank"), gather=attended)
     if keys or values:
-        attention.cached_keys, attention.cached_values = keys, values
-        attention.__class__ = caching_narrowly(type(attention))
+        cache_narrowly(attention, keys, values)
 
 
 def columns_of_pairs(pairs: list[int], width: int) -> list[int]:
@@ -115,21 +113,12 @@ def reshape_ffn(ffn: nn.Module, names: dict[str, Any], shape: dict[str, Any]) ->
         add_bias(down)
     if shape.get("branch_rank"):
         put_matrix(ffn, BRANCH, down.out_features, down.out_features, shape["branch_rank"], bias=False)
-        ffn.__class__ = with_branch(type(ffn))
+        ffn.register_forward_hook(add_branch)
 
 
-class AddsBranch:
-    """A mixin of feed-forward classes: a linear map of low rank of the same input is added to the output."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        branch = self.left[BRANCH](self.right[BRANCH](hidden_states))
-        return super().forward(hidden_states, *args, **kwargs) + branch
-
-
-@lru_cache
-def with_branch(ffn: type[nn.Module]) -> type[nn.Module]:
-    """A family's feed-forward class with a linear branch beside it."""
-    return type(f"Branched{ffn.__name__}", (AddsBranch, ffn), {})
+def add_branch(ffn: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    """A hook: a linear map of low rank of the network's input is added to its output."""
+    return output + ffn.left[BRANCH](ffn.right[BRANCH](args[0]))
 
 
 class NoFeedForward(nn.Module):

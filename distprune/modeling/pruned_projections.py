@@ -41,7 +41,8 @@ class Columns:
         # have to be filled from a checkpoint, and some servers cast all of these to their dtype.
         key = name, device
         if key not in self._tensors:
-            self._tensors[key] = torch.tensor(getattr(self, name), device=device)
+            with torch.inference_mode(False):  # else no backward pass could use it later
+                self._tensors[key] = torch.tensor(getattr(self, name), device=device)
         return self._tensors[key]
 
 

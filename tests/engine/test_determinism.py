@@ -122,8 +122,8 @@ import json, pathlib, sys
 import ray
 from ray.cluster_utils import Cluster
 import distprune
-from distprune.engine.pool import WorkerPool
-from distprune.engine.progress import Progress
+from distprune.engine.scheduler.pool import WorkerPool
+from distprune.engine.telemetry.progress import Progress
 
 model, calibration, output = sys.argv[1:]
 # One CPU a node and a worker: no node can hold both workers, nor take in one whose node is lost.

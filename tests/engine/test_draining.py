@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from distprune.engine.durations import Durations
-from distprune.engine.log import RunLog, json_lines
-from distprune.engine.pool import Call, Step, WorkerPool
-from distprune.engine.progress import Progress, Together
-from distprune.engine.sites import Site
+from distprune.engine.scheduler.durations import Durations
+from distprune.engine.telemetry.log import RunLog, json_lines
+from distprune.engine.scheduler.pool import Call, Step, WorkerPool
+from distprune.engine.telemetry.progress import Progress, Together
+from distprune.engine.scheduler.nodes import Node
 
 # ------------------------------------------------------------------ the pool, on a clock that jumps
 
@@ -62,7 +62,7 @@ class Machines:
 
     def call(self, worker: str, method: str, arguments=()) -> list[Result]:
         if method == "ready":
-            return [Result(self.clock, Site(self.node(worker), self.node(worker), "CPU", None, 2**40))]
+            return [Result(self.clock, Node(self.node(worker), self.node(worker), "CPU", None, 2**40))]
         begins = max(self.clock, self._free[worker])
         ends = self._free[worker] = begins + arguments[-1]
         self.begun.append((begins, worker, *arguments[:-1]))
@@ -278,7 +278,7 @@ import json, subprocess, sys, threading
 import ray
 from ray.cluster_utils import Cluster
 import distprune
-from distprune.engine.progress import Progress
+from distprune.engine.telemetry.progress import Progress
 
 model, calibration, output, seconds = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from distprune.calibration import open_calibration
 from distprune.config import DistillConfig
-from distprune.distillation import split
+from distprune.distillation.layerwise import split
 from distprune.engine import end_to_end, load_record
 
 LOGITS = {"objective": "logits", "learning_rate": 1e-2, "epochs": 2, "batch": 4, "held_out": 0.25}

@@ -10,7 +10,7 @@ from pretend_gpu import NAME, pretend_gpu
 from transformers import AutoModelForCausalLM
 
 from distprune.engine import worker
-from distprune.engine.tasks import LayerTasks
+from distprune.engine.worker.layer_worker import LayerTasks
 from distprune.forward import LayerRunner
 from distprune.methods import METHODS
 

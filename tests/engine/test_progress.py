@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from distprune.engine.progress import Assignment, Progress, Together, WorkerName
+from distprune.engine.telemetry.progress import Assignment, Progress, Together, WorkerName
 
 WORKER = WorkerName(3, "node")
 TOLD = {

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from distprune.engine import pool
-from distprune.engine.relay import split
-from distprune.engine.simulation import Costs, Machines, Pass, SimulatedRuntime, simulate
+from distprune.engine.scheduler.relay import split
+from distprune.engine.scheduler.simulation import Costs, Machines, Pass, SimulatedRuntime, simulate
 
 COSTS = Costs(
     start=10, check=5, read=3, forward=60, dense_statistics=12, profile=15, statistics=20, carried=False, solve=200,
@@ -90,7 +90,7 @@ class Noting(SimulatedRuntime):
 def test_runs_end_however_many_workers_are_lost(workers, seed, monkeypatch):
     made = []
     monkeypatch.setattr(
-        "distprune.engine.simulation.SimulatedRuntime", lambda *args: made.append(Noting(*args)) or made[-1]
+        "distprune.engine.scheduler.simulation.SimulatedRuntime", lambda *args: made.append(Noting(*args)) or made[-1]
     )
     run = Pass(layers=24, block_length=2, samples=16, micro_batch=1)
     monkeypatch.setattr(pool, "LOSSES", 9)  # at such a rate a call may lose five workers by chance
@@ -115,7 +115,7 @@ def test_a_piece_is_handed_over_while_the_one_before_it_is_at_work(monkeypatch):
                 handed[index, piece], ended[index, piece] = self.clock, result.at
             return results
 
-    monkeypatch.setattr("distprune.engine.simulation.SimulatedRuntime", Timed)
+    monkeypatch.setattr("distprune.engine.scheduler.simulation.SimulatedRuntime", Timed)
     simulate(COSTS, replace(STEADY, workers=2), Pass(layers=4, block_length=1, samples=16, micro_batch=2))
     # All of the first layer's pieces are known from the start; one at most waits behind another.
     for piece in range(1, 8):

@@ -10,7 +10,7 @@ import pytest
 from local_hub import REPOSITORY, join, serving
 
 from distprune import InputError, api
-from distprune.engine.progress import Progress
+from distprune.engine.telemetry.progress import Progress
 from distprune.evaluation import evaluate_perplexity
 
 STEPS = ["calibrate", "evaluate-dense", "prune-20", "prune-30", "evaluate-20", "evaluate-30"]
@@ -82,7 +82,7 @@ def test_another_version_of_distprune_repeats_all(run_pipeline, monkeypatch):
     run_pipeline({"sparsities": [0.3]})
     for module in ("step", "course"):
         monkeypatch.setattr(f"distprune.pipeline.{module}.__version__", "9.9")
-    monkeypatch.setattr("distprune.engine.preflight.__version__", "9.9")
+    monkeypatch.setattr("distprune.engine.run.preflight.__version__", "9.9")
     summary = run_pipeline({"sparsities": [0.3]})
     assert set(states(summary).values()) == {"done"}
     assert {step.reason for step in summary.steps} == {"changed: distprune"} | {

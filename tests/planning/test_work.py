@@ -28,7 +28,7 @@ from distprune.planning.work import (
 )
 from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power, ScalingPower
 from distprune.statistics.products import TILE
-from distprune.trainable_layer import TrainableLayer
+from distprune.distillation.trainable import TrainableLayer
 
 CONFIG = PrunedConfig(
     hidden_size=32,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distprune.engine.progress import Progress
+from distprune.engine.telemetry.progress import Progress
 
 
 class Stops(Progress):
