@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from distprune.budgets import StoredSizes, Target, amount, target_of
+from distprune.budgets import StoredSizes, Target, layer_amount, target_of
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
@@ -162,7 +162,7 @@ class Scenario:
         """Bytes of each layer in the result."""
         shapes = enumerate(self.shapes)
         return tuple(
-            amount("bytes", self.architecture, index, shape, self.sizes.layers[index]) for index, shape in shapes
+            layer_amount("bytes", self.architecture, index, shape, self.sizes.layers[index]) for index, shape in shapes
         )
 
     @property

@@ -195,7 +195,12 @@ class SimulatedRun:
         size = scenario.hidden_states(TokenSet(1, scenario.calibration.length))
         journal = PlannedJournal(self.runtime, size)
         self.context = RunContext(
-            self.pool, journal, Progress(), scenario.layers, scenario.block_length, scenario.batch
+            pool=self.pool,
+            journal=journal,
+            progress=Progress(),
+            layers=scenario.layers,
+            block_length=scenario.block_length,
+            micro_batch=scenario.batch,
         )
         self.tokens = rows(scenario.calibration)
 
@@ -289,7 +294,7 @@ class SimulatedRun:
 
 def rows(texts: TokenSet) -> np.ndarray:
     """What stands for a calibration set: a row a sample."""
-    return np.zeros((texts.samples, 1), np.int8)
+    return np.zeros((texts.samples, 1), np.int32)
 
 
 def plan_stages(scenario: Scenario) -> list[StagePlan]:
