@@ -18,9 +18,11 @@ import itertools
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+from distprune.engine.run.write_behind import Add
 from distprune.engine.scheduler.draining import Draining
 from distprune.engine.scheduler.durations import Durations
 from distprune.engine.scheduler.nodes import Nodes, Requirements
@@ -178,6 +180,10 @@ class WorkerPool:
     def get(self, put: Sequence[Any]) -> list[Any]:
         """Values that were put."""
         return self._runtime.get(put)
+
+    def write_behind(self) -> AbstractContextManager[Add]:
+        """What takes writes while this goes on, one at a time; see :func:`~distprune.engine.run.write_behind`."""
+        return self._runtime.write_behind()
 
     def run(self) -> None:
         """Wait for all calls, in no fixed order, and for those that are submitted meanwhile.

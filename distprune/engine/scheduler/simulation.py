@@ -7,7 +7,8 @@ the seconds that were measured for them, and give nothing but what the stages lo
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import singledispatchmethod
 from math import inf
@@ -20,6 +21,7 @@ from distprune.checkpoint import WrittenFile
 from distprune.config import PruneConfig
 from distprune.engine.run.journal import Journal
 from distprune.engine.run.preflight import MERGED_AT_ONCE
+from distprune.engine.run.write_behind import Add
 from distprune.engine.scheduler.nodes import Node
 from distprune.engine.scheduler.pool import WorkerPool
 from distprune.engine.stages.checking import Check
@@ -217,6 +219,11 @@ class SimulatedRuntime:
 
     def stop(self, workers: Sequence[SimulatedWorker], starting: Sequence[Result]) -> None:
         pass
+
+    @contextmanager
+    def write_behind(self) -> Iterator[Add]:
+        """Yields what writes at once: a disk has its own time, which is reckoned where something is written."""
+        yield lambda write: write()
 
     def now(self) -> float:
         return self.clock
