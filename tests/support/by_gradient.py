@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from distprune.budgets import fill_with_ffn
+from distprune.layers.sites import FFN_OUTPUT, NEURONS
 from distprune.methods import Method, Plan
-from distprune.methods.uniform import keep_best
+from distprune.methods.uniform import keep_best_neurons
 from distprune.statistics import Cross
+
+MOMENT = Cross(FFN_OUTPUT.gradient, NEURONS)
 
 
 class ByGradient(Method):
@@ -14,10 +19,10 @@ class ByGradient(Method):
     name = "by-gradient"
 
     def gradient_moments(self, shape):
-        return [Cross("ffn_output_gradient", "ffn_neurons")]
+        return [MOMENT]
 
     def profile(self, layer, statistics):
-        return {"neurons": statistics.cross("ffn_output_gradient", "ffn_neurons").norm(dim=0)}
+        return {"neurons": statistics.cross(MOMENT.site, MOMENT.other).norm(dim=0)}
 
     def plan(self, target, profiles, align):
         wanted = [float(profile["neurons"].norm()) + 1e-9 for profile in profiles]
@@ -26,5 +31,5 @@ class ByGradient(Method):
     def pruning_moments(self, dense, planned):
         return ()
 
-    def prune(self, layer, planned, statistics, profile, observe):
-        return keep_best(layer, planned, profile["neurons"].new_ones(layer.kv_heads), profile["neurons"])
+    def prune(self, given):
+        return replace(given.layer, ffn=keep_best_neurons(given.layer.ffn, given.planned.ffn, given.profile["neurons"]))
