@@ -64,9 +64,9 @@ def init_and_wait(pool, *arguments):
         if ray.get(worker.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())) != here:
             pool.elsewhere.add(worker)
 
-def note_and_start(pool, share):
-    calls.append([share.step.method, share.worker in pool.elsewhere])
-    start(pool, share)
+def note_and_start(pool, attempt):
+    calls.append([attempt.task.kind(), attempt.worker in pool.elsewhere])
+    start(pool, attempt)
 
 WorkerPool.__init__, WorkerPool._start = init_and_wait, note_and_start
 told = []
@@ -157,7 +157,7 @@ def test_a_server_that_dies_is_started_again(ray_cluster, dense_path, tmp_path):
     [name, *_], [info, *_] = checkpoint.tensors, checkpoint.tensors.values()
     # More headers than Ray sends along when it starts an actor, however they are compressed.
     many = dict(checkpoint.tensors) | {os.urandom(50).hex(): info for _ in range(3000)}
-    job = replace(job, checkpoint=replace(checkpoint, tensors=many))
+    job = replace(job, model=replace(job.model, checkpoint=replace(checkpoint, tensors=many)))
     with weight_access(job, WorkerPlan(1, "cpu", 1, 0)) as access:
         served = access.open().checkpoint
         expected, rows = checkpoint.read([name])[name].clone(), torch.tensor([[1], [0]])
