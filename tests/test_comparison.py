@@ -386,7 +386,7 @@ def test_a_failing_run_leaves_the_rows_before_it(command, fail_at, scratch, erro
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sparsity", "0.2,some"], "--sparsity: 'some' is no number; write them as in 0.2,0.3."),
+        (["--sparsity", "0.2,some"], "--sparsity: 'some' is not a number; write them as in 0.2,0.3."),
         (["--option", "selection=score"], "--option selection=score: write METHOD.NAME=VALUE."),
         (["--option", "oops.selection"], "--option oops.selection: write METHOD.NAME=VALUE."),
         (["--option", "oops=0.5"], "--option oops=0.5: write METHOD.NAME=VALUE."),

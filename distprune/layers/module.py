@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from torch.utils.hooks import RemovableHandle
 
 from distprune.families import Family, Fused
 from distprune.layers.architecture import Architecture, pruned_layer
-from distprune.layers.names import BRANCH
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import AttentionShape, LayerShape
 from distprune.layers.sites import (
@@ -30,6 +30,7 @@ from distprune.layers.sites import (
     VALUES,
     Site,
 )
+from distprune.layers.tree import build_on_meta
 from distprune.modeling.pruned_layers import reshape_layer
 from distprune.modeling.pruned_projections import ends
 
@@ -52,14 +53,29 @@ def build_module(architecture: Architecture, index: int, layer: DecoderLayer) ->
 
 def build_from_state(architecture: Architecture, index: int, state: Mapping[str, Tensor]) -> nn.Module:
     """A layer of the model as a module of its family's class, filled with its state as a checkpoint holds it."""
+    module = empty_layer(architecture, index)
+    module.load_state_dict(state, assign=True)
+    return module.eval()
+
+
+def empty_layer(architecture: Architecture, index: int) -> nn.Module:
+    """A layer of the model as a module of its family's class on the meta device, as an earlier pruning has left it."""
     said = pruned_layer(architecture.config, index)
     shape = None if said is None else architecture.dense_shape(index)
     with init_empty_weights():
         module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
         if said is not None:
             reshape_layer(module, family_names(architecture.family), said, index)
-    module.load_state_dict(state, assign=True)
-    return module.eval()
+    return module
+
+
+def empty_model(architecture: Architecture) -> PreTrainedModel:
+    """The whole model on the meta device, its layers as an earlier pruning has left them."""
+    model = build_on_meta(architecture.config)
+    layers = model.get_submodule(architecture.layers_path)
+    for index in range(len(layers)):
+        layers[index] = empty_layer(architecture, index)
+    return model
 
 
 def family_names(family: Family) -> dict[str, Any]:
@@ -123,7 +139,9 @@ class Place:
     def __init__(self, module: nn.Module, of: str, select: Select = lambda activation: activation):
         self._module, self._of, self._select = module, of, select
 
-    def watch(self, site: Site, forward: bool, backward: bool, keep: Callable[[Site, Tensor], None]):
+    def watch(self, site: Site, forward: bool, backward: bool, keep: Callable[[Site, Tensor], None]) -> RemovableHandle:
+        """See every activation, and what reaches it backwards, until the handle is removed."""
+
         def see(activation: Tensor) -> None:
             if backward:
                 activation.register_hook(lambda gradient: keep(site.gradient, self._flat(gradient)))
@@ -144,14 +162,14 @@ def places(module: nn.Module, family: Family, shape: LayerShape) -> dict[Site, P
     if shape.attention is not None:
         found |= _attention_places(getattr(module, family.attention), family, shape.attention)
     if shape.ffn is not None:
-        found |= _ffn_places(module if family.ffn is None else getattr(module, family.ffn), family, shape)
+        found |= _ffn_places(module if family.ffn is None else getattr(module, family.ffn), family, shape.ffn.width)
     return found
 
 
 def _attention_places(attention: nn.Module, family: Family, shape: AttentionShape) -> dict[Site, Place]:
     fused = family.qkv if family.qkv is not None and family.qkv.name in attention._modules else None
     if fused is not None:
-        whole = attention._modules[fused.name]
+        whole = attention.get_submodule(fused.name)
         widths = (
             shape.query_heads * shape.query_key_dim,
             shape.kv_heads * shape.query_key_dim,
@@ -175,13 +193,12 @@ def _attention_places(attention: nn.Module, family: Family, shape: AttentionShap
     }
 
 
-def _ffn_places(ffn: nn.Module, family: Family, shape: LayerShape) -> dict[Site, Place]:
+def _ffn_places(ffn: nn.Module, family: Family, width: int) -> dict[Site, Place]:
     has_module, down = family.ffn is not None, getattr(ffn, family.down)
     fused = family.gate_up
     first = getattr(ffn, fused.name if fused else family.up)
     found = {FFN_INPUT: Place(ffn if has_module else first, "input")}
     if fused:
-        width = shape.ffn.width
         found[GATE], found[UP] = (Place(first, "output", select) for select in selections((width, width), fused, 1))
     else:
         if family.gate is not None:
