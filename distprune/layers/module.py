@@ -9,8 +9,8 @@ from typing import Any
 
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from distprune.families import Family, Fused
 from distprune.layers.architecture import Architecture, pruned_layer
@@ -58,13 +58,18 @@ def build_from_state(architecture: Architecture, index: int, state: Mapping[str,
     return module.eval()
 
 
-def empty_layer(architecture: Architecture, index: int) -> nn.Module:
-    """A layer of the model as a module of its family's class on the meta device, as an earlier pruning has left it."""
-    said = pruned_layer(architecture.config, index)
-    shape = None if said is None else architecture.dense_shape(index)
+def empty_layer(architecture: Architecture, index: int, shape: LayerShape | None = None) -> nn.Module:
+    """A layer of the model as a module of its family's class on the meta device, as an earlier pruning has left it, or
+    with other numbers of heads and neurons."""
+    dense, is_pruned = architecture.dense_layer(index), pruned_layer(architecture.config, index) is not None
+    if shape is None and is_pruned:
+        shape = dense.shape
     with init_empty_weights():
         module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
-        if said is not None:
+        if is_pruned:
+            pairs = None if dense.attention is None else dense.attention.rotary_pairs
+            pairs = None if pairs is None or shape.attention is None else pairs[: shape.attention.kv_heads]
+            said = dict(pruned_layer(architecture.config, index)) | say_shape(dense.shape, shape, pairs)
             reshape_layer(module, family_names(architecture.family), said, index)
     return module
 

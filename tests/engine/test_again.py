@@ -15,7 +15,9 @@ def stored(folder):
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize(("method", "layout"), [("magnitude", "stock"), ("wanda-sp", "heterogeneous"), ("olica", "free")])
+@pytest.mark.parametrize(
+    ("method", "layout"), [("magnitude", "stock"), ("wanda-sp", "heterogeneous"), ("olica", "free")]
+)
 @torch.no_grad()
 def test_a_pruned_checkpoint_is_pruned_again(prune_here, save_model, calibrate, tmp_path, method, layout):
     model = save_model(num_hidden_layers=3)

@@ -45,7 +45,9 @@ def vision_language_model(tmp_path_factory, tokenizer):
     return path
 
 
-def test_the_language_model_is_pruned_and_the_rest_carried_through(vision_language_model, prune_here, calibrate, tmp_path):
+def test_the_language_model_is_pruned_and_the_rest_carried_through(
+    vision_language_model, prune_here, calibrate, tmp_path
+):
     output = tmp_path / "pruned"
     record = prune_here(output, vision_language_model, method="wanda-sp", sparsity=0.3, distill=None)
     before, after = stored(vision_language_model), stored(output)

@@ -21,7 +21,9 @@ IDS = torch.arange(24).reshape(2, 12)
 def prune_on_gpu(prune_here, monkeypatch):
     def prune(output: Path, **changes) -> None:
         with pretend_gpu() as gpu, monkeypatch.context() as patched:
-            patched.setattr(actor, "LayerWorker", lambda config, model, _, *rest: LayerWorker(config, model, gpu, *rest))
+            patched.setattr(
+                actor, "LayerWorker", lambda config, model, _, *rest: LayerWorker(config, model, gpu, *rest)
+            )
             for name in ("run", "observe"):  # such tensors know no inference mode
                 patched.setattr(LayerRunner, name, torch.no_grad()(getattr(LayerRunner, name).__wrapped__))
             prune_here(output, **changes)

@@ -118,7 +118,9 @@ def test_the_record_tells_how_distillation_went(run):
 def test_distillation_runs_ahead_of_what_has_learnt_by_a_few_layers_at_most(run, save_model, monkeypatch):
     started = []
     start = WorkerPool._start
-    monkeypatch.setattr(WorkerPool, "_start", lambda pool, attempt: started.append(attempt.task) or start(pool, attempt))
+    monkeypatch.setattr(
+        WorkerPool, "_start", lambda pool, attempt: started.append(attempt.task) or start(pool, attempt)
+    )
     run(save_model(num_hidden_layers=8), sparsity=0.3, distill=True)
     kinds = [task.kind() for task in started]
     ahead = [kinds[:end].count("advance") - kinds[:end].count("distill") for end in range(len(kinds))]
