@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from distprune.families import Family, Fused
 from distprune.layers.architecture import Architecture, pruned_layer
-from distprune.layers.names import BRANCH
+from distprune.layers.empty import empty_weights
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import AttentionShape, LayerShape
 from distprune.layers.sites import (
@@ -43,7 +41,7 @@ def build_module(architecture: Architecture, index: int, layer: DecoderLayer) ->
     matrix.
     """
     shape = layer.shape
-    with init_empty_weights():
+    with empty_weights():
         module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
         reshape_layer(module, family_names(architecture.family), said_shape(architecture, index, layer), index)
     module.load_state_dict(architecture.names(index).state_of(layer), assign=True)
@@ -54,7 +52,7 @@ def build_from_state(architecture: Architecture, index: int, state: Mapping[str,
     """A layer of the model as a module of its family's class, filled with its state as a checkpoint holds it."""
     said = pruned_layer(architecture.config, index)
     shape = None if said is None else architecture.dense_shape(index)
-    with init_empty_weights():
+    with empty_weights():
         module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
         if said is not None:
             reshape_layer(module, family_names(architecture.family), said, index)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from accelerate import init_empty_weights
-
+from distprune.layers.empty import empty_weights
 from distprune.layers.parts import outputs_of
 from distprune.layers.rotary import turns_halves
 from distprune.layers.shapes import LayerShape, Removable
@@ -68,5 +67,5 @@ def can_be_built(architecture: Architecture, index: int, shape: LayerShape) -> b
 
 
 def _module(architecture: Architecture, index: int, shape: LayerShape):
-    with init_empty_weights():
+    with empty_weights():
         return architecture.layer_class(index)(architecture.layer_config(index, shape), index)

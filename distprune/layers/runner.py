@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from distprune.checks import check_gradient, check_hidden_states
-from distprune.layers.determinism import deterministic_attention
 from distprune.layers.architecture import Architecture
+from distprune.layers.determinism import deterministic_attention
 from distprune.layers.module import EndOfPass, build_module, tapped
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shell import Shell

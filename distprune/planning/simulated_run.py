@@ -294,7 +294,7 @@ class SimulatedRun:
 
 def rows(texts: TokenSet) -> np.ndarray:
     """What stands for a calibration set: a row a sample."""
-    return np.zeros((texts.samples, 1), np.int32)
+    return np.zeros((texts.samples, 2), np.int32)
 
 
 def plan_stages(scenario: Scenario) -> list[StagePlan]:
