@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from distprune.families import Family, Fused
 from distprune.layers.architecture import Architecture, pruned_layer
+from distprune.layers.empty import empty_weights
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import AttentionShape, LayerShape
 from distprune.layers.sites import (
@@ -44,7 +44,7 @@ def build_module(architecture: Architecture, index: int, layer: DecoderLayer) ->
     matrix.
     """
     shape = layer.shape
-    with init_empty_weights():
+    with empty_weights():
         module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
         reshape_layer(module, family_names(architecture.family), said_shape(architecture, index, layer), index)
     module.load_state_dict(architecture.names(index).state_of(layer), assign=True)
@@ -64,7 +64,7 @@ def empty_layer(architecture: Architecture, index: int, shape: LayerShape | None
     dense, is_pruned = architecture.dense_layer(index), pruned_layer(architecture.config, index) is not None
     if shape is None and is_pruned:
         shape = dense.shape
-    with init_empty_weights():
+    with empty_weights():
         module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
         if is_pruned:
             pairs = None if dense.attention is None else dense.attention.rotary_pairs

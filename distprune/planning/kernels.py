@@ -61,7 +61,8 @@ def kernel_of(
     if name in DECOMPOSITIONS:
         return Kernel(EIGEN, device, *DECOMPOSITIONS[name](given[0], args))
     if flops := flops_of(function, name, args, kwargs, given, made):
-        return Kernel(kind_of(given), device, flops, sum(map(size_of, (*given, *made))))
+        workspace = WORKSPACES.get(name, _none)(given) if device != "cpu" else 0.0
+        return Kernel(kind_of(given), device, flops, sum(map(size_of, (*given, *made))), workspace)
     return Kernel(PASS, device, 0.0, passed(name, given, made))
 
 
@@ -178,6 +179,33 @@ SOLVES: dict[str, Callable[[list[Tensor]], float]] = {
     "linalg_inv_ex": _inverse,
     "linalg_lu_factor_ex": _lu,
     "_linalg_solve_ex": _lu,
+}
+
+
+# ---------------------------------------------------------------- what kernels of a GPU take while they run
+
+
+def _none(given: list[Tensor]) -> float:
+    return 0.0
+
+
+def _one_more(given: list[Tensor]) -> float:
+    """Another matrix like the first."""
+    return size_of(given[0])
+
+
+def _attention_backward(given: list[Tensor]) -> float:
+    """The queries' gradient in float32, and those of keys and values for each query head."""
+    _, query, key, _ = given[:4]
+    return 4.0 * query.numel() + (2.0 * size_of(query) if key.shape[1] != query.shape[1] else 0.0)
+
+
+WORKSPACES: dict[str, Callable[[list[Tensor]], float]] = {
+    "cholesky_inverse": _one_more,
+    "linalg_cholesky_ex": _one_more,
+    "linalg_solve_triangular": lambda given: size_of(given[1]),
+    "_scaled_dot_product_flash_attention_backward": _attention_backward,
+    "_scaled_dot_product_efficient_attention_backward": _attention_backward,
 }
 
 

@@ -18,19 +18,21 @@ class Rates:
     eigen: float  # FLOP/s of decompositions into eigenvectors, at 9n³ each
     memory: float  # bytes/s of passes over arrays
     launch: float  # seconds that the smallest kernel takes
-    link: float  # bytes/s between a GPU and its host, from ordinary memory
-    store: float  # bytes/s through Ray's object store, between nodes too
+    link: float  # bytes/s from a host's ordinary memory to its GPU
+    locked: float  # bytes/s from a GPU to its host's page-locked memory
+    store: float  # bytes/s through Ray's object store, on one node
+    network: float  # bytes/s between nodes
     read: float  # bytes/s from the checkpoint, for each node
     write: float  # bytes/s to the output's disk
     call_seconds: float  # what a task costs besides its work
     start_seconds: float  # until Ray and the workers are up
 
 
-#: Those of an H100 were measured (scripts/gpu_check.sh); an A100's were not. A CPU's are of one thread.
+#: Those of an H100 were measured (scripts/gpu_check.sh, on an H200, which computes as fast); an A100's were not. A CPU's are of one thread.
 RATES = {
-    "h100": Rates(4e14, 2.8e13, 1.4e13, 4.8e12, 2.7e12, 1e-5, 1e10, 2e9, 2e9, 1e9, 0.02, 40),
-    "a100": Rates(1.5e14, 1.5e13, 8e12, 2e12, 1e12, 1e-5, 1e10, 2e9, 2e9, 1e9, 0.02, 40),
-    "cpu": Rates(3.2e11, 1.2e11, 6e10, 5e10, 8e9, 2e-6, 1e10, 2e9, 1e9, 5e8, 0.02, 10),
+    "h100": Rates(6e14, 2.8e13, 2e13, 4.8e12, 2e12, 1e-5, 1e10, 5e10, 1e10, 2e9, 2e9, 1e9, 0.01, 40),
+    "a100": Rates(2e14, 1.5e13, 1e13, 2e12, 1e12, 1e-5, 1e10, 2.5e10, 1e10, 2e9, 2e9, 1e9, 0.01, 40),
+    "cpu": Rates(3.2e11, 1.2e11, 6e10, 5e10, 8e9, 2e-6, 1e10, 1e10, 5e9, 2e9, 1e9, 5e8, 0.02, 10),
 }
 #: Those that grow with a worker's threads.
 OF_THREADS = ("half", "float32", "float64", "eigen", "memory")

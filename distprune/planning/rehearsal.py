@@ -1,7 +1,7 @@
 """The tasks of a run, done on tensors without values: what each takes, for every kind of layer.
 
-A task that runs layers over samples is done with one micro-batch and with two. So what it takes with any number of them
-is known, since every further one takes as much as the second.
+A task that runs layers over samples is done with two micro-batches and with three. So what it takes with any number of
+them is known, since every further one takes as much as the third.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ class Rehearsal:
 
     @property
     def _sizes(self) -> tuple[int, int]:
-        """The samples of one micro-batch and of two."""
-        return self.samples, 2 * self.samples
+        """The samples of two micro-batches and of three: while a second one runs, something of the first lives on."""
+        return 2 * self.samples, 3 * self.samples
 
     @property
     def _block_length(self) -> int:
@@ -224,17 +224,24 @@ class Rehearsal:
         with self._counting() as do:
             taken = {type(opening): same(do(opening)[0])}
             # The first micro-batch finds totals that are not there yet.
-            pieces = [do(passing(number, batches))[0] for number, batches in enumerate((1, 1, 2))]
+            pieces = [do(passing(number, batches))[0] for number, batches in enumerate((1, 2, 3))]
             taken[type(passing(0, 1))] = Rehearsed(pieces[1], pieces[2], self._sizes)
             closed, results = do(CloseLayer(index, len(pieces)))
         return taken | {CloseLayer: same(closed)}, results
 
     def _twice(self, task: Callable[[int], Task]) -> Rehearsed:
         done = []
-        for batches in (1, 2):
+        for batches in (2, 3):
             with self._counting() as do:
                 done.append(do(task(batches))[0])
         return Rehearsed(*done, self._sizes)
+
+    def _pairs(self, index: int, shape: LayerShape) -> Tensor | None:
+        """Rotary pairs that a pruned layer may have kept; None where it has all."""
+        attention = shape.attention
+        if attention is None or not self.model.architecture.names(index).narrows_pairs(attention):
+            return None
+        return torch.arange(attention.query_key_dim // 2).expand(attention.kv_heads, -1)
 
     def _learning(self, index: int) -> Takes:
         """What it takes a pruned layer to learn."""
@@ -247,7 +254,7 @@ class Rehearsal:
                 for name, dims in self.model.architecture.layer_tensors(index, shape).items()
             },
             shape,
-            None,
+            self._pairs(index, shape),
         )
         if options.objective == "logits":
             return self._end_to_end(index, student)
@@ -289,14 +296,14 @@ class Rehearsal:
     def _ends(self) -> Takes:
         with self._counting() as do:
             taken: dict[type[Task], Rehearsed] = {CheckOuter: same(do(CheckOuter())[0])}
-        tokens = [torch.empty(batches * self.samples, self.length, dtype=torch.int32) for batches in (0, 1, 2)]
+        tokens = [torch.empty(batches * self.samples, self.length, dtype=torch.int32) for batches in (0, 1, 2, 3)]
         taken[Embed] = self._twice(lambda batches: Embed(tokens[batches]))
         if self.worker.has_gradient_pass:
             with self._counting() as do:
                 taken[OpenLoss] = same(do(OpenLoss())[0])
                 taken[LossGradient] = Rehearsed(
-                    *(do(self._loss_gradient(runs))[0] for runs in (1, 2)),
-                    (TOKENS_AT_ONCE / self.length, 2 * TOKENS_AT_ONCE / self.length),
+                    *(do(self._loss_gradient(runs))[0] for runs in (2, 3)),
+                    (2 * TOKENS_AT_ONCE / self.length, 3 * TOKENS_AT_ONCE / self.length),
                 )
                 taken[CloseLoss] = same(do(CloseLoss())[0])
         if self.config.distill is not None and self.config.distill.objective == "logits":

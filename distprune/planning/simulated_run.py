@@ -27,7 +27,7 @@ from distprune.engine.worker.distill_task import Distill
 from distprune.engine.worker.end_to_end_tasks import CloseEnd, FoldIn, Forward, OpenDense, OpenStudent, StepOptimizer
 from distprune.engine.worker.host_tensor import HostTensor
 from distprune.engine.worker.layer_worker import Finished
-from distprune.engine.worker.pass_tasks import Advance, CloseLayer, CloseLoss, OpenForward
+from distprune.engine.worker.pass_tasks import Advance, CloseLayer, CloseLoss, OpenBackward, OpenForward
 from distprune.engine.worker.prune_task import Prune
 from distprune.engine.worker.report import Report
 from distprune.engine.worker.task import Task
@@ -89,7 +89,7 @@ class PlannedRuntime(SimulatedRuntime):
 
     def __init__(self, scenario: Scenario):
         rates = scenario.rates
-        machines = Machines(scenario.placement.workers, transfer=rates.store, disk=rates.write)
+        machines = Machines(scenario.placement.workers, transfer=rates.store if scenario.cluster.nodes == 1 else rates.network, disk=rates.write)
         super().__init__(SimpleNamespace(start=0.0), machines, None)
         self.scenario, self.tally = scenario, Tally()
         self._seconds: dict[Any, tuple[float, float]] = {}
@@ -104,7 +104,7 @@ class PlannedRuntime(SimulatedRuntime):
         self.tally.written += size
 
     def _done(self, task: Task, worker: SimulatedWorker) -> tuple[list[Any], float, float]:
-        if isinstance(task, (OpenForward, OpenStudent, OpenDense)):
+        if isinstance(task, (OpenForward, OpenBackward, OpenStudent, OpenDense)):
             worker.opened = type(task)
         rehearsed, samples = self._rehearsed(task, worker), samples_of(task)
         seconds, moved = self.scenario.rates.call_seconds, 0.0
@@ -294,7 +294,7 @@ class SimulatedRun:
 
 def rows(texts: TokenSet) -> np.ndarray:
     """What stands for a calibration set: a row a sample."""
-    return np.zeros((texts.samples, 1), np.int32)
+    return np.zeros((texts.samples, 2), np.int32)
 
 
 def plan_stages(scenario: Scenario) -> list[StagePlan]:

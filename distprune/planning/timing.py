@@ -37,7 +37,7 @@ class Clock:
         """A kernel computes while it reads and writes, so the slower of the two counts."""
         rates = self.host if kernel.device == "cpu" else self.device
         if kernel.kind == LINK:
-            return kernel.bytes / self.device.link
+            return kernel.bytes / (self.device.locked if kernel.device == "cpu" else self.device.link)
         computing = kernel.flops / self._rate(kernel.kind, rates) if kernel.flops else 0.0
         return max(computing, kernel.bytes / rates.memory, rates.launch)
 

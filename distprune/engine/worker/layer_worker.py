@@ -140,7 +140,8 @@ class LayerWorker:
         ids, places = tokens.long().unique(return_inverse=True)
         rows = self.model.read_rows(self.architecture.embedding_name, ids)
         self.runner.shell.fill(self._small_tensors)
-        return torch.cat([self.runner.shell.embed(rows, batch) for batch in places.split(self.config.micro_batch)])
+        batches = places.split(self.config.micro_batch)
+        return torch.cat([self.runner.shell.embed(rows, batch).cpu() for batch in batches])
 
     def loss_head(self, runner: LayerRunner) -> LossHead:
         """What follows the last layer, in the dtype for gradients. Whoever asked for it drops it by :meth:`drop_head`."""
