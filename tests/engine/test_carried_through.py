@@ -77,11 +77,12 @@ def test_extra_tensors_are_carried_through(save_model, prune_here, tmp_path):
     assert sum(record.left_alone.values()) == 37
 
 
-def test_a_mixer_that_is_not_known_is_left_alone_and_told_of(save_model, prune_here, tmp_path):
+@pytest.mark.parametrize("distill", [None, {"batch": 2}, {"batch": 2, "train": "lora"}])
+def test_a_mixer_that_is_not_known_is_left_alone_and_told_of(save_model, prune_here, tmp_path, distill):
     mixer = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
     mixer |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
     model = save_model("qwen3_5_text", head_dim=16, **mixer)
-    record = prune_here(tmp_path / "pruned", model, method="flap", sparsity=0.1, distill=None)
+    record = prune_here(tmp_path / "pruned", model, method="flap", sparsity=0.1, distill=distill)
     before, after = stored(model), stored(tmp_path / "pruned")
     mixers = [name for name in before if "linear_attn" in name]
     assert mixers and all(torch.equal(before[name], after[name]) for name in mixers)
