@@ -1,4 +1,4 @@
-"""Models of which distprune prunes a part: the rest goes to the result bit by bit under its own name, and is told of."""
+"""Models of which distprune prunes a part: the rest goes to the result bit by bit under its name, and is told of."""
 
 from __future__ import annotations
 

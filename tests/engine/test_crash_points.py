@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from distprune.checkpoint import durable
+from distprune.engine import driver
 from distprune.engine.scheduler import relay
 from distprune.engine.stages import pruning_pass
-from distprune.engine import driver
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}

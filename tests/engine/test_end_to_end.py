@@ -14,8 +14,8 @@ from distprune import load
 from distprune.calibration import open_calibration
 from distprune.config import DistillConfig
 from distprune.distillation.layerwise import split
-from distprune.engine.stages import end_to_end
 from distprune.engine import load_record
+from distprune.engine.stages import end_to_end
 
 LOGITS = {"objective": "logits", "learning_rate": 1e-2, "epochs": 2, "batch": 4, "held_out": 0.25}
 OPTIONS = {"method": "olica", "sparsity": 0.3, "propagation": 2, "distill": LOGITS}

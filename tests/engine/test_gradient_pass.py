@@ -13,10 +13,10 @@ from distprune import status
 from distprune.calibration import open_calibration
 from distprune.checkpoint import partial_directory
 from distprune.engine import load_record
-from distprune.engine.stages.dense_pass import PASSED, PROFILE
 from distprune.engine.run.journal import Journal, entry_of
 from distprune.engine.run.states import DENSE, GRADIENT
 from distprune.engine.run.status import stages_of
+from distprune.engine.stages.dense_pass import PASSED, PROFILE
 from distprune.methods import METHODS
 
 OPTIONS = {"method": "llm-pruner", "sparsity": 0.3, "propagation": 2, "max_shard_size": 60_000}

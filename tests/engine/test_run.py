@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
-from distprune import InputError, inspect, plan
+from distprune import InputError, inspect
 from distprune.calibration import open_calibration
 from distprune.engine import load_record
 from distprune.engine.scheduler.pool import WorkerPool
@@ -126,6 +126,17 @@ def test_distillation_runs_ahead_of_what_has_learnt_by_a_few_layers_at_most(run,
     ahead = [kinds[:end].count("advance") - kinds[:end].count("distill") for end in range(len(kinds))]
     assert kinds.count("advance") == kinds.count("distill") == 8
     assert max(ahead) <= 2 + 1  # as many layers as may learn, and the one looked ahead to
+
+
+class Raises(Progress):
+    """Raises in the stage of a name."""
+
+    def __init__(self, name: str, error: BaseException):
+        self.name, self.error = name, error
+
+    def stage(self, name, total, done=0):
+        if name == self.name:
+            raise self.error
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of luck")])

@@ -23,10 +23,10 @@ from distprune import InputError
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint, HubFiles, HubModel, TensorFiles
 from distprune.config import PruneConfig
-from distprune.engine.worker import weights
-from distprune.engine.scheduler.ray_cluster import WorkerPlan
 from distprune.engine.run.preflight import check_job, dense_model
+from distprune.engine.scheduler.ray_cluster import WorkerPlan
 from distprune.engine.telemetry.progress import Progress
+from distprune.engine.worker import weights
 from distprune.engine.worker.host_tensor import in_pieces
 from distprune.engine.worker.weights import (
     FirstThatWorks,

@@ -120,10 +120,14 @@ class WorkerPool:
     """Workers take queued calls as they fall idle; a worker counts from the moment it is up, so none is waited for."""
 
     def __init__(
-        self, runtime: RayRuntime, count: int, progress: Progress | None = None, needs: Requirements | None = None
+        self,
+        runtime: RayRuntime,
+        count: int,
+        progress: Progress | None = None,
+        requirements: Requirements | None = None,
     ):
         self._runtime = runtime
-        self._registry = WorkerRegistry(runtime, Nodes(needs or Requirements()), progress or Progress())
+        self._registry = WorkerRegistry(runtime, Nodes(requirements or Requirements()), progress or Progress())
         self._orders = itertools.count()
         self._queue: list[Call] = []
         self._in_flight: dict[Any, InFlight] = {}
@@ -243,7 +247,7 @@ class WorkerPool:
             self._dispatch()
 
     def _leave(self, attempt: Attempt) -> None:
-        """A worker ends its part in a call; so do others that wait to go on with it, once it is done."""
+        """A worker ends its part in a call; so do others that wait for its next step, once it is done."""
         attempt.call.copies -= 1
         self._prefetched.pop(attempt.worker, None)
         self._employ(attempt.worker)

@@ -1,7 +1,7 @@
 """A cluster that exists in numbers alone: the engine's own scheduler, on a clock that jumps from event to event.
 
-The pool and the stages are those of a real run. Only what :mod:`distprune.engine.scheduler.runtime` does is replaced: calls take
-the seconds that were measured for them, and give nothing but what the stages look at.
+The pool and the stages are those of a real run. Only what :mod:`distprune.engine.scheduler.runtime` does is
+replaced: calls take the seconds that were measured for them, and give nothing but what the stages look at.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ class SimulatedRuntime:
 
 
 class MemoryJournal:
-    """A journal of a run that nobody goes on with."""
+    """A journal of a run that nobody resumes."""
 
     def __init__(self):
         self._entries: dict[str, Mapping[str, Tensor]] = {}
