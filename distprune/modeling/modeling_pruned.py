@@ -78,6 +78,11 @@ class Pruned:
             prune_layers(self.get_decoder())
         self.post_init()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Of the original only its layers are changed: it is initialized, and its tensors are named, as the original.
+        return False
+
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)
         decoder = self.get_decoder()
