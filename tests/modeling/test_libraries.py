@@ -46,7 +46,10 @@ def test_pipelines_and_auto_classes_ask_no_question(checkpoint, tokenizer):
     assert AutoConfig.from_pretrained(checkpoint.folder).model_type == "llama"
     again = AutoTokenizer.from_pretrained(checkpoint.folder)
     assert again("The river").input_ids == tokenizer("The river").input_ids
-    for model in (load(checkpoint.folder), AutoModelForCausalLM.from_pretrained(checkpoint.folder, trust_remote_code=True)):
+    for model in (
+        load(checkpoint.folder),
+        AutoModelForCausalLM.from_pretrained(checkpoint.folder, trust_remote_code=True),
+    ):
         generate = pipeline("text-generation", model=model, tokenizer=again)
         assert generate("a", max_new_tokens=3)[0]["generated_text"].startswith("a")
 

@@ -133,7 +133,13 @@ def test_embeddings_stay_tied_or_untied_through_a_round_trip(pruned, tokens, tmp
 
 @torch.no_grad()
 def test_whole_layers_can_be_left_on_disk(checkpoint, tokens, tmp_path):
-    in_memory = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", *(f"model.layers.{i}" for i in (0, 4, 5))]
+    in_memory = [
+        "model.embed_tokens",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+        *(f"model.layers.{i}" for i in (0, 4, 5)),
+    ]
     device_map = dict.fromkeys(in_memory, "cpu") | {f"model.layers.{index}": "disk" for index in (1, 2, 3)}
     loaded = load(checkpoint.folder, device_map=device_map, offload_folder=tmp_path / "offload")
     assert {parameter.device.type for parameter in loaded.model.layers[2].parameters()} == {"meta"}

@@ -80,7 +80,7 @@ def fewer_groups(count: int) -> Edit:
 
 
 def narrower_values(width: int) -> Edit:
-    """Value neurons go, the first ones of each head stay, after which the dense model's are in no order that matters."""
+    """Value neurons go, the same ones from every head."""
 
     def edit(layer: DecoderLayer) -> tuple[DecoderLayer, DecoderLayer]:
         attention, shape = layer.attention, layer.attention.shape
