@@ -47,7 +47,7 @@ SMALL = {
     "initializer_range": 0.2,
 }
 SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 3}
-FAMILIES = {"qwen3": {}, "gemma3_text": SLIDING, "phi3": {"head_dim": 16, "pad_token_id": 0}}
+FAMILIES = {"qwen3": {}, "gemma3_text": SLIDING, "phi3": {"hidden_size": 256, "pad_token_id": 0}}
 
 
 def main(folder: Path) -> None:
