@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from distprune.calibration import Calibration
     from distprune.comparison import ComparisonRow
     from distprune.engine import RunRecord, RunStatus
-    from distprune.engine.progress import Progress
+    from distprune.engine.telemetry.progress import Progress
     from distprune.evaluation import ModelEvaluation, SpeedOptions
     from distprune.pipeline import PipelineConfig, PipelineSummary
     from distprune.planning import RunPlan
@@ -88,13 +88,13 @@ def prune(
         InputError: the input is unusable; names it and the mend, and the output path is untouched.
     """
     from distprune.config import load_config
-    from distprune.engine import Needs
+    from distprune.engine import Requirements
     from distprune.engine import prune as run
     from distprune.planning import worker_needs
 
     path = None if config is None else Path(config)
     settings = load_config(path, {"model": model, "output": output, **options})
-    return run(settings, progress, lambda *job: Needs(*worker_needs(*job)))
+    return run(settings, progress, lambda *job: Requirements(*worker_needs(*job)))
 
 
 def plan(
@@ -179,7 +179,7 @@ def compare(
     """
     from distprune.comparison import Evaluation
     from distprune.comparison import compare as run
-    from distprune.engine.progress import Progress
+    from distprune.engine.telemetry.progress import Progress
 
     rows = []
     for row in run(
@@ -306,7 +306,7 @@ def pipeline(
         GateFailed: no result is as good as the gate asks; nothing was published. Its ``summary`` tells why.
         RunFailed: workers, storage or a destination gave out; the same call resumes.
     """
-    from distprune.engine.progress import Progress
+    from distprune.engine.telemetry.progress import Progress
     from distprune.pipeline import load_pipeline, run_pipeline
 
     return run_pipeline(

@@ -16,7 +16,7 @@ from distprune.storage import HUB_SCHEME, Location
 # What decides where and how fast a run goes, and never what it makes.
 PLACEMENT = ("output", "overwrite", "restart", "workers", "gpus_per_worker", "address", "weights", "writes")
 
-#: How a worker comes by the weights; see :mod:`distprune.engine.weights`.
+#: How a worker comes by the weights; see :mod:`distprune.engine.worker.weights`.
 Way = Literal["auto", "shared", "served", "hub"]
 
 
@@ -68,6 +68,11 @@ def switch(value: Any) -> Any:
     return ({} if value else None) if isinstance(value, bool) else value
 
 
+def current_name(layout: Any) -> Any:
+    """``per-layer`` is what ``free`` was called."""
+    return "free" if layout == "per-layer" else layout
+
+
 def check_range(text: str) -> str:
     """``MIN:MAX``, two whole numbers from 1."""
     least, _, most = text.partition(":")
@@ -97,8 +102,10 @@ class PruneConfig(BaseModel):
         "parameters", description="what the fraction is of, for methods that can plan for it"
     )
     count_embeddings: bool = Field(False, description="the fraction is of the whole model, embeddings included")
-    layout: Literal["per-layer", "stock"] = Field(
-        "per-layer", description="widths of each layer's own, or the same in all, which the original architecture has"
+    layout: Annotated[Literal["free", "heterogeneous", "stock"], BeforeValidator(current_name)] = Field(
+        "free",
+        description="what may differ from layer to layer: anything; heads and FFN width, which more programs open; or "
+        "nothing, as in the original architecture",
     )
     align: int = Field(8, ge=1, description="widths and ranks are multiples of this")
 

@@ -35,7 +35,7 @@ from rich.table import Table
 
 from distprune import InputError, status
 from distprune.checkpoint import partial_directory
-from distprune.engine.record import CONFIG_FILE, LOG_FILE, RECORD_FILE
+from distprune.engine.run.record import CONFIG_FILE, LOG_FILE, RECORD_FILE
 
 MOST_FAULTS = 3  # in one run
 LOOK_EVERY = 0.05  # seconds

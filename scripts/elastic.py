@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import distprune
-from distprune.engine.progress import Progress
+from distprune.engine.telemetry.progress import Progress
 
 LOOK_EVERY = 0.25  # seconds
 LEAVE_SECONDS = 120

@@ -17,9 +17,9 @@ from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer
 from distprune.determinism import make_cuda_deterministic
-from distprune.distillation import Exercise
-from distprune.engine.tasks import LayerTasks
-from distprune.engine.weights import Model
+from distprune.distillation.layerwise import Batch
+from distprune.engine.worker.layer_worker import LayerTasks
+from distprune.engine.worker.weights import Model
 from distprune.families import family_of
 from distprune.hardware import AUTO, compute_dtype
 
@@ -123,7 +123,7 @@ class InProcess:
         """The layer after learning what the dense one gives, layer by layer."""
         end = self.config.distill.end_of_look_ahead(index, len(inputs) - 1)
         with self.timed("distill"):
-            return self.tasks.distill(index, layer, Exercise(inputs[index], inputs[index + 1], inputs[end]))[0]
+            return self.tasks.distill(index, layer, Batch(inputs[index], inputs[index + 1], inputs[end]))[0]
 
     def _loss(self, layers: list[DecoderLayer], states: Tensor, tokens: np.ndarray) -> float:
         for index, layer in enumerate(layers):

@@ -31,9 +31,9 @@ from distprune.budgets import Target
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
-from distprune.engine.simulation import Costs, Machines, Pass, simulate
-from distprune.engine.tasks import LayerTasks
-from distprune.engine.weights import Model
+from distprune.engine.scheduler.simulation import Costs, Machines, Pass, simulate
+from distprune.engine.worker.layer_worker import LayerTasks
+from distprune.engine.worker.weights import Model
 from distprune.families import family_of
 from distprune.hardware import compute_dtype
 

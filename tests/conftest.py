@@ -25,9 +25,9 @@ from transformers import (
 from distprune import prune
 from distprune.calibration import CalibrationMetadata, load_tokenizer, tokenizer_fingerprint, write_calibration
 from distprune.engine import RunRecord
-from distprune.engine.pool import Share, WorkerPool
-from distprune.engine.runtime import RayRuntime
-from distprune.engine.worker import Worker
+from distprune.engine.scheduler.pool import Attempt, WorkerPool
+from distprune.engine.scheduler.runtime import RayRuntime
+from distprune.engine.worker.actor import Worker
 
 STOP = RayRuntime.stop
 
@@ -199,7 +199,7 @@ def ray_cluster():
     ray.init("local", num_cpus=6, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with pytest.MonkeyPatch.context() as patch:
         recycled = Recycled()
-        patch.setattr("distprune.engine.runtime.Worker", recycled)
+        patch.setattr("distprune.engine.scheduler.runtime.Worker", recycled)
         patch.setattr(RayRuntime, "stop", lambda _, workers, __: recycled.take_back(workers))
         yield
     ray.shutdown()
@@ -208,7 +208,7 @@ def ray_cluster():
 @pytest.fixture
 def new_workers(ray_cluster, monkeypatch):
     """Runs of this test start and end their own worker processes."""
-    monkeypatch.setattr("distprune.engine.runtime.Worker", Worker)
+    monkeypatch.setattr("distprune.engine.scheduler.runtime.Worker", Worker)
     monkeypatch.setattr(RayRuntime, "stop", STOP)
 
 
@@ -253,7 +253,7 @@ def digests() -> Callable[[Path], dict[str, str]]:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[str, ActorHandle]]:
-    """Method and worker of every step of a call, in order; the runs' first call waits until all workers are up."""
+    """Kind of task and worker of every step of a call, in order; the runs' first waits until all workers are up."""
     made: list[tuple[str, ActorHandle]] = []
     start, init = WorkerPool._start, WorkerPool.__init__
 
@@ -261,9 +261,9 @@ def calls(monkeypatch) -> list[tuple[str, ActorHandle]]:
         init(pool, *arguments)
         ray.get(list(pool._starting))
 
-    def note_and_start(pool: WorkerPool, share: Share) -> None:
-        start(pool, share)
-        made.append((share.step.method, share.worker))
+    def note_and_start(pool: WorkerPool, attempt: Attempt) -> None:
+        start(pool, attempt)
+        made.append((attempt.task.kind(), attempt.worker))
 
     monkeypatch.setattr(WorkerPool, "__init__", init_and_wait)
     monkeypatch.setattr(WorkerPool, "_start", note_and_start)

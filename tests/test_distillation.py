@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from distprune.config import DistillConfig
 from distprune.decoder_layer import DecoderLayer, LayerShape, LowRank, layer_from_state, state_of
-from distprune.distillation import Exercise, distill, relative_error, split, warmup_and_cosine
+from distprune.distillation.layerwise import Batch, distill, relative_error, split, warmup_and_cosine
 from distprune.forward import LayerRunner
 from distprune.modeling import PrunedConfig, PrunedDecoderLayer
 
@@ -46,10 +46,10 @@ def hidden_states() -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, make_runner().run(random_layer(CONFIG.dense_shape(), 1), 0, inputs).clone()
 
 
-def alone(hidden_states: tuple[torch.Tensor, torch.Tensor]) -> Exercise:
+def alone(hidden_states: tuple[torch.Tensor, torch.Tensor]) -> Batch:
     """Without layers to look ahead to."""
     inputs, outputs = hidden_states
-    return Exercise(inputs, outputs, outputs)
+    return Batch(inputs, outputs, outputs)
 
 
 def error(layer: DecoderLayer, inputs: torch.Tensor, targets: torch.Tensor) -> float:
@@ -118,7 +118,7 @@ def test_dense_layers_that_follow_judge_the_output_and_stay_as_they_are(hidden_s
     ahead = hidden_states[1]
     for index, layer in enumerate(following, 1):
         ahead = runner.run(layer, index, ahead)
-    learnt, lesson = distill(pruned, 0, following, Exercise(*hidden_states, ahead.clone()), runner, options)
+    learnt, lesson = distill(pruned, 0, following, Batch(*hidden_states, ahead.clone()), runner, options)
     assert lesson.kept and not any(differing(*pair) for pair in zip(following, copies, strict=True))
 
     inputs, targets = (states[split(SAMPLES, options)[1]] for states in hidden_states)

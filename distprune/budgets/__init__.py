@@ -1,33 +1,54 @@
-"""How much to take from which layer and module."""
+"""How much to take from which layer and part."""
 
-from distprune.budgets.accounting import affordable_neurons, decoder_parameters, layer_parameters, outer_parameters
+from distprune.budgets.accounting import decoder_parameters, layer_parameters, outer_parameters
 from distprune.budgets.allocation import Allocation, Curve, allocate
+from distprune.budgets.layouts import (
+    Layout,
+    are_alike,
+    has_plain_heads,
+    is_heterogeneous,
+    is_stock,
+    layout_of,
+)
 from distprune.budgets.outliers import outlier_ratio, outlier_weighted
-from distprune.budgets.resources import RESOURCES, Resource, StoredSizes, amount, attention_amount, ffn_amount
-from distprune.budgets.stock import has_plain_heads, is_stock
+from distprune.budgets.resources import (
+    RESOURCES,
+    Resource,
+    StoredSizes,
+    attention_amount,
+    ffn_amount,
+    layer_amount,
+    rest_amount,
+)
 from distprune.budgets.target import Target, target_of
-from distprune.budgets.uniform import aligned, fill_with_ffn
+from distprune.budgets.uniform import affordable_neurons, aligned, fill_with_ffn, neurons_amount
 
 __all__ = [
     "RESOURCES",
     "Allocation",
     "Curve",
+    "Layout",
     "Resource",
     "StoredSizes",
     "Target",
     "affordable_neurons",
     "aligned",
     "allocate",
-    "amount",
+    "are_alike",
     "attention_amount",
     "decoder_parameters",
     "ffn_amount",
     "fill_with_ffn",
     "has_plain_heads",
+    "is_heterogeneous",
     "is_stock",
+    "layer_amount",
     "layer_parameters",
+    "layout_of",
+    "neurons_amount",
     "outer_parameters",
     "outlier_ratio",
     "outlier_weighted",
+    "rest_amount",
     "target_of",
 ]

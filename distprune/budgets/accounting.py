@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from distprune.budgets.resources import amount, outer_amount
-from distprune.modeling import LayerShape, PrunedConfig
+from distprune.budgets.resources import layer_amount, outer_amount
+from distprune.layers.architecture import Architecture
+from distprune.layers.shapes import LayerShape
 
 
-def layer_parameters(config: PrunedConfig, index: int, shape: LayerShape) -> int:
+def layer_parameters(model: Architecture, index: int, shape: LayerShape) -> int:
     """Parameters of layer ``index`` if it had ``shape``, norms and biases included."""
-    return amount("parameters", config, index, shape)
+    return layer_amount("parameters", model, index, shape)
 
 
-def decoder_parameters(config: PrunedConfig, shapes: Sequence[LayerShape]) -> int:
+def decoder_parameters(model: Architecture, shapes: Sequence[LayerShape]) -> int:
     """Parameters of all decoder layers if they had ``shapes``."""
-    return sum(layer_parameters(config, index, shape) for index, shape in enumerate(shapes))
+    return sum(layer_parameters(model, index, shape) for index, shape in enumerate(shapes))
 
 
-def affordable_neurons(config: PrunedConfig, index: int, shape: LayerShape, budget: float) -> float:
-    """How wide layer ``index`` of ``shape`` may make its FFN if it may hold ``budget`` parameters."""
-    one, two = (layer_parameters(config, index, replace(shape, ffn_width=width)) for width in (1, 2))
-    return 1 + (budget - one) / (two - one)
-
-
-def outer_parameters(config: PrunedConfig) -> int:
+def outer_parameters(model: Architecture) -> int:
     """Parameters outside the decoder layers: embeddings, final norm and an untied head."""
-    return outer_amount("parameters", config)
+    return outer_amount("parameters", model)

@@ -1,20 +1,21 @@
 """What a budget may be of, and how much of it a layer of some shape takes.
 
-Every amount is a whole number, a layer's is the sum of its attention's and its FFN's, and the decoder's is the sum of
-its layers'. A module takes the norm before it along.
+Every amount is a whole number. A layer's is the sum of what its attention, its feed-forward network and the rest of it
+take, and the decoder's is the sum of its layers'. Norms belong to the rest, which no pruning changes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-from distprune.decoder_layer import origin_of
-from distprune.modeling import ROTARY_PAIRS, LayerShape, PrunedConfig, layer_tensor_shapes
+from distprune.layers.architecture import Architecture
+from distprune.layers.names import origin_of
+from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
 
 #: - parameters: numbers stored, norms and biases included
 #: - flops: for one token, twice the multiply-adds of all linear maps and of attention to ``CONTEXT`` tokens
@@ -26,19 +27,10 @@ RESOURCES: tuple[Resource, ...] = get_args(Resource)
 #: How many tokens the generated one looks at, or as many as a sliding window shows it.
 CONTEXT = 2048
 
-FFN_PREFIXES = ("mlp.", "post_attention_layernorm.")
-
-#: Changes that leave the other part of a shape alone, so that layers are told apart by no more than what is asked of.
-NO_ATTENTION = {
-    **dict.fromkeys(("query_heads", "kv_heads", "query_key_dim", "value_dim"), 0),
-    **dict.fromkeys(("query_rank", "key_rank", "output_rank"), None),
-    "output_bias": False,
-}
-NO_FFN = {"ffn_width": 0, "calibration_rank": None, "down_bias": False}
-
-
 #: Bytes of one number of each tensor of a dense layer, by the tensor's name in the layer.
 ItemSizes = Mapping[str, int]
+#: Dimensions of tensors, by name.
+Dimensions = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -54,76 +46,81 @@ class StoredSizes:
     outer: int
 
 
-def amount(
-    resource: Resource, config: PrunedConfig, index: int, shape: LayerShape, sizes: ItemSizes | None = None
+def layer_amount(
+    resource: Resource, model: Architecture, index: int, shape: LayerShape, sizes: ItemSizes | None = None
 ) -> int:
     """What layer ``index`` takes if it has ``shape``.
 
-    ``sizes`` are for bytes: how the dense layer is stored; by default, all of it in the configuration's dtype.
+    ``sizes`` are for bytes: how the dense layer is stored; by default, all of it in the model's dtype.
     """
-    parts = attention_amount, ffn_amount
-    return sum(part(resource, config, index, shape, sizes) for part in parts)
+    return (
+        attention_amount(resource, model, index, shape.attention, sizes)
+        + ffn_amount(resource, model, index, shape.ffn, sizes)
+        + rest_amount(resource, model, index, sizes)
+    )
 
 
 def attention_amount(
-    resource: Resource, config: PrunedConfig, index: int, shape: LayerShape, sizes: ItemSizes | None = None
+    resource: Resource, model: Architecture, index: int, shape: AttentionShape | None, sizes: ItemSizes | None = None
 ) -> int:
-    """What its attention takes, whatever the shape of its FFN."""
+    """What attention of that shape takes; nothing where there is none."""
+    if shape is None:
+        return 0
+    widths = shape.query_key_dim + shape.value_dim
     if resource == "kv-cache":
-        return shape.kv_heads * (shape.query_key_dim + shape.value_dim) * itemsize(config)
-    tensors = layer_tensor_shapes(config, index, replace(shape, **NO_FFN))
-    # Which rotary pairs are left is told by indices, which are no parameters.
-    own = {name: dims for name, dims in tensors.items() if not name.startswith(FFN_PREFIXES) and name != ROTARY_PAIRS}
+        return shape.kv_heads * widths * itemsize(model)
+    tensors = model.attention_tensors(index, shape)
     if resource == "flops":
-        seen = context(config, index)
-        return linear_flops(own) + 2 * shape.query_heads * (shape.query_key_dim + shape.value_dim) * seen
-    return stored(resource, config, own, sizes)
+        return linear_flops(tensors) + 2 * shape.query_heads * widths * context(model, index)
+    return stored(resource, model, tensors, sizes)
 
 
 def ffn_amount(
-    resource: Resource, config: PrunedConfig, index: int, shape: LayerShape, sizes: ItemSizes | None = None
+    resource: Resource, model: Architecture, index: int, shape: FeedForwardShape | None, sizes: ItemSizes | None = None
 ) -> int:
-    """What its FFN takes, with the linear branch beside it, whatever the shape of its attention."""
-    if resource == "kv-cache":
-        return 0
-    tensors = layer_tensor_shapes(config, index, replace(shape, **NO_ATTENTION))
-    own = {name: dims for name, dims in tensors.items() if name.startswith(FFN_PREFIXES)}
-    return linear_flops(own) if resource == "flops" else stored(resource, config, own, sizes)
+    """What a feed-forward network of that shape takes, its linear branch included; nothing where there is none."""
+    return 0 if shape is None else tensors_amount(resource, model, model.ffn_tensors(index, shape), sizes)
 
 
-def outer_amount(resource: Resource, config: PrunedConfig, sizes: StoredSizes | None = None) -> int:
+def rest_amount(resource: Resource, model: Architecture, index: int, sizes: ItemSizes | None = None) -> int:
+    """What the tensors of layer ``index`` take that belong to no part, whatever is pruned."""
+    return tensors_amount(resource, model, model.rest_tensors(index), sizes)
+
+
+def outer_amount(resource: Resource, model: Architecture, sizes: StoredSizes | None = None) -> int:
     """What is taken outside the decoder layers: by embedding, final norm and head."""
-    table = (config.vocab_size, config.hidden_size)
-    if resource == "kv-cache":
-        return 0
-    if resource == "flops":
-        return linear_flops({"head": table})  # an embedding is looked up
     if resource == "bytes" and sizes:
         return sizes.outer
-    tables = {"embedding": table} if config.tie_word_embeddings else {"embedding": table, "head": table}
-    return stored(resource, config, {**tables, "norm": (config.hidden_size,)})
+    if resource == "flops":
+        return linear_flops({"head": (model.vocab_size, model.hidden_size)})  # an embedding is looked up
+    return tensors_amount(resource, model, model.outer_tensors())
 
 
-def stored(
-    resource: Resource, config: PrunedConfig, tensors: Mapping[str, tuple[int, ...]], sizes: ItemSizes | None = None
-) -> int:
+def tensors_amount(resource: Resource, model: Architecture, tensors: Dimensions, sizes: ItemSizes | None = None) -> int:
+    """What tensors take that are no part of attention."""
+    if resource == "kv-cache":
+        return 0
+    return linear_flops(tensors) if resource == "flops" else stored(resource, model, tensors, sizes)
+
+
+def stored(resource: Resource, model: Architecture, tensors: Dimensions, sizes: ItemSizes | None = None) -> int:
     """Numbers in tensors of these shapes, or bytes."""
     if resource == "bytes" and sizes:
-        return sum(math.prod(dims) * sizes[origin_of(name, sizes)] for name, dims in tensors.items())
-    return sum(map(math.prod, tensors.values())) * (itemsize(config) if resource == "bytes" else 1)
+        return sum(math.prod(dims) * sizes[origin_of(name, sizes, model.family)] for name, dims in tensors.items())
+    return sum(map(math.prod, tensors.values())) * (itemsize(model) if resource == "bytes" else 1)
 
 
-def linear_flops(tensors: Mapping[str, tuple[int, ...]]) -> int:
+def linear_flops(tensors: Dimensions) -> int:
     """Of all linear maps among tensors of these shapes, for one token."""
     return sum(2 * math.prod(dims) for dims in tensors.values() if len(dims) == 2)
 
 
-def context(config: PrunedConfig, index: int) -> int:
+def context(model: Architecture, index: int) -> int:
     """How many tokens attention of layer ``index`` looks at."""
-    sliding = config.layer_types[index] == "sliding_attention"
-    return min(CONTEXT, config.sliding_window) if sliding else CONTEXT
+    window = model.context(index)
+    return CONTEXT if window is None else min(CONTEXT, window)
 
 
-def itemsize(config: PrunedConfig) -> int:
-    """Bytes of a number where the model is in the configuration's dtype."""
-    return (config.dtype or torch.float32).itemsize
+def itemsize(model: Architecture) -> int:
+    """Bytes of a number where the model is in its configuration's dtype."""
+    return (model.dtype or torch.float32).itemsize

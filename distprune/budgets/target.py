@@ -2,66 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from distprune.budgets.resources import Resource, StoredSizes, amount, attention_amount, ffn_amount, outer_amount
+from distprune.budgets.layouts import Layout
+from distprune.budgets.resources import Resource, StoredSizes, attention_amount, ffn_amount, outer_amount, rest_amount
 from distprune.config import PruneConfig
-from distprune.modeling import LayerShape, PrunedConfig
+from distprune.layers.architecture import Architecture
+from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape, Removable
+
+#: Names of what may go: from attention, from feed-forward networks, and in layouts that say whole units alone.
+ATTENTION = frozenset(("heads", "values", "pairs", "factors", "attention"))
+FFN = frozenset(("neurons", "branch", "ffn"))
+REMOVABLE, UNITS = ATTENTION | FFN, frozenset(("heads", "neurons"))
 
 
 @dataclass(frozen=True)
 class Target:
     """How much of a resource the decoder layers may still take.
 
+    Amounts are counted once for all layers that are alike.
+
     Args:
-        config: the dense model.
+        model: the dense model.
         sparsity: the fraction to remove, in [0, 1).
         count_embeddings: whether the fraction is of the whole model (embeddings, final norm and head included) or of
             the decoder layers alone. What is removed comes from the decoder layers either way.
         resource: what the fraction is of.
-        stock: whether all layers are to have the same widths, so that the original architecture can describe them.
-        sizes: how the dense model is stored; by default, all of it in the configuration's dtype.
+        layout: how the layers' shapes may differ from each other and from the dense ones.
+        sizes: how the dense model is stored; by default, all of it in the model's dtype.
     """
 
-    config: PrunedConfig
+    model: Architecture
     sparsity: float
     count_embeddings: bool = False
     resource: Resource = "parameters"
-    stock: bool = False
+    layout: Layout = "free"
     sizes: StoredSizes | None = None
+
+    @cached_property
+    def _dense_shapes(self) -> tuple[LayerShape, ...]:
+        return tuple(map(self.model.dense_shape, range(self.model.num_layers)))
 
     @property
     def dense_shapes(self) -> list[LayerShape]:
-        return [self.config.layer_shape(index) for index in range(self.config.num_hidden_layers)]
+        """The shapes of the dense layers."""
+        return [*self._dense_shapes]
+
+    def removable(self, index: int) -> Removable:
+        """What may go from layer ``index``: nothing that it lacks, and no more than the layout can say."""
+        return self._removables[index]
+
+    @cached_property
+    def _removables(self) -> list[Removable]:
+        return [
+            within(self.layout, shape, self.model.removable(index)) for index, shape in enumerate(self._dense_shapes)
+        ]
 
     def amount(self, shapes: Sequence[LayerShape]) -> int:
         """What the decoder layers take if they have ``shapes``."""
-        return sum(amount(*self._asked(index, shape)) for index, shape in enumerate(shapes))
+        return sum(self.layer_amount(index, shape) for index, shape in enumerate(shapes))
 
-    def attention_amount(self, index: int, shape: LayerShape) -> int:
-        """What the attention of layer ``index`` takes if the layer has ``shape``."""
-        return attention_amount(*self._asked(index, shape))
+    def layer_amount(self, index: int, shape: LayerShape) -> int:
+        """What layer ``index`` takes if it has ``shape``."""
+        parts = self.attention_amount(index, shape.attention), self.ffn_amount(index, shape.ffn)
+        return sum(parts) + self._count(rest_amount, index)
 
-    def ffn_amount(self, index: int, shape: LayerShape) -> int:
-        """What the FFN of layer ``index`` takes if the layer has ``shape``."""
-        return ffn_amount(*self._asked(index, shape))
+    def attention_amount(self, index: int, shape: AttentionShape | None) -> int:
+        """What the attention of layer ``index`` takes if it has ``shape``."""
+        return self._count(attention_amount, index, shape)
 
-    def _asked(self, index: int, shape: LayerShape) -> tuple:
-        return self.resource, self.config, index, shape, self.sizes and self.sizes.layers[index]
+    def ffn_amount(self, index: int, shape: FeedForwardShape | None) -> int:
+        """What the feed-forward network of layer ``index`` takes if it has ``shape``, its branch included."""
+        return self._count(ffn_amount, index, shape)
 
-    @property
+    def _count(self, amount: Callable[..., int], index: int, *shape: AttentionShape | FeedForwardShape | None) -> int:
+        key = amount, self._kinds[index], *shape
+        if key not in self._counted:
+            sizes = self.sizes and self.sizes.layers[index]
+            self._counted[key] = amount(self.resource, self.model, index, *shape, sizes=sizes)
+        return self._counted[key]
+
+    @cached_property
+    def _counted(self) -> dict[Hashable, int]:
+        return {}
+
+    @cached_property
+    def _kinds(self) -> list[int]:
+        """Of each layer a number that those have in common which are alike and stored alike."""
+        stored = [tuple(sizes.items()) for sizes in self.sizes.layers] if self.sizes else [()] * self.model.num_layers
+        numbers: dict[Hashable, int] = {}
+        kinds = [(self.model.kind(index), stored[index]) for index in range(self.model.num_layers)]
+        return [numbers.setdefault(kind, len(numbers)) for kind in kinds]
+
+    @cached_property
     def dense(self) -> int:
         """What the dense decoder layers take."""
         return self.amount(self.dense_shapes)
 
-    @property
+    @cached_property
     def counted(self) -> int:
         """What ``sparsity`` is a fraction of."""
-        return self.dense + (outer_amount(self.resource, self.config, self.sizes) if self.count_embeddings else 0)
+        return self.dense + (outer_amount(self.resource, self.model, self.sizes) if self.count_embeddings else 0)
 
     @property
     def remaining(self) -> int:
+        """What the decoder layers may take."""
         return self.dense - round(self.sparsity * self.counted)
 
     @property
@@ -70,6 +117,13 @@ class Target:
         return self.sparsity * (self.counted / self.dense)
 
 
-def target_of(config: PruneConfig, dense: PrunedConfig, sizes: StoredSizes) -> Target:
+def within(layout: Layout, dense: LayerShape, removable: Removable) -> Removable:
+    """What may go from a layer in a layout, of what may go by its family."""
+    says = REMOVABLE if layout == "free" else UNITS
+    has = (REMOVABLE - ATTENTION if dense.attention is None else REMOVABLE) - (FFN if dense.ffn is None else set())
+    return Removable(**{name: getattr(removable, name) for name in says & has})
+
+
+def target_of(config: PruneConfig, model: Architecture, sizes: StoredSizes) -> Target:
     """What a run asks for."""
-    return Target(dense, config.sparsity, config.count_embeddings, config.target, config.layout == "stock", sizes)
+    return Target(model, config.sparsity, config.count_embeddings, config.target, config.layout, sizes)

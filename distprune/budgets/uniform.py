@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import accumulate, pairwise
 from math import ceil
 
-from distprune.budgets.accounting import decoder_parameters, layer_parameters
 from distprune.budgets.target import Target
 from distprune.errors import InputError
-from distprune.modeling import LayerShape
+from distprune.layers.shapes import LayerShape
 
 
 def aligned(width: float, align: int, most: int) -> int:
@@ -23,44 +20,80 @@ def fill_with_ffn(
 ) -> list[LayerShape]:
     """Give every layer the FFN width at which the whole decoder meets the target, all else in ``shapes`` standing.
 
-    The sum of the widths is the one nearest to the target, and no FFN becomes wider than the dense one, even where
-    the rest of ``shapes`` has lost more than the target asks for. Where the target is a stock layout, all FFNs are
-    equally wide, and the whole is within half a step of ``align`` in every layer.
+    The sum of what the widths take is the one nearest to the target, and no FFN becomes wider than the dense one, even
+    where the rest of ``shapes`` has lost more than the target asks for. In a stock layout all FFNs are equally wide,
+    and the whole is within half a step of ``align`` in every layer. Layers without an FFN that may lose neurons stay
+    as they are.
 
     Args:
-        target: how many parameters may remain.
-        shapes: the layers; their FFN widths are not looked at.
+        target: how much may remain.
+        shapes: the layers; their FFN widths are not looked at where neurons may go.
         align: widths are multiples of this.
-        wanted: how wide each layer wants to be, in proportion; by default all the same, and widths then differ by at
-            most one step of ``align``. A stock layout has no use for it.
+        wanted: how wide each layer wants to be, in proportion; by default as wide as the dense one, and layers that
+            are alike then differ by at most one step of ``align``. A stock layout has no use for it.
 
     Raises:
         InputError: what ``shapes`` hold besides FFN neurons already exceeds the target.
     """
-    config, layers = target.config, len(shapes)
-    narrow = [replace(shape, ffn_width=align) for shape in shapes]
-    step = layer_parameters(config, 0, replace(narrow[0], ffn_width=2 * align)) - layer_parameters(config, 0, narrow[0])
-    more = (target.remaining - decoder_parameters(config, narrow)) / step
-    steps = layers * (1 + round(more / layers)) if target.stock else layers + round(more)
-    if steps < layers:
-        raise InputError(
-            f"sparsity {target.sparsity:g} can't be reached: it leaves no FFN neurons. Ask for a lower --sparsity."
-        )
-    full = config.intermediate_size
-    even = target.stock or wanted is None
-    widths = share_out(steps, [1.0] * layers if even else wanted, most=ceil(full / align))
-    return [replace(shape, ffn_width=min(align * width, full)) for shape, width in zip(shapes, widths, strict=True)]
+    dense, filled = target.dense_shapes, list(shapes)
+    layers = [index for index in range(len(dense)) if target.removable(index).neurons]
+    full = {index: dense[index].ffn.width for index in layers}
+    for index in layers:
+        filled[index] = filled[index].with_ffn(width=align)
+    steps = [neurons_amount(target, index, filled[index], align) for index in layers]
+    if not layers or not min(steps):  # neurons make no difference
+        if target.amount(shapes) > target.remaining:
+            raise unreachable(target, "what else goes is too little, and no FFN neurons can go")
+        return list(shapes)
+    more = (target.remaining - target.amount(filled)) / min(steps)
+    alike = target.layout == "stock"
+    total = len(layers) * (1 + round(more / len(layers))) if alike else sum(steps) / min(steps) + round(more)
+    if total < sum(steps) / min(steps):
+        raise unreachable(target, "it leaves no FFN neurons")
+    even = [full[index] / max(full.values()) for index in layers]
+    shares = [wanted[index] for index in layers] if wanted and not alike else even
+    most = [ceil(full[index] / align) for index in layers]
+    widths = share_out(total, shares, most, [step / min(steps) for step in steps])
+    for index, width in zip(layers, widths, strict=True):
+        filled[index] = filled[index].with_ffn(width=min(align * width, full[index]))
+    return filled
 
 
-def share_out(total: int, wanted: Sequence[float], most: int) -> list[int]:
-    """Whole numbers in proportion to ``wanted`` that sum to ``total``, none below 1 and none above ``most``.
+def neurons_amount(target: Target, index: int, shape: LayerShape, neurons: int) -> int:
+    """What so many more neurons take of the budget in layer ``index`` of ``shape``."""
+    wider = shape.with_ffn(width=shape.ffn.width + neurons)
+    return target.ffn_amount(index, wider.ffn) - target.ffn_amount(index, shape.ffn)
 
-    Where ``most`` stands in the way of the total, every share is ``most``.
+
+def affordable_neurons(target: Target, index: int, shape: LayerShape, budget: float) -> float:
+    """How wide layer ``index`` of ``shape`` may make its FFN if it may take ``budget``."""
+    narrow = shape.with_ffn(width=1)
+    return 1 + (budget - target.layer_amount(index, narrow)) / neurons_amount(target, index, narrow, 1)
+
+
+def unreachable(target: Target, why: str) -> InputError:
+    return InputError(f"sparsity {target.sparsity:g} can't be reached: {why}. Ask for a lower --sparsity.")
+
+
+def share_out(total: float, wanted: Sequence[float], most: Sequence[int], prices: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to ``wanted`` that cost ``total``, none below 1 and none above its ``most``.
+
+    Where ``most`` stands in the way of the total, every share is its ``most``. ``prices`` are what one costs of each,
+    the least being 1.
     """
     low, high = 0.0, total / min(wanted)
-    for _ in range(100):  # the scale at which the capped shares sum to the total
+
+    def costs(scale: float) -> list[float]:
+        return [
+            price * min(cap, max(1.0, scale * share)) for share, cap, price in zip(wanted, most, prices, strict=True)
+        ]
+
+    for _ in range(100):  # the scale at which the capped shares cost the total
         scale = (low + high) / 2
-        reached = sum(min(most, max(1.0, scale * share)) for share in wanted) >= total
-        low, high = (low, scale) if reached else (scale, high)
-    ends = [0, *(round(end) for end in accumulate(min(most, max(1.0, high * share)) for share in wanted))]
-    return [end - start for start, end in pairwise(ends)]
+        low, high = (low, scale) if sum(costs(scale)) >= total else (scale, high)
+    shares, end, spent = [], 0.0, 0.0
+    for cost, cap, price in zip(costs(high), most, prices, strict=True):
+        end += cost
+        shares.append(min(cap, max(1, round((round(end) - spent) / price))))
+        spent += price * shares[-1]
+    return shares

@@ -6,12 +6,14 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from distprune.errors import InputError
 from distprune.hardware import AUTO, compute_dtype
+from distprune.modeling import load
 
 
 def load_config(model_path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -40,11 +42,10 @@ def load_model(
     if dtype == AUTO:
         stored = load_config(model_path, trust_remote_code).dtype
         dtype = AUTO if stored is None else compute_dtype(stored, device).dtype
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
         if device == "cuda":
-            return _load_spread(model_path, options).eval()
-        return AutoModelForCausalLM.from_pretrained(model_path, **options).to(device).eval()
+            return _load_spread(model_path, dtype, trust_remote_code).eval()
+        return _load(model_path, trust_remote_code, dtype=dtype).to(device).eval()
     except (OSError, ValueError, ImportError) as error:
         raise _unreadable(model_path, error) from error
 
@@ -87,10 +88,17 @@ def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return found
 
 
-def _load_spread(model_path: str | Path, options: dict) -> PreTrainedModel:
+def _load(model_path: str | Path, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    """The model by code that came with it, or by transformers' and this package's."""
+    if trust_remote_code:
+        return AutoModelForCausalLM.from_pretrained(model_path, trust_remote_code=True, **options)
+    return load(model_path, **options)
+
+
+def _load_spread(model_path: str | Path, dtype: str | torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     offload = tempfile.mkdtemp(prefix="distprune-offload-")
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_path, device_map="auto", offload_folder=offload, **options)
+        model = _load(model_path, trust_remote_code, dtype=dtype, device_map="auto", offload_folder=offload)
     except BaseException:
         shutil.rmtree(offload, ignore_errors=True)
         raise

@@ -6,8 +6,8 @@ Knows files and tensors only: no mathematics, no Ray, and no model family's tens
 from distprune.checkpoint.disk import check_free_space
 from distprune.checkpoint.durable import read_names, read_tensor, read_tensors, write_tensors, write_text
 from distprune.checkpoint.gguf import import_gguf
-from distprune.checkpoint.headers import TensorInfo, describe, entry_of
 from distprune.checkpoint.hub import HubFiles, HubModel, find_on_hub, open_on_hub
+from distprune.checkpoint.infos import TensorInfo, describe, entry_of
 from distprune.checkpoint.mishaps import failures_explained
 from distprune.checkpoint.parts import PartFolder, WrittenFile
 from distprune.checkpoint.publish import (

@@ -3,61 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import torch
-from pydantic import Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from pydantic import TypeAdapter, ValidationError
 
+from distprune.checkpoint.infos import Entry, TensorInfo, describe
 from distprune.errors import InputError
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-QUANTIZED_DTYPES = ("I4", "I8", "U4", "U32", "F4", "F6", "F8")
 LENGTH_BYTES = 8  # a file begins with the length of its header
 LONGEST_HEADER = 100_000_000  # bytes; the format allows no more
 
-Whole = Annotated[int, Field(ge=0)]
-
-
-class Entry(TypedDict):
-    """A tensor as a header has it. The offsets count from the end of the header."""
-
-    dtype: str
-    shape: list[Whole]
-    data_offsets: tuple[Whole, Whole]
-
-
 Header = TypeAdapter(dict[str, Entry])
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a stored tensor lies and what it is; ``begin`` is its first byte after the file's header."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
-    begin: int
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Every tensor in a safetensors file, without reading or mapping its data, however large it is.
 
-    InputError: the file is truncated or is not safetensors, or a tensor has a dtype that can't be pruned.
+    InputError: the file is truncated or is not safetensors, or a tensor has a dtype that PyTorch lacks.
     """
     try:
         raw, data_bytes = _read_raw(file)
@@ -76,25 +38,6 @@ def read_byte_ranges(file: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
     start = LENGTH_BYTES + len(raw)
     offsets = {name: entry["data_offsets"] for name, entry in _parse(raw).items()}
     return raw, {name: (start + begin, start + end) for name, (begin, end) in offsets.items()}
-
-
-def describe(file: Path, name: str, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorInfo:
-    """What a header's entry says. InputError: its dtype can't be pruned."""
-    stored = DTYPES.get(dtype)
-    if stored is None:
-        fix = (
-            "Quantized checkpoints must be dequantized first: use the model's bf16 or fp16 release."
-            if dtype.startswith(QUANTIZED_DTYPES)
-            else "Write the model anew in bf16, fp16 or fp32."
-        )
-        raise InputError(f"{file}: tensor {name} is stored as {dtype}, which can't be pruned. {fix}")
-    return TensorInfo(file, stored, tuple(shape), math.prod(shape) * stored.itemsize, data_offsets[0])
-
-
-def entry_of(info: TensorInfo) -> Entry:
-    """The header's entry that :func:`describe` reads as this tensor."""
-    [dtype] = [name for name, dtype in DTYPES.items() if dtype == info.dtype]
-    return {"dtype": dtype, "shape": list(info.shape), "data_offsets": (info.begin, info.begin + info.nbytes)}
 
 
 def _read_raw(file: Path) -> tuple[bytes, int]:

@@ -22,7 +22,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
 from distprune.checkpoint.disk import GB, check_free_space, free_bytes
-from distprune.checkpoint.headers import TensorInfo, describe, read_header
+from distprune.checkpoint.headers import read_header
+from distprune.checkpoint.infos import TensorInfo, describe
 from distprune.checkpoint.layout import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -32,6 +33,7 @@ from distprune.checkpoint.layout import (
     refuse_adapter,
     refuse_lone_adapter,
 )
+from distprune.checkpoint.quantization import notes_on
 from distprune.checkpoint.reader import Checkpoint, read_config, tensors_of
 from distprune.checkpoint.side_files import LEFT_OUT, WEIGHTS
 from distprune.checkpoint.tensors import TensorFiles, map_tensor
@@ -84,13 +86,13 @@ def open_on_hub(model: HubModel, trust_remote_code: bool = False) -> Checkpoint:
     if not (model.folder / CONFIG_FILE).is_file():
         refuse_lone_adapter(model.folder)
     refuse_adapter(model.folder)
-    config = read_config(model.folder, trust_remote_code)
+    config, scheme = read_config(model.folder, trust_remote_code)
     entry = find_entry(model.folder, partial(_is_there, model))
     names = sorted(set(read_weight_map(entry).values())) if is_index(entry) else [entry.name]
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as threads:
         headers = dict(zip(names, threads.map(lambda name: _header(model, name), names), strict=True))
-    tensors = tensors_of(entry, headers)
-    return Checkpoint(model.folder, config, tensors, HubFiles(model, tensors))
+    tensors = tensors_of(entry, headers, scheme)
+    return Checkpoint(model.folder, config, tensors, HubFiles(model, tensors), notes_on(scheme))
 
 
 def download(
@@ -162,8 +164,8 @@ class HubFiles(TensorFiles):
     def __init__(self, model: HubModel, tensors: Mapping[str, TensorInfo]):
         self._model = model
         self._sizes: dict[str, int] = {}
-        for info in tensors.values():
-            self._sizes[info.file.name] = self._sizes.get(info.file.name, 0) + info.nbytes
+        for part in {part for info in tensors.values() for part in info.stored}:
+            self._sizes[part.file.name] = self._sizes.get(part.file.name, 0) + part.nbytes
         self._fetched: list[Path] = []  # the longest unused first
 
     def locate(self, file: Path) -> Path:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from upath import UPath
 
-from distprune.checkpoint.headers import LENGTH_BYTES, TensorInfo
+from distprune.checkpoint.headers import LENGTH_BYTES
+from distprune.checkpoint.infos import TensorInfo
 from distprune.errors import Unreachable
 
 # Bytes that are asked for at once. Those of a layer come side by side, since one stream is slower than the network.
 PIECE = 32 * 2**20
 
+Key = TypeVar("Key", bound=Hashable)
 
-def read_objects(infos: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
+
+def read_objects(infos: Mapping[Key, TensorInfo]) -> dict[Key, torch.Tensor]:
     """The tensors, on the CPU and private to the caller.
 
     Raises:
@@ -38,7 +42,7 @@ def _data_start(file: UPath) -> int:
     return LENGTH_BYTES + int.from_bytes(length, "little")
 
 
-def _read_ranges(file: UPath, ranges: Mapping[str, tuple[int, int]]) -> dict[str, bytearray]:
+def _read_ranges(file: UPath, ranges: Mapping[Key, tuple[int, int]]) -> dict[Key, bytearray]:
     pieces = [
         (name, begin, min(begin + PIECE, end))
         for name, (first, end) in ranges.items()

@@ -12,7 +12,9 @@ from transformers import AutoConfig, PretrainedConfig
 from upath import UPath
 
 from distprune.checkpoint.fingerprint import compute_fingerprint
-from distprune.checkpoint.headers import TensorInfo, read_header
+from distprune.checkpoint.fp8 import with_scales
+from distprune.checkpoint.headers import read_header
+from distprune.checkpoint.infos import TensorInfo
 from distprune.checkpoint.layout import (
     CONFIG_FILE,
     find_entry,
@@ -23,6 +25,7 @@ from distprune.checkpoint.layout import (
     refuse_adapter,
     require_checkpoint,
 )
+from distprune.checkpoint.quantization import Fp8Scheme, find_scheme, forget_quantization, notes_on, refuse_packed
 from distprune.checkpoint.remote import fetch_model, fingerprint_of
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
 from distprune.errors import InputError
@@ -30,22 +33,21 @@ from distprune.storage import is_remote, location
 
 LISTED = 5
 HEADERS_AT_ONCE = 8
-DEQUANTIZE = "Quantized checkpoints must be dequantized first: use the model's bf16 or fp16 release."
-# What quantizers (GPTQ, AWQ, compressed-tensors, bitsandbytes) call the tensors that they put in a weight's place.
-PACKED = (
-    *(".qweight", ".qzeros", ".g_idx", ".scales", ".weight_packed", ".weight_scale", ".weight_zero_point"),
-    *(".weight.absmax", ".weight.quant_map", ".SCB", ".weight_scale_inv"),
-)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint: its configuration, what is known of its tensors from the files' headers, and their source."""
+    """An open checkpoint: its configuration, what is known of its tensors from the files' headers, and their source.
+
+    ``notes`` are what the user should know of how it is read, such as that it is dequantized. The configuration of a
+    quantized model that is dequantized says nothing of it.
+    """
 
     path: Path
     config: PretrainedConfig
     tensors: Mapping[str, TensorInfo]
     source: TensorSource = field(default_factory=TensorFiles, compare=False)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path | UPath | str, trust_remote_code: bool = False) -> Checkpoint:
@@ -54,20 +56,20 @@ class Checkpoint:
         Of one in an object store, what lies beside the weights is fetched, and of these the headers; `path` is then
         the folder in this machine's cache.
 
-        InputError: a file is missing, broken or not what the index says; the checkpoint is quantized, or has an
-        adapter; transformers does not know the architecture.
+        InputError: a file is missing, broken or not what the index says; the checkpoint is quantized in a form that
+        is not dequantized on reading, or has an adapter; transformers does not know the architecture.
         """
         place = location(path)
         require_checkpoint(place)
         refuse_adapter(place)
         path = fetch_model(place, weights=False) if is_remote(place) else place
-        config = read_config(path, trust_remote_code)
+        config, scheme = read_config(path, trust_remote_code)
         entry = find_entry(path, lambda name: (place / name).is_file())
         files = find_weight_files(place, place / entry.name)
         with ThreadPoolExecutor(HEADERS_AT_ONCE) as threads:
             headers = dict(zip(files, threads.map(read_header, files), strict=True))
         by_name = {str(file).removeprefix(f"{place}/"): header for file, header in headers.items()}
-        return cls(path, config, tensors_of(place / entry.name, by_name))
+        return cls(path, config, tensors_of(place / entry.name, by_name, scheme), notes=notes_on(scheme))
 
     def whole_folder(self) -> Path:
         """A folder of this machine that holds all of it; an object store's is fetched into the cache."""
@@ -77,10 +79,10 @@ class Checkpoint:
     @property
     def weight_files(self) -> list[Path]:
         """The files that hold the tensors, sorted."""
-        return sorted({info.file for info in self.tensors.values()})
+        return sorted({part.file for info in self.tensors.values() for part in info.stored})
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The named tensors as stored, on the CPU, in the order asked for."""
+        """The named tensors on the CPU, in the order asked for: as stored, or dequantized as `tensors` says."""
         return self.source.read({name: self._info(name) for name in names})
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -134,22 +136,29 @@ class Checkpoint:
         return self.tensors[name]
 
 
-def read_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """A folder's config.json. InputError: it is broken, of an unknown architecture, or of a quantized model."""
+def read_config(path: Path, trust_remote_code: bool) -> tuple[PretrainedConfig, Fp8Scheme | None]:
+    """A folder's config.json, without a word of its quantization, and what it said of that.
+
+    InputError: it is broken, of an unknown architecture, or of a model that is quantized in a form that is not read.
+    """
     file = path / CONFIG_FILE
-    content = read_json(file)
-    for part in (content, content.get("text_config") or {}):
-        if part.get("quantization_config") or part.get("compression_config"):
-            raise InputError(f"{file} describes a quantized checkpoint. {DEQUANTIZE}")
+    scheme = find_scheme(file, read_json(file))
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and a checkpoint's own code raise all kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"transformers can't read {file}: {reason}") from error
+    if scheme:
+        forget_quantization(config)
+    return config, scheme
 
 
-def tensors_of(entry: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
+def tensors_of(
+    entry: Path, headers: Mapping[str, Mapping[str, TensorInfo]], scheme: Fp8Scheme | None
+) -> dict[str, TensorInfo]:
     """All tensors of the weights that are opened by `entry`, given each file's header by its name.
+
+    Those in fp8 are described as they are read, dequantized.
 
     InputError: an index has a tensor in a file that does not hold it, or the weights are packed by a quantizer.
     """
@@ -157,7 +166,9 @@ def tensors_of(entry: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -> 
         tensors = _indexed_tensors(entry, headers)
     else:
         tensors = {name: info for header in headers.values() for name, info in header.items()}
-    _refuse_packed(tensors)
+    if scheme:
+        tensors = with_scales(tensors, scheme)
+    refuse_packed(tensors, scheme)
     return tensors
 
 
@@ -170,17 +181,6 @@ def _indexed_tensors(index: Path, headers: Mapping[str, Mapping[str, TensorInfo]
             f"{_listed(absent)}. The index and the shards are of different downloads: download them again."
         )
     return {name: headers[shard][name] for name, shard in weight_map.items()}
-
-
-def _refuse_packed(tensors: Mapping[str, TensorInfo]) -> None:
-    """Raise InputError where weights are quantized although config.json doesn't say so."""
-    for name, info in tensors.items():
-        if name.endswith(PACKED) or (name.endswith(".weight") and not info.dtype.is_floating_point):
-            stored = str(info.dtype).removeprefix("torch.")
-            raise InputError(
-                f"{info.file}: tensor {name} ({stored}) is part of a quantized checkpoint, although config.json has no "
-                f"quantization_config. {DEQUANTIZE}"
-            )
 
 
 def _listed(items: list[str], separator: str = ", ") -> str:

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distprune.checkpoint.headers import LENGTH_BYTES, TensorInfo
+from distprune.checkpoint.fp8 import dequantized, dequantized_rows
+from distprune.checkpoint.headers import LENGTH_BYTES
+from distprune.checkpoint.infos import ScaledInfo, TensorInfo
 from distprune.checkpoint.objects import read_objects
 from distprune.errors import Unreachable
 from distprune.storage import is_remote
@@ -21,7 +23,7 @@ class TensorSource(Protocol):
     """Where a checkpoint's tensors come from; :class:`TensorFiles` unless its files are on another machine."""
 
     def read(self, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-        """Tensors as stored, on the CPU, private to the caller."""
+        """Tensors in the dtypes that their infos say, on the CPU, private to the caller."""
 
     def read_rows(self, name: str, info: TensorInfo, rows: Tensor) -> Tensor:
         """Some rows of one tensor; ``rows`` holds int64 indices of any shape."""
@@ -34,11 +36,21 @@ class TensorFiles:
         return file
 
     def read(self, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-        remote = read_objects({name: info for name, info in infos.items() if is_remote(info.file)})
-        return {name: remote[name] if name in remote else self.map(info) for name, info in infos.items()}
+        stored = self._read_stored(infos)
+        return {
+            name: dequantized(*stored[name], info.block) if isinstance(info, ScaledInfo) else stored[name][0]
+            for name, info in infos.items()
+        }
 
     def read_rows(self, name: str, info: TensorInfo, rows: Tensor) -> Tensor:
-        return self.read({name: info})[name][rows]
+        stored = self._read_stored({name: info})[name]
+        return dequantized_rows(*stored, info.block, rows) if isinstance(info, ScaledInfo) else stored[0][rows]
+
+    def _read_stored(self, infos: Mapping[str, TensorInfo]) -> dict[str, list[Tensor]]:
+        parts = {(name, part): part for name, info in infos.items() for part in info.stored}
+        remote = read_objects({key: part for key, part in parts.items() if is_remote(part.file)})
+        found = {key: remote[key] if key in remote else self.map(part) for key, part in parts.items()}
+        return {name: [found[name, part] for part in info.stored] for name, info in infos.items()}
 
     def map(self, info: TensorInfo) -> Tensor:
         try:

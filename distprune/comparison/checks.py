@@ -14,7 +14,7 @@ from distprune.calibration.tokenizer import tokenize
 from distprune.checkpoint import check_free_space
 from distprune.comparison.evaluation import Evaluation
 from distprune.comparison.runs import Run, naming
-from distprune.engine.preflight import Job, check_job
+from distprune.engine.run.preflight import Job, check_job
 from distprune.errors import InputError
 from distprune.evaluation.text import whole_text
 
@@ -37,7 +37,7 @@ def check_runs(runs: Sequence[Run]) -> list[Job]:
 
 def check_room(jobs: Sequence[Job], keep: Path) -> None:
     """See that all results fit side by side, the last of them once more in parts."""
-    target, outer = jobs[0].target, outer_parameters(jobs[0].dense)
+    target, outer = jobs[0].target, outer_parameters(jobs[0].architecture)
     size = sum(info.nbytes for info in jobs[0].checkpoint.tensors.values())
     kept = sum((job.target.remaining + outer) / (target.dense + outer) for job in jobs)
     check_free_space(keep, round(size * (kept + 1)))
@@ -45,7 +45,7 @@ def check_room(jobs: Sequence[Job], keep: Path) -> None:
 
 def check_text(evaluation: Evaluation, dense: Job) -> None:
     """See that the text has a window to evaluate on, and that the model takes windows of this length."""
-    length, longest = evaluation.length, dense.dense.max_position_embeddings
+    length, longest = evaluation.length, dense.architecture.max_length
     if not 2 <= length <= longest:
         raise InputError(f"--evaluation-length {length}: {dense.model_path} takes windows of 2 to {longest} tokens.")
     if evaluation.max_tokens is not None and evaluation.max_tokens < length:

@@ -15,16 +15,17 @@ from distprune.comparison.evaluation import Evaluation, evaluate_apart
 from distprune.comparison.runs import MethodOptions, Settings, list_runs, naming
 from distprune.config import PruneConfig
 from distprune.engine import RunRecord, prune
-from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers
-from distprune.engine.driver import worker_pool
-from distprune.engine.memory import PeakMemory
-from distprune.engine.preflight import Job
-from distprune.engine.progress import Progress
-from distprune.engine.record import CALIBRATION_FILE
-from distprune.engine.run_dtype import settle_dtype
-from distprune.engine.signals import sigterm_interrupts
-from distprune.engine.stages import check_weights, write_own_samples
-from distprune.engine.weights import weight_access
+from distprune.engine.driver import one_of_each_kind, worker_pool
+from distprune.engine.run.preflight import Job
+from distprune.engine.run.record import CALIBRATION_FILE
+from distprune.engine.run.signals import sigterm_interrupts
+from distprune.engine.scheduler.ray_cluster import WorkerPlan, alive_nodes, connected, plan_workers
+from distprune.engine.scheduler.run_dtype import settle_dtype
+from distprune.engine.stages.checking import Check, OwnSamples
+from distprune.engine.stages.context import FirstStages
+from distprune.engine.telemetry.process_memory import PeakMemory
+from distprune.engine.telemetry.progress import Progress
+from distprune.engine.worker.weights import weight_access
 
 #: Makes what tells how far one step of the comparison is.
 NewProgress = Callable[[], Progress]
@@ -82,7 +83,7 @@ def compare(
         if dense.config.calibration is None:
             check_own_samples(dense, calibration)
         with sigterm_interrupts(), connected(dense.config):
-            workers = plan_workers(dense.config, alive_nodes(), dense.dense.num_hidden_layers)
+            workers = plan_workers(dense.config, alive_nodes(), dense.architecture.num_layers)
             prepare(dense, workers, calibration, progress())
             with naming("the dense model"):
                 row = measure_dense(dense, evaluation, progress())
@@ -106,9 +107,10 @@ def prepare(dense: Job, workers: WorkerPlan, calibration: Path, progress: Progre
         weight_access(dense, workers) as model,
         worker_pool(dense, workers, model, progress) as pool,
     ):
-        check_weights(pool, dense.dense.num_hidden_layers, progress)
+        context = FirstStages(pool, progress, dense.architecture.num_layers)
+        Check(context, one_of_each_kind(dense.architecture)).run()
         if dense.config.calibration is None:
-            write_own_samples(pool, calibration, progress)
+            OwnSamples(context).run(calibration)
 
 
 def measure_dense(dense: Job, evaluation: Evaluation, progress: Progress) -> ComparisonRow:
@@ -119,7 +121,7 @@ def measure_dense(dense: Job, evaluation: Evaluation, progress: Progress) -> Com
         sparsity_asked=0.0,
         sparsity_reached=0.0,
         decoder_parameters=decoder,
-        total_parameters=decoder + outer_parameters(dense.dense),
+        total_parameters=decoder + outer_parameters(dense.architecture),
         perplexity=perplexity_of(dense.whole_folder(), evaluation, dense.config, progress),
     )
 

@@ -1,8 +1,8 @@
 """The Ray side: driver, worker actors, layer tasks, and what a run records."""
 
 from distprune.engine.driver import prune
-from distprune.engine.record import RunRecord, load_record
-from distprune.engine.sites import Needs
-from distprune.engine.status import RunStatus, status
+from distprune.engine.run.record import RunRecord, load_record
+from distprune.engine.run.status import RunStatus, status
+from distprune.engine.scheduler.nodes import Requirements
 
-__all__ = ["Needs", "RunRecord", "RunStatus", "load_record", "prune", "status"]
+__all__ = ["Requirements", "RunRecord", "RunStatus", "load_record", "prune", "status"]

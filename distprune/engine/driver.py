@@ -5,7 +5,7 @@ Only some methods have a gradient pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -21,23 +21,12 @@ from distprune.checkpoint import (
     partial_directory,
     publish,
 )
-from distprune.config import PruneConfig
-from distprune.engine.assembly import assemble
-from distprune.engine.cluster import WorkerPlan, alive_nodes, connected, plan_workers
-from distprune.engine.dense_pass import DensePass
-from distprune.engine.end_to_end import EndToEnd
-from distprune.engine.gradient_pass import GradientPass
-from distprune.engine.harmless import Unfailing
-from distprune.engine.hub_output import is_on_hub, prune_to_hub
-from distprune.engine.journal import Journal, fingerprint
-from distprune.engine.layer_files import LayerFiles
-from distprune.engine.log import RunLog, json_file
-from distprune.engine.memory import peak_memory
-from distprune.engine.metrics import RunMetrics
-from distprune.engine.pool import WorkerPool
-from distprune.engine.preflight import Job, check_job
-from distprune.engine.progress import Progress, Together
-from distprune.engine.record import (
+from distprune.config import DistillConfig, PruneConfig
+from distprune.engine.run.hub_output import is_on_hub, prune_to_hub
+from distprune.engine.run.journal import fingerprint
+from distprune.engine.run.layer_files import LayerFiles
+from distprune.engine.run.preflight import Job, check_job
+from distprune.engine.run.record import (
     CALIBRATION_FILE,
     LOG_FILE,
     OWN_FILES,
@@ -47,28 +36,42 @@ from distprune.engine.record import (
     load_record,
     parameter_counts,
 )
-from distprune.engine.run_dtype import settle_dtype
-from distprune.engine.runtime import RayRuntime
-from distprune.engine.signals import interruptions_noted, sigterm_interrupts
-from distprune.engine.sites import Needs
-from distprune.engine.stages import check_weights, distill_layers, prune_blocks, write_own_samples
-from distprune.engine.weights import WeightAccess, weight_access
-from distprune.engine.work import CHECK, PUBLISHING, Outline, Work
+from distprune.engine.run.signals import interruptions_noted, sigterm_interrupts
+from distprune.engine.run.work_folder import CHECK, PUBLISHING, Outline, WorkFolder
+from distprune.engine.scheduler.nodes import Requirements
+from distprune.engine.scheduler.pool import WorkerPool
+from distprune.engine.scheduler.ray_cluster import WorkerPlan, alive_nodes, connected, plan_workers
+from distprune.engine.scheduler.run_dtype import settle_dtype
+from distprune.engine.scheduler.runtime import RayRuntime
+from distprune.engine.stages.assembling import Assemble
+from distprune.engine.stages.checking import Check, OwnSamples
+from distprune.engine.stages.context import RunContext
+from distprune.engine.stages.dense_pass import DensePass
+from distprune.engine.stages.end_to_end import EndToEndDistillation
+from distprune.engine.stages.gradient_pass import GradientPass
+from distprune.engine.stages.layerwise_distillation import LayerwiseDistillation
+from distprune.engine.stages.pruning_pass import PruningPass
+from distprune.engine.telemetry.harmless import Unfailing
+from distprune.engine.telemetry.log import RunLog, json_file
+from distprune.engine.telemetry.metrics import RunMetrics
+from distprune.engine.telemetry.process_memory import peak_memory
+from distprune.engine.telemetry.progress import Progress, Together
+from distprune.engine.worker.weights import WeightAccess, weight_access
 from distprune.errors import InputError, InterruptedWhenDone, Unreachable
 from distprune.hardware import AUTO
-from distprune.methods import Plan
+from distprune.layers.architecture import Architecture
 from distprune.storage import copy, kept_locally, staged
 
 #: What a worker of a run needs on a kind of device.
-NeedsOf = Callable[[PruneConfig, Checkpoint, str], Needs]
+RequirementsOf = Callable[[PruneConfig, Checkpoint, str], Requirements]
 # Seconds until a run says that it waits for its first worker.
 PATIENCE = 30
 
 
-def prune(config: PruneConfig, progress: Progress | None = None, needs: NeedsOf | None = None) -> RunRecord:
+def prune(config: PruneConfig, progress: Progress | None = None, needs: RequirementsOf | None = None) -> RunRecord:
     """Prune a model and publish the result at ``config.output``.
 
-    Work happens in ``OUTPUT.partial`` and becomes visible by one rename at the end. A run that ends before that leaves
+    WorkFolder happens in ``OUTPUT.partial`` and becomes visible by one rename at the end. A run that ends before that leaves
     there what was done, and the same call goes on with it.
 
     Args:
@@ -98,12 +101,12 @@ def prune(config: PruneConfig, progress: Progress | None = None, needs: NeedsOf 
 
 
 def prune_job(
-    job: Job, progress: Progress, log: RunLog, needs: NeedsOf | None, past_interruption: Callable[[], None]
+    job: Job, progress: Progress, log: RunLog, needs: RequirementsOf | None, past_interruption: Callable[[], None]
 ) -> RunRecord:
     name, partial = str(job.config.output), partial_directory(job.config.output)
     with progress, failures_explained(partial), hold_lock(partial):
         with connected(job.config):
-            workers = plan_workers(job.config, alive_nodes(), job.dense.num_hidden_layers)
+            workers = plan_workers(job.config, alive_nodes(), job.architecture.num_layers)
             dtype = settle_dtype(job.config, job.stored_dtype, workers)
             if job.config.dtype == AUTO and dtype.dtype != job.stored_dtype:
                 progress.note(str(dtype))
@@ -112,7 +115,7 @@ def prune_job(
             if needs:
                 workers = workers.needing(needs(config, job.checkpoint, workers.device))
             with work_folder(job, workers, progress) as work, logged(work), log.errors():
-                log.run_began(config, goes_on=work.goes_on, dtype_reason=dtype.reason)
+                log.run_began(config, resumed=work.resumed, dtype_reason=dtype.reason)
                 with Unfailing("metrics", lambda: RunMetrics(name)) as metrics:
                     told = Together(progress, log, metrics)
                     for note in job.notes:
@@ -129,7 +132,7 @@ def prune_job(
 
 
 @contextmanager
-def logged(work: Work) -> Iterator[None]:
+def logged(work: WorkFolder) -> Iterator[None]:
     """Inside, what happens is appended to the run's log. To an object nothing can be appended: it is copied back."""
     with kept_locally(work.log) as file, json_file(file):
         yield
@@ -137,7 +140,7 @@ def logged(work: Work) -> Iterator[None]:
 
 def finish_publishing(config: PruneConfig, past_interruption: Callable[[], None]) -> RunRecord | None:
     """The record of a run that ended between publishing its result and clearing up, which is done now."""
-    work = Work(partial_directory(config.output))
+    work = WorkFolder(partial_directory(config.output))
     # An output that is not to be overwritten can only have come from the run that left the folder.
     is_over = work.is_published() or (work.is_cleared() and not config.overwrite)
     if config.restart or not is_over or not config.output.is_dir():
@@ -150,17 +153,17 @@ def finish_publishing(config: PruneConfig, past_interruption: Callable[[], None]
 
 
 @contextmanager
-def work_folder(job: Job, workers: WorkerPlan, progress: Progress) -> Iterator[Work]:
+def work_folder(job: Job, workers: WorkerPlan, progress: Progress) -> Iterator[WorkFolder]:
     """``OUTPUT.partial``, new or with what the same run has left there.
 
     Raises:
         InputError: another run has left something there.
     """
     config = job.config
-    work = Work(partial_directory(config.output))
+    work = WorkFolder(partial_directory(config.output))
     if config.restart:
         work.remove()
-    layers, distilled = job.dense.num_hidden_layers, config.distill is not None
+    layers, distilled = job.architecture.num_layers, config.distill is not None
     outline = Outline(config.model, config.method, config.sparsity, layers, distilled, job.needs_gradients)
     if work.begin(job.identity(workers.device), outline):
         progress.note(f"Going on with what an earlier run has done in {work.folder}")
@@ -176,36 +179,34 @@ def work_folder(job: Job, workers: WorkerPlan, progress: Progress) -> Iterator[W
         raise
 
 
-def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress) -> RunRecord:
+def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Progress) -> RunRecord:
     """Everything that needs the workers, up to a verified checkpoint in the work folder."""
-    config, layers, journal = job.config, job.dense.num_hidden_layers, work.journal
-    block_length = config.block_length(layers)
+    config, layers = job.config, job.architecture.num_layers
     calibration = config.calibration or work.checkpoint / CALIBRATION_FILE
     work.once("copy", lambda: copy_model_files(job, work.checkpoint))
     parts = work.writer.announce() if config.writes == "auto" else None
     with weight_access(job, workers) as model, worker_pool(job, workers, model, progress, parts) as pool:
-        work.once(CHECK, lambda: check_weights(pool, layers, progress))
+        context = RunContext(pool, progress, layers, work.journal, config.block_length(layers), config.micro_batch)
+        work.once(CHECK, Check(context, one_of_each_kind(job.architecture)).run)
         if config.calibration is None:
-            work.once("own samples", lambda: write_own_samples(pool, calibration, progress))
+            work.once("own samples", lambda: OwnSamples(context).run(calibration))
         tokens = open_calibration(calibration).tokens
-        passed = pool, tokens, layers, block_length, config.micro_batch, journal, progress
         with work.timed("dense pass"):
-            profiles = DensePass(*passed, job.needs_gradients).run()
+            profiles = DensePass(context, tokens, job.needs_gradients).run()
         if job.needs_gradients:
             with work.timed("gradient pass"):
-                profiles = GradientPass(*passed).run()
+                profiles = GradientPass(context, tokens).run()
         plan = job.method.plan(job.target, profiles, config.align)
         if plan.predicted_loss is not None:
             progress.note(forecast(plan.predicted_loss, plan.gap))
-        files = LayerFiles(job, plan, work.writer, journal, progress)
+        files = LayerFiles(job, plan, work.writer, work.journal, progress)
         with work.timed("prune"):
-            done = files.pruned()
-            prune_blocks(pool, plan, profiles, block_length, done, journal, files.keep_pruned, progress)
+            PruningPass(context, plan, profiles, files.keep_pruned).run(files.pruned())
         if config.distill:
             with work.timed("distill"):
-                distill(job, pool, tokens, plan, files, journal, progress)
+                distill(context, config.distill, tokens, files)
         with work.timed("assemble"):
-            layout = assemble(job, plan, files.parts(), work.writer, work.checkpoint, pool, progress)
+            layout = Assemble(context, job, plan, files, work.writer, work.checkpoint).run()
         peaks = pool.peak_memory()
     return RunRecord(
         model=config.model,
@@ -215,7 +216,7 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
         sparsity_asked=config.sparsity,
         predicted_loss=plan.predicted_loss,
         gap=plan.gap,
-        **parameter_counts(job.dense, plan),
+        **parameter_counts(job.architecture, plan),
         fingerprint=fingerprint(job.identity(workers.device)),
         workers=workers.count,
         device=workers.device,
@@ -223,30 +224,27 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: Work, progress: Progress
         peak_memory_driver=peak_memory(),
         peak_memory_workers=peaks,
         seconds=work.seconds(),
-        layers=layer_records(job.dense, plan, files.reports(), files.lessons()),
+        layers=layer_records(job.architecture, plan, files.reports(), files.distillations()),
         notes=list(job.notes),
+        left_alone=job.left_alone.parts,
+        left_alone_share=job.left_alone.share,
     )
 
 
-def distill(
-    job: Job,
-    pool: WorkerPool,
-    tokens: np.ndarray,
-    plan: Plan,
-    files: LayerFiles,
-    journal: Journal,
-    progress: Progress,
-) -> None:
+def one_of_each_kind(architecture: Architecture) -> list[int]:
+    """Layer 0, and the first layer of every other kind."""
+    first: dict[Hashable, int] = {}
+    for index in range(architecture.num_layers):
+        first.setdefault(architecture.kind(index), index)
+    return list(first.values())
+
+
+def distill(context: RunContext, options: DistillConfig, tokens: np.ndarray, files: LayerFiles) -> None:
     """The pruned layers learn, each alone or all together, from the pruning's tokens or from more of them."""
-    options, layers, done = job.config.distill, files.read, files.distilled()
     if options.calibration is not None:
         tokens = open_calibration(options.calibration).tokens
-    if options.objective == "logits":
-        sizes = options, job.config.micro_batch
-        EndToEnd(pool, tokens, plan, *sizes, layers, files.keep_distilled, journal, progress).run(done)
-    else:
-        most = 2 * len(pool.workers)
-        distill_layers(pool, tokens, len(plan), options, most, done, layers, files.keep_distilled, progress)
+    stage = EndToEndDistillation if options.objective == "logits" else LayerwiseDistillation
+    stage(context, tokens, options, files.read, files.keep_distilled).run(files.distilled())
 
 
 def copy_model_files(job: Job, folder: Path) -> None:

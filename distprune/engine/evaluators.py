@@ -22,16 +22,16 @@ from distprune.calibration.model import load_config as load_model_config
 from distprune.checkpoint.fingerprint import compute_fingerprint
 from distprune.checkpoint.hub import HubModel
 from distprune.config import PruneConfig, load_config
-from distprune.engine.cluster import alive_nodes, connected, plan_workers
 from distprune.engine.driver import PATIENCE
-from distprune.engine.memory import PeakMemory, peak_memory
-from distprune.engine.pool import WorkerPool
-from distprune.engine.run_dtype import settle_dtype
-from distprune.engine.runtime import NODE_ID, RayRuntime
-from distprune.engine.signals import sigterm_interrupts
-from distprune.engine.sites import Site, this_site
-from distprune.engine.transport import Parcel, pack, unpack, whole_of
-from distprune.engine.weights import naming_node
+from distprune.engine.run.signals import sigterm_interrupts
+from distprune.engine.scheduler.nodes import Node, this_node
+from distprune.engine.scheduler.pool import WorkerPool
+from distprune.engine.scheduler.ray_cluster import alive_nodes, connected, plan_workers
+from distprune.engine.scheduler.run_dtype import settle_dtype
+from distprune.engine.scheduler.runtime import NODE_ID, RayRuntime
+from distprune.engine.worker.host_tensor import pack_all, unpack_all, whole_of
+from distprune.engine.worker.task import Task
+from distprune.engine.worker.weights import naming_node
 from distprune.errors import InputError, WorkersLost
 from distprune.evaluation import Answering, Loading
 from distprune.evaluation.scorer import Scorer
@@ -161,7 +161,7 @@ class Workers:
         return self.ask("dtype", [None])[0]
 
     def ask(self, question: str, batches: Sequence[Any]) -> list[Any]:
-        """The answers to one of :class:`Evaluator`'s questions, in the order of the batches.
+        """The answers to one of :data:`QUESTIONS`, in the order of the batches.
 
         Raises:
             InputError: a worker found bad input.
@@ -169,8 +169,7 @@ class Workers:
         """
         answers: list[Any] = [None] * len(batches)
         for index, batch in enumerate(batches):
-            batch = pack(batch) if isinstance(batch, Tensor) else batch
-            self._pool.submit(partial(answers.__setitem__, index), question, batch)
+            self._pool.submit(QUESTIONS[question](pack_all(batch)), partial(answers.__setitem__, index))
         try:
             self._pool.run()
         except WorkersLost as error:
@@ -179,6 +178,57 @@ class Workers:
                 "most likely for lack of memory. Take fewer --workers or a smaller --batch-size."
             ) from error
         return answers
+
+
+# ---------------------------------------------------------------- the tasks
+
+
+@dataclass(frozen=True)
+class Dtype(Task):
+    """The dtype that the model is in."""
+
+    nothing: None
+
+    def run(self, scorer: Scorer) -> str:
+        return scorer.dtype()
+
+
+@dataclass(frozen=True)
+class Loss(Task):
+    """The loss of some windows of token ids, summed up."""
+
+    windows: Tensor
+
+    def run(self, scorer: Scorer) -> float:
+        return scorer.loss(self.windows)
+
+
+@dataclass(frozen=True)
+class LogLikelihoods(Task):
+    """Log-likelihoods of continuations, and whether each is what the model would have said."""
+
+    requests: list[tuple]
+
+    def run(self, scorer: Scorer) -> list[tuple[float, bool]]:
+        return scorer.log_likelihoods(self.requests)
+
+
+@dataclass(frozen=True)
+class Generations(Task):
+    """What the model says after some texts."""
+
+    requests: list[tuple[str, dict]]
+
+    def run(self, scorer: Scorer) -> list[str]:
+        return scorer.generations(self.requests)
+
+
+QUESTIONS: dict[str, type[Task]] = {
+    "dtype": Dtype,
+    "loss": Loss,
+    "log_likelihoods": LogLikelihoods,
+    "generations": Generations,
+}
 
 
 class EvaluationRuntime(RayRuntime):
@@ -214,7 +264,7 @@ class Evaluator:
         return self._scorer
 
     @ray.method(max_task_retries=-1)
-    def ready(self) -> Site:
+    def ready(self) -> Node:
         """The model is loaded. Asked again after every restart.
 
         Raises:
@@ -222,19 +272,8 @@ class Evaluator:
         """
         with naming_node():
             _ = self.scorer.model
-        return this_site(self._device)
+        return this_node(self._device)
 
-    def dtype(self, _: None) -> str:
-        return self.scorer.dtype()
-
-    def loss(self, windows: Parcel) -> float:
-        return self.scorer.loss(unpack(windows))
-
-    def log_likelihoods(self, requests: list[tuple]) -> list[tuple[float, bool]]:
-        return self.scorer.log_likelihoods(requests)
-
-    def generations(self, requests: list[tuple[str, dict]]) -> list[str]:
-        return self.scorer.generations(requests)
-
-    def peak_memory(self) -> PeakMemory:
-        return peak_memory()
+    def run(self, kind: type[Task], *values: Any) -> Any:
+        """Run the task of a kind that has these values in its fields."""
+        return pack_all(kind(*map(unpack_all, values)).run(self.scorer))

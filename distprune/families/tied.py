@@ -10,9 +10,10 @@ import copy
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedModel
 
 from distprune.checkpoint import Checkpoint
-from distprune.families.base import Family
+from distprune.families.disk_names import DiskNames
 
 #: Bytes of each of the two tensors that are compared at once.
 PIECE = 64 * 2**20
@@ -23,26 +24,28 @@ UNTIED = (
 )
 
 
-def with_embedding(checkpoint: Checkpoint, family: Family) -> Checkpoint:
-    """The checkpoint with its head in the embedding's place where it is tied and stores the head alone."""
-    tensors = dict(checkpoint.tensors)
-    if not checkpoint.config.tie_word_embeddings or family.embedding in tensors or family.head not in tensors:
-        return checkpoint
-    tensors[family.embedding] = tensors.pop(family.head)
-    return replace(checkpoint, tensors=tensors)
-
-
-def untied_where_different(checkpoint: Checkpoint, family: Family) -> Checkpoint:
-    """The checkpoint with a configuration that is not tied where it stores a head that is no copy of the embedding.
-
-    Reads both tensors where there are two, a piece of each at a time and up to the first difference.
-    """
-    stored = family.embedding in checkpoint.tensors and family.head in checkpoint.tensors
-    if not (checkpoint.config.tie_word_embeddings and stored) or are_equal(checkpoint, family.embedding, family.head):
-        return checkpoint
+def untied(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a configuration that ties nothing."""
     config = copy.deepcopy(checkpoint.config)
-    config.tie_word_embeddings = False
+    for each in (config, config.get_text_config(decoder=True)):
+        each.tie_word_embeddings = False
     return replace(checkpoint, config=config)
+
+
+def differ_though_tied(model: PreTrainedModel, checkpoint: Checkpoint, names: DiskNames) -> bool:
+    """Whether tensors that the model ties are stored apart and differ, so that transformers won't tie them.
+
+    Reads both of two such tensors, a piece of each at a time and up to the first difference.
+
+    Args:
+        model: on the meta device, with what its configuration ties.
+    """
+    stored = [
+        (names.on_disk(one), names.on_disk(other))
+        for one, other in model.all_tied_weights_keys.items()
+        if one in names.stored and other in names.stored
+    ]
+    return any(one != other and not are_equal(checkpoint, one, other) for one, other in stored)
 
 
 def are_equal(checkpoint: Checkpoint, name: str, other: str) -> bool:

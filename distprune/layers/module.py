@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from distprune.families import Family, Fused
-from distprune.layers.architecture import Architecture
-from distprune.layers.names import BRANCH
-from distprune.layers.parts import Attention, DecoderLayer
+from distprune.layers.architecture import Architecture, pruned_layer
+from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import AttentionShape, LayerShape
 from distprune.layers.sites import (
     ATTENDED,
@@ -50,6 +49,18 @@ def build_module(architecture: Architecture, index: int, layer: DecoderLayer) ->
     return module.eval()
 
 
+def build_from_state(architecture: Architecture, index: int, state: Mapping[str, Tensor]) -> nn.Module:
+    """A layer of the model as a module of its family's class, filled with its state as a checkpoint holds it."""
+    said = pruned_layer(architecture.config, index)
+    shape = None if said is None else architecture.dense_shape(index)
+    with init_empty_weights():
+        module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
+        if said is not None:
+            reshape_layer(module, family_names(architecture.family), said, index)
+    module.load_state_dict(state, assign=True)
+    return module.eval()
+
+
 def family_names(family: Family) -> dict[str, Any]:
     """The family's names as code in a checkpoint takes them."""
     return asdict(family)
@@ -57,18 +68,19 @@ def family_names(family: Family) -> dict[str, Any]:
 
 def said_shape(architecture: Architecture, index: int, layer: DecoderLayer) -> dict[str, Any]:
     """The layer's shape as code in a checkpoint takes it. Parts that the layer never had are not named."""
+    pairs = None if layer.attention is None else layer.attention.rotary_pairs
+    return say_shape(architecture.dense_shape(index), layer.shape, pairs)
+
+
+def say_shape(dense: LayerShape, shape: LayerShape, rotary_pairs: Tensor | None) -> dict[str, Any]:
+    """The same of a layer of some shape that has kept these rotary pairs, made from a dense one."""
     said: dict[str, Any] = {}
-    dense = architecture.dense_shape(index)
     if dense.attention is not None:
-        said["attention"] = None if layer.attention is None else _said_attention(layer.attention)
+        pairs = None if rotary_pairs is None else rotary_pairs.tolist()
+        said["attention"] = shape.attention and asdict(shape.attention) | {"rotary_pairs": pairs}
     if dense.ffn is not None:
-        said["ffn"] = None if layer.ffn is None else asdict(layer.ffn.shape)
+        said["ffn"] = shape.ffn and asdict(shape.ffn)
     return said
-
-
-def _said_attention(attention: Attention) -> dict[str, Any]:
-    pairs = attention.rotary_pairs
-    return asdict(attention.shape) | {"rotary_pairs": None if pairs is None else pairs.tolist()}
 
 
 # ---------------------------------------------------------------- sites
@@ -110,7 +122,9 @@ class Place:
     def __init__(self, module: nn.Module, of: str, select: Select = lambda activation: activation):
         self._module, self._of, self._select = module, of, select
 
-    def watch(self, site: Site, forward: bool, backward: bool, keep: Callable[[Site, Tensor], None]):
+    def watch(self, site: Site, forward: bool, backward: bool, keep: Callable[[Site, Tensor], None]) -> RemovableHandle:
+        """See every activation, and what reaches it backwards, until the handle is removed."""
+
         def see(activation: Tensor) -> None:
             if backward:
                 activation.register_hook(lambda gradient: keep(site.gradient, self._flat(gradient)))
@@ -131,14 +145,14 @@ def places(module: nn.Module, family: Family, shape: LayerShape) -> dict[Site, P
     if shape.attention is not None:
         found |= _attention_places(getattr(module, family.attention), family, shape.attention)
     if shape.ffn is not None:
-        found |= _ffn_places(module if family.ffn is None else getattr(module, family.ffn), family, shape)
+        found |= _ffn_places(module if family.ffn is None else getattr(module, family.ffn), family, shape.ffn.width)
     return found
 
 
 def _attention_places(attention: nn.Module, family: Family, shape: AttentionShape) -> dict[Site, Place]:
     fused = family.qkv if family.qkv is not None and family.qkv.name in attention._modules else None
     if fused is not None:
-        whole = attention._modules[fused.name]
+        whole = attention.get_submodule(fused.name)
         widths = (
             shape.query_heads * shape.query_key_dim,
             shape.kv_heads * shape.query_key_dim,
@@ -162,13 +176,12 @@ def _attention_places(attention: nn.Module, family: Family, shape: AttentionShap
     }
 
 
-def _ffn_places(ffn: nn.Module, family: Family, shape: LayerShape) -> dict[Site, Place]:
+def _ffn_places(ffn: nn.Module, family: Family, width: int) -> dict[Site, Place]:
     has_module, down = family.ffn is not None, getattr(ffn, family.down)
     fused = family.gate_up
     first = getattr(ffn, fused.name if fused else family.up)
     found = {FFN_INPUT: Place(ffn if has_module else first, "input")}
     if fused:
-        width = shape.ffn.width
         found[GATE], found[UP] = (Place(first, "output", select) for select in selections((width, width), fused, 1))
     else:
         if family.gate is not None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from distprune.budgets import Target
-from distprune.decoder_layer import DecoderLayer, LayerShape
+from distprune.budgets import Target, are_alike, fill_with_ffn
 from distprune.errors import InputError
+from distprune.layers.parts import DecoderLayer
+from distprune.layers.shapes import LayerShape
+from distprune.methods.even import ProfileRead, UnknownProfile, with_fewer_groups
+from distprune.methods.work import Problem, SolveWork, inverses
 from distprune.statistics import LayerStatistics, Moment
 
 #: What the dense pass, or the gradient pass, leaves of one layer for planning and pruning: named tensors, which wait on
@@ -35,6 +39,27 @@ class Plan(list[LayerShape]):
         self.predicted_loss, self.gap = predicted_loss, gap
 
 
+@dataclass(frozen=True)
+class LayerToPrune:
+    """A layer, what it is to become, and what is known of it.
+
+    Attributes:
+        index: its place among the layers.
+        layer: as the checkpoint has it, on the worker's device.
+        planned: the shape that it is to have.
+        statistics: the moments that :meth:`Method.pruning_moments` named.
+        profile: what :meth:`Method.profile` said of the dense layer.
+        observe: runs a variation of the layer on what reaches it, and collects moments inside it.
+    """
+
+    index: int
+    layer: DecoderLayer
+    planned: LayerShape
+    statistics: LayerStatistics
+    profile: Profile
+    observe: Observe
+
+
 class Method(BaseModel):
     """A pruning method; its fields are its hyperparameters, under the names and with the defaults of its paper.
 
@@ -44,6 +69,9 @@ class Method(BaseModel):
     reaches the layer through the pruned layers before it. Where there are none before it, these are the dense model's,
     and what :meth:`carried_moments` names is collected in the dense pass and kept for then.
 
+    A layer may lack attention or feed-forward network: moments are asked for at the sites of the parts that its shape
+    has, and what a layer lacks, or what may not go of it (:class:`~distprune.layers.shapes.Removable`), is left alone.
+
     A layer's tensors come as the checkpoint has them, on the worker's device, and what is computed with them is to be
     computed in float32, one projection at a time: a large layer doesn't fit in memory twice.
     """
@@ -52,7 +80,11 @@ class Method(BaseModel):
     name: ClassVar[str]
     #: The resources that the method can plan for, and the layouts that its plans may be asked for in.
     targets: ClassVar[tuple[str, ...]] = ("parameters",)
-    layouts: ClassVar[tuple[str, ...]] = ("per-layer",)
+    layouts: ClassVar[tuple[str, ...]] = ("free",)
+    #: What it removes, by the names of :class:`Removable`'s fields.
+    removes: ClassVar[tuple[str, ...]] = ("heads", "neurons")
+
+    # ---------------------------------------------------------------- the dense pass
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
         """Moments that the profile needs, collected in the dense pass."""
@@ -61,8 +93,8 @@ class Method(BaseModel):
     def gradient_moments(self, shape: LayerShape) -> Sequence[Moment]:
         """Moments that the profile needs of the loss's gradients, and of activations beside them.
 
-        Their taps are those of :mod:`distprune.backward` too. With none there is no gradient pass; with any, what
-        :meth:`dense_moments` names is collected in it, not in the dense pass.
+        Their sites may be those of gradients. With none there is no gradient pass; with any, what :meth:`dense_moments`
+        names is collected in it, not in the dense pass.
         """
         return ()
 
@@ -70,9 +102,7 @@ class Method(BaseModel):
         """What to remember of a dense layer."""
         return {}
 
-    def profile_bytes(self, hidden_size: int, shape: LayerShape) -> int:
-        """What a layer's profile takes, where that is not little against the layer itself."""
-        return 0
+    # ---------------------------------------------------------------- the budget
 
     def check_target(self, target: Target, align: int) -> None:
         """See, before any weight is read, that the target can be reached. Methods that override it call this too.
@@ -81,21 +111,39 @@ class Method(BaseModel):
             InputError: it can't.
         """
         self._check_offered("--target", target.resource, "targets")
-        self._check_offered("--layout", "stock" if target.stock else "per-layer", "layouts")
+        self._check_offered("--layout", target.layout, "layouts")
+        if target.sparsity and not (can_go := what_can_go(target)).intersection(self.removes):
+            others = self._others(lambda method: can_go.intersection(method.removes))
+            raise InputError(
+                f"method {self.name} removes {', '.join(self.removes)}, and none of these can go from a "
+                f"{family(target)} model in the layout {target.layout}. {others}"
+            )
+        if target.layout == "stock" and not are_alike(target.dense_shapes):
+            raise InputError(
+                f"--layout stock: the layers of this {family(target)} model differ, and pruning leaves them so. Give "
+                "--layout heterogeneous or free."
+            )
 
     def _check_offered(self, option: str, value: str, offers: str) -> None:
-        if value in getattr(self, offers):
-            return
-        able = sorted(method.name for method in named_methods(Method) if value in getattr(method, offers))
-        mend = f"Choose one of the methods {', '.join(able)}, or" if able else "No method offers it:"
-        raise InputError(
-            f"{option} {value}: method {self.name} can't plan for it. {mend} give {option} "
-            f"{' or '.join(getattr(self, offers))}."
-        )
+        if value not in getattr(self, offers):
+            others = self._others(lambda method: value in getattr(method, offers))
+            raise InputError(
+                f"{option} {value}: method {self.name} can't plan for it. {others} Or give {option} "
+                f"{' or '.join(getattr(self, offers))}."
+            )
+
+    def _others(self, serves: Callable[[type[Method]], object]) -> str:
+        """The advice to choose another method, of those that serve."""
+        from distprune.methods.registry import METHODS  # which imports this module
+
+        able = sorted(name for name, method in METHODS.items() if serves(method))
+        return f"Choose one of the methods {', '.join(able)}." if able else "No other method does."
 
     def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         """The shape each layer is to have, the whole meeting ``target`` within one step of ``align``."""
         raise NotImplementedError
+
+    # ---------------------------------------------------------------- the pruning pass
 
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
         """Moments to collect for pruning a layer of shape ``dense`` to ``planned``."""
@@ -109,21 +157,57 @@ class Method(BaseModel):
         """
         return ()
 
-    def prune(
-        self,
-        layer: DecoderLayer,
-        planned: LayerShape,
-        statistics: LayerStatistics,
-        profile: Profile,
-        observe: Observe,
-    ) -> DecoderLayer:
-        """The layer pruned to the ``planned`` shape, on its device: what is new in float32, what stays as it was."""
+    def prune(self, given: LayerToPrune) -> DecoderLayer:
+        """The layer in its planned shape, on its device: what is new in float32, what stays as it was."""
         raise NotImplementedError
 
+    # ---------------------------------------------------------------- predictions, before a run
 
-def named_methods(base: type[Method]) -> Iterator[type[Method]]:
-    """The subclasses that are whole methods."""
-    for method in base.__subclasses__():
-        if "name" in vars(method):
-            yield method
-        yield from named_methods(method)
+    def even_profile(self, shape: LayerShape) -> Profile:
+        """The profile of a layer whose units are worth more or less evenly, of which only the plan's part counts."""
+        return UnknownProfile()
+
+    def even_shapes(self, target: Target, align: int) -> list[LayerShape]:
+        """The method's own plan for a model all of whose layers look alike.
+
+        A method whose plan reads a profile that :meth:`even_profile` does not know is taken to narrow every layer by
+        as much, of its parameters.
+
+        Raises:
+            InputError: the target can't be reached.
+        """
+        self.check_target(target, align)
+        dense = target.dense_shapes
+        if target.sparsity == 0:
+            return dense
+        try:
+            return self.plan(target, list(map(self.even_profile, dense)), align)
+        except ProfileRead:
+            fewer = [with_fewer_groups(target, index, target.decoder_sparsity) for index in range(len(dense))]
+            return fill_with_ffn(target, fewer, align)
+
+    def profile_bytes(self, hidden_size: int, shape: LayerShape) -> int:
+        """What a layer's profile takes, where that is not little against the layer itself."""
+        return 0
+
+    def solve_work(self, problem: Problem) -> SolveWork:
+        """What it takes to profile a layer, or to prune it: operations, and memory beside weights and statistics.
+
+        A method that does not say is taken to factor and invert each of its Gram matrices once in float64.
+        """
+        return inverses(problem)
+
+
+def what_can_go(target: Target) -> set[str]:
+    """What may go from one layer at least, by the names of :class:`Removable`'s fields."""
+    removables = [asdict(target.removable(index)) for index in range(target.model.num_layers)]
+    return {name for removable in removables for name, may_go in removable.items() if may_go}
+
+
+def family(target: Target) -> str:
+    return target.model.config.model_type
+
+
+def of_parts(shape: LayerShape, *, attention: Iterable[Moment] = (), ffn: Iterable[Moment] = ()) -> list[Moment]:
+    """The moments of those parts that a layer of the shape has."""
+    return [*(attention if shape.attention else ()), *(ffn if shape.ffn else ())]

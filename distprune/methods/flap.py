@@ -12,122 +12,163 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from distprune.budgets import Target, decoder_parameters, fill_with_ffn, layer_parameters
-from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
-from distprune.methods.base import Method, Observe, Plan, Profile
-from distprune.methods.units import (
-    column_energy,
-    heads_of_groups,
-    keep_heads,
-    keep_neurons,
-    sum_by_unit,
-    with_heads,
-)
-from distprune.modeling import PrunedConfig
+from distprune.budgets import Target, fill_with_ffn, neurons_amount
+from distprune.errors import InputError
+from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear
+from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
+from distprune.layers.sites import ATTENDED, NEURONS, Site
+from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
+from distprune.methods.even import with_heads
+from distprune.methods.units import column_energy, heads_of_groups, keep_heads, keep_neurons, sum_by_unit
 from distprune.solvers import channels_of, most_important
 from distprune.statistics import LayerStatistics, Mean, Moment, Power
 
 
 class Flap(Method):
+    """Removes the units that fluctuate least, and makes up for their means by biases.
+
+    In the layout ``heterogeneous`` biases can't be added: there it needs a family that has them, or
+    ``compensation=false``.
+    """
+
     name: ClassVar[str] = "flap"
+    layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous")
 
     compensation: bool = Field(True, description="biases make up for the means of what was removed")
 
     # ---------------------------------------------------------------- the dense pass
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
-        return [moment(tap) for tap in ("attention_values", "ffn_neurons") for moment in (Mean, Power)]
+        return of_parts(shape, attention=[Mean(ATTENDED), Power(ATTENDED)], ffn=[Mean(NEURONS), Power(NEURONS)])
 
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
         """The scores of the layer's KV groups, (g,), each the mean of its channels', and of its neurons, (f,)."""
-        # Squared before they are standardized, and neurons are not, as in the published code.
-        channels = standardized(fluctuation(layer.output, statistics, "attention_values").square())
-        return {
-            "groups": sum_by_unit(channels, layer.kv_heads) / (len(channels) // layer.kv_heads),
-            "neurons": standardized(fluctuation(layer.down, statistics, "ffn_neurons")),
-        }
+        profile = {}
+        if attention := layer.attention:
+            # Squared before they are standardized, and neurons are not, as in the published code.
+            channels = standardized(fluctuation(attention.output, statistics, ATTENDED).square())
+            groups = attention.kv_heads
+            profile["groups"] = sum_by_unit(channels, groups) / (len(channels) // groups)
+        if layer.ffn:
+            profile["neurons"] = standardized(fluctuation(layer.ffn.down, statistics, NEURONS))
+        return profile
+
+    def even_profile(self, shape: LayerShape) -> Profile:
+        """Scores standardized over channels: a group's, a mean of many, are nearer to zero than a neuron's."""
+        groups = {"groups": torch.linspace(-0.5, 0.5, shape.attention.kv_heads)} if shape.attention else {}
+        return groups | ({"neurons": torch.linspace(-1.7, 1.7, shape.ffn.width)} if shape.ffn else {})
 
     # ---------------------------------------------------------------- the budget
 
     def check_target(self, target: Target, align: int) -> None:
         super().check_target(target, align)
-        fill_with_ffn(target, [self._with_groups(shape, 1) for shape in target.dense_shapes], align)
+        narrowest = [self._with_units(target, index, Units(1, align)) for index in range(target.model.num_layers)]
+        if target.layout == "heterogeneous" and any(map(has_more_biases, narrowest, target.dense_shapes)):
+            raise InputError(
+                "--layout heterogeneous: method flap adds biases, which that layout can't have. Give --option "
+                "compensation=false or --layout free."
+            )
+        fill_with_ffn(target, narrowest, align)
 
     def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         dense = target.dense_shapes
         if target.sparsity == 0:
             return Plan(dense)
-        scores = [(spared(profile["groups"], 1), spared(profile["neurons"], align)) for profile in profiles]
-        for threshold in self._thresholds(target, dense, scores):
-            kept = [[int((module >= threshold).sum()) for module in layer] for layer in scores]
-            shapes = [self._with_groups(shape, groups) for shape, (groups, _) in zip(dense, kept, strict=True)]
-            narrowest = [replace(shape, ffn_width=align) for shape in shapes]
-            if decoder_parameters(target.config, narrowest) <= target.remaining:
+        scores = [self._scores(target, index, profile, align) for index, profile in enumerate(profiles)]
+        for threshold in self._thresholds(target, scores):
+            kept = [Units(*(int((module >= threshold).sum()) for module in layer)) for layer in scores]
+            shapes = [self._with_units(target, index, units) for index, units in enumerate(kept)]
+            narrowest = [self._with_units(target, i, Units(units.groups, align)) for i, units in enumerate(kept)]
+            if target.amount(narrowest) <= target.remaining:
                 break  # else the group at the threshold goes too: neurons can't make up for it
-        return Plan(fill_with_ffn(target, shapes, align, [float(neurons) for _, neurons in kept]))
+        return Plan(fill_with_ffn(target, shapes, align, [float(max(align, units.neurons)) for units in kept]))
 
-    def _thresholds(
-        self, target: Target, dense: Sequence[LayerShape], scores: Sequence[tuple[Tensor, Tensor]]
-    ) -> Tensor:
+    def _scores(self, target: Target, index: int, profile: Profile, align: int) -> tuple[Tensor, Tensor]:
+        """The scores of a layer's groups and neurons, in so far as they may go; some are spared."""
+        removable, none = target.removable(index), torch.empty(0)
+        groups = spared(profile["groups"], 1) if removable.heads else none
+        return groups, spared(profile["neurons"], align) if removable.neurons else none
+
+    def _thresholds(self, target: Target, scores: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The scores of the units that may stay, ascending: as many of the lowest are gone as the target asks for."""
-        costs = [cost for _ in dense for cost in unit_parameters(target.config, dense[0])]
+        costs = [cost for index in range(len(scores)) for cost in unit_amounts(target, index)]
         modules = [module for layer in scores for module in layer]
         repeats = torch.tensor([len(module) for module in modules])
         ascending, order = torch.cat(modules).sort(stable=True)
         gone = torch.tensor(costs).repeat_interleave(repeats)[order].cumsum(0)
-        excess = decoder_parameters(target.config, [self._with_biases(shape) for shape in dense]) - target.remaining
+        whole = [self._with_biases(target, index) for index in range(len(scores))]
+        excess = target.amount(whole) - target.remaining
         return ascending[int((gone <= excess).sum()) :]
 
-    def _with_groups(self, shape: LayerShape, groups: int) -> LayerShape:
-        """The shape with that many KV groups, and with the biases that make up for lost groups and neurons."""
-        smaller = self._with_biases(with_heads(shape, groups, heads_per_group(shape)))
-        return smaller if groups < shape.kv_heads else replace(smaller, output_bias=shape.output_bias)
+    def _with_units(self, target: Target, index: int, kept: Units) -> LayerShape:
+        """Dense layer ``index`` with so many groups and neurons, and the biases that make up for those that it lost."""
+        shape, dense, removable = self._with_biases(target, index), target.dense_shapes[index], target.removable(index)
+        if removable.neurons:
+            shape = shape.with_ffn(width=kept.neurons)
+        if not removable.heads:
+            return shape
+        if kept.groups == dense.attention.kv_heads:
+            return shape.with_attention(output_bias=dense.attention.output_bias)
+        return with_heads(shape, kept.groups, dense.attention.heads_per_group)
 
-    def _with_biases(self, shape: LayerShape) -> LayerShape:
-        return replace(shape, output_bias=True, down_bias=True) if self.compensation else shape
+    def _with_biases(self, target: Target, index: int) -> LayerShape:
+        shape, removable = target.dense_shapes[index], target.removable(index)
+        if self.compensation and removable.heads:
+            shape = shape.with_attention(output_bias=True)
+        return shape.with_ffn(down_bias=True) if self.compensation and removable.neurons else shape
 
     # ---------------------------------------------------------------- the pruning pass
 
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
-        return [Mean("attention_values"), Mean("ffn_neurons")] if self.compensation else []
+        return of_parts(dense, attention=[Mean(ATTENDED)], ffn=[Mean(NEURONS)]) if self.compensation else []
 
     def carried_moments(self, shape: LayerShape) -> Sequence[Moment]:
         return self.pruning_moments(shape, shape)
 
-    def prune(
-        self,
-        layer: DecoderLayer,
-        planned: LayerShape,
-        statistics: LayerStatistics,
-        profile: Profile,
-        observe: Observe,
-    ) -> DecoderLayer:
-        if planned == layer.shape:
-            return layer
-        groups = most_important(profile["groups"], planned.kv_heads)
-        heads = heads_of_groups(groups, heads_per_group(planned))
-        neurons = most_important(profile["neurons"], planned.ffn_width)
-        pruned = keep_neurons(keep_heads(layer, heads), neurons)
+    def prune(self, given: LayerToPrune) -> DecoderLayer:
+        layer, planned = given.layer, given.planned
+        attention, ffn = layer.attention, layer.ffn
+        if attention and planned.attention != attention.shape:
+            attention = self._prune_groups(attention, planned.attention, given)
+        if ffn and planned.ffn != ffn.shape:
+            ffn = self._prune_neurons(ffn, planned.ffn, given)
+        return replace(layer, attention=attention, ffn=ffn)
+
+    def _prune_groups(self, attention: Attention, planned: AttentionShape, given: LayerToPrune) -> Attention:
+        groups = most_important(given.profile["groups"], planned.kv_heads)
+        heads = heads_of_groups(groups, planned.heads_per_group)
+        pruned = keep_heads(attention, heads)
         if not self.compensation:
             return pruned
-        output, down = pruned.output, pruned.down
-        if planned.kv_heads < layer.kv_heads:
-            mean = statistics.mean("attention_values")
-            bias = compensated_bias(layer.output, channels_of(heads, planned.value_dim), mean)
-            output = replace(output, bias=bias)
-        bias = compensated_bias(layer.down, neurons, statistics.mean("ffn_neurons"))
-        return replace(pruned, output=output, down=replace(down, bias=bias))
+        mean = given.statistics.mean(ATTENDED)
+        bias = compensated_bias(attention.output, channels_of(heads, planned.value_dim), mean)
+        return replace(pruned, output=replace(pruned.output, bias=bias))
+
+    def _prune_neurons(self, ffn: FeedForward, planned: FeedForwardShape, given: LayerToPrune) -> FeedForward:
+        neurons = most_important(given.profile["neurons"], planned.width)
+        pruned = keep_neurons(ffn, neurons)
+        if not self.compensation:
+            return pruned
+        bias = compensated_bias(ffn.down, neurons, given.statistics.mean(NEURONS))
+        return replace(pruned, down=replace(pruned.down, bias=bias))
 
 
-def fluctuation(projection: Linear, statistics: LayerStatistics, tap: str) -> Tensor:
+class Units(NamedTuple):
+    """How many of its units a layer keeps."""
+
+    groups: int
+    neurons: int
+
+
+def fluctuation(projection: Linear, statistics: LayerStatistics, site: Site) -> Tensor:
     """The metric WIFV: every input channel's variance, times the squared norm of its column of W, (in,)."""
-    variance = (statistics.power(tap) - statistics.mean(tap).square()).clamp(min=0)
+    variance = (statistics.power(site) - statistics.mean(site).square()).clamp(min=0)
     return variance * column_energy(projection)
 
 
@@ -147,13 +188,18 @@ def compensated_bias(projection: Linear, kept: Tensor, mean: Tensor) -> Tensor:
     return lost if projection.bias is None else projection.bias + lost
 
 
-def heads_per_group(shape: LayerShape) -> int:
-    return shape.query_heads // shape.kv_heads
+def has_more_biases(shape: LayerShape, dense: LayerShape) -> bool:
+    """Whether a pruned layer has a bias that the dense one has not."""
+    added = shape.attention and shape.attention.output_bias > dense.attention.output_bias
+    return bool(added or (shape.ffn and shape.ffn.down_bias > dense.ffn.down_bias))
 
 
-def unit_parameters(config: PrunedConfig, shape: LayerShape) -> tuple[int, int]:
-    """The parameters that one more KV group and one more neuron would add to a layer."""
-    groups = with_heads(shape, shape.kv_heads + 1, heads_per_group(shape))
-    neurons = replace(shape, ffn_width=shape.ffn_width + 1)
-    before = layer_parameters(config, 0, shape)
-    return layer_parameters(config, 0, groups) - before, layer_parameters(config, 0, neurons) - before
+def unit_amounts(target: Target, index: int) -> tuple[int, int]:
+    """What one more KV group and one more neuron would take in layer ``index``; 0 of what it lacks."""
+    shape, group, neuron = target.dense_shapes[index], 0, 0
+    if attention := shape.attention:
+        wider = with_heads(shape, attention.kv_heads + 1, attention.heads_per_group)
+        group = target.attention_amount(index, wider.attention) - target.attention_amount(index, attention)
+    if shape.ffn:
+        neuron = neurons_amount(target, index, shape, 1)
+    return group, neuron

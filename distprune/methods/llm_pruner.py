@@ -11,35 +11,45 @@ Left out: the variants of the importance (a vector's, the diagonal Fisher's), an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from distprune.budgets import Target, fill_with_ffn
-from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
 from distprune.errors import InputError
-from distprune.methods.base import Method, Observe, Plan, Profile
-from distprune.methods.uniform import keep_best, with_fewer_groups
+from distprune.layers.parts import DecoderLayer, Linear
+from distprune.layers.shapes import LayerShape
+from distprune.layers.sites import (
+    ATTENDED,
+    ATTENTION_INPUT,
+    ATTENTION_OUTPUT,
+    FFN_INPUT,
+    FFN_OUTPUT,
+    GATE,
+    KEYS,
+    NEURONS,
+    QUERIES,
+    UP,
+    VALUES,
+    Site,
+)
+from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
+from distprune.methods.even import with_fewer_groups
+from distprune.methods.uniform import keep_best_groups, keep_best_neurons
 from distprune.methods.units import sum_by_unit
 from distprune.statistics import Cross, LayerStatistics, Moment
 
-# Of each projection the taps of its input and of the gradient at its output.
-TAPS = {
-    "query": ("attention_input", "query_gradient"),
-    "key": ("attention_input", "key_gradient"),
-    "value": ("attention_input", "value_gradient"),
-    "output": ("attention_values", "attention_output_gradient"),
-    "gate": ("ffn_input", "gate_gradient"),
-    "up": ("ffn_input", "up_gradient"),
-    "down": ("ffn_neurons", "ffn_output_gradient"),
-}
 # Beside any other layer's, the width that a spared layer asks for.
 ALL = 1e9
 
 
 class LLMPruner(Method):
+    """Removes the units without which the loss would change least, to first order."""
+
     name: ClassVar[str] = "llm-pruner"
+    layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous")
 
     first_layers: float = Field(1 / 8, ge=0, le=1, description="share of the layers, from the first, that stay whole")
     last_layers: float = Field(1 / 16, ge=0, le=1, description="share of the layers, to the last, that stay whole")
@@ -47,23 +57,36 @@ class LLMPruner(Method):
     # ---------------------------------------------------------------- the gradient pass
 
     def gradient_moments(self, shape: LayerShape) -> Sequence[Moment]:
-        return [Cross(gradient, given) for given, gradient in TAPS.values()]
+        attention = [(QUERIES, ATTENTION_INPUT), (KEYS, ATTENTION_INPUT), (VALUES, ATTENTION_INPUT)]
+        ffn = [(GATE, FFN_INPUT)] if shape.ffn and shape.ffn.is_gated else []
+        return of_parts(
+            shape,
+            attention=[weight_gradient(*sites) for sites in (*attention, (ATTENTION_OUTPUT, ATTENDED))],
+            ffn=[weight_gradient(*sites) for sites in (*ffn, (UP, FFN_INPUT), (FFN_OUTPUT, NEURONS))],
+        )
 
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
         """The importance of the layer's KV groups, (g,), and of its neurons, (f,)."""
 
-        def importance(role: str, along: int) -> Tensor:
+        def importance(projection: Linear, output: Site, given: Site, along: int) -> Tensor:
             """Sums of |w·∂L/∂w| over a projection's inputs (1), or its outputs (0)."""
-            projection: Linear = getattr(layer, role)
-            given, gradient = TAPS[role]
-            changes = projection.weight.float() * statistics.cross(gradient, given)
-            return changes.abs_().sum(dim=along).mul_(statistics.tokens)
+            changes = projection.weight.float() * statistics.cross(output.gradient, given)
+            return changes.abs_().sum(dim=along).mul_(statistics.tokens(given))
 
-        channels = *(importance(role, 1) for role in ("query", "key", "value")), importance("output", 0)
-        return {
-            "groups": sum(sum_by_unit(each, layer.kv_heads) for each in channels),
-            "neurons": importance("gate", 1) + importance("up", 1) + importance("down", 0),
-        }
+        profile = {}
+        if attention := layer.attention:
+            channels = (
+                importance(attention.query, QUERIES, ATTENTION_INPUT, 1),
+                importance(attention.key, KEYS, ATTENTION_INPUT, 1),
+                importance(attention.value, VALUES, ATTENTION_INPUT, 1),
+                importance(attention.output, ATTENTION_OUTPUT, ATTENDED, 0),
+            )
+            profile["groups"] = sum(sum_by_unit(each, attention.kv_heads) for each in channels)
+        if ffn := layer.ffn:
+            outputs = (UP,) if ffn.gate is None else (GATE, UP)
+            rows = [importance(each, site, FFN_INPUT, 1) for each, site in zip(ffn.inputs, outputs, strict=True)]
+            profile["neurons"] = sum(rows) + importance(ffn.down, FFN_OUTPUT, NEURONS, 0)
+        return profile
 
     # ---------------------------------------------------------------- the budget
 
@@ -78,7 +101,10 @@ class LLMPruner(Method):
         first, last = (round(share * len(dense)) for share in (self.first_layers, self.last_layers))
         pruned = range(first, len(dense) - last)
         sparsity = target.decoder_sparsity * len(dense) / max(1, len(pruned))
-        shapes = [with_fewer_groups(shape, sparsity) if index in pruned else shape for index, shape in enumerate(dense)]
+        shapes = [
+            with_fewer_groups(target, index, sparsity) if index in pruned else dense[index]
+            for index in range(len(dense))
+        ]
         wanted = [1.0 if index in pruned else ALL for index in range(len(dense))]
         planned = fill_with_ffn(target, shapes, align, wanted)
         if any(planned[index] != dense[index] for index in range(len(dense)) if index not in pruned):
@@ -93,12 +119,16 @@ class LLMPruner(Method):
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
         return ()
 
-    def prune(
-        self,
-        layer: DecoderLayer,
-        planned: LayerShape,
-        statistics: LayerStatistics,
-        profile: Profile,
-        observe: Observe,
-    ) -> DecoderLayer:
-        return keep_best(layer, planned, profile["groups"], profile["neurons"])
+    def prune(self, given: LayerToPrune) -> DecoderLayer:
+        layer, planned = given.layer, given.planned
+        attention, ffn = layer.attention, layer.ffn
+        if attention and planned.attention != attention.shape:
+            attention = keep_best_groups(attention, planned.attention, given.profile["groups"])
+        if ffn and planned.ffn != ffn.shape:
+            ffn = keep_best_neurons(ffn, planned.ffn, given.profile["neurons"])
+        return replace(layer, attention=attention, ffn=ffn)
+
+
+def weight_gradient(output: Site, given: Site) -> Cross:
+    """The loss's gradient of a weight, from the gradient at the projection's output and from its input."""
+    return Cross(output.gradient, given)

@@ -12,24 +12,27 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from distprune.decoder_layer import DecoderLayer, LayerShape
+from distprune.layers.parts import Attention, FeedForward
+from distprune.layers.shapes import LayerShape
 from distprune.methods.uniform import ScoredUnits
 from distprune.methods.units import column_energy, row_energy, sum_by_unit
 from distprune.statistics import LayerStatistics, Moment
 
 
 class Magnitude(ScoredUnits):
+    """Removes the units of the smallest weights."""
+
     name: ClassVar[str] = "magnitude"
 
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
         return ()
 
-    def score_groups(self, layer: DecoderLayer, statistics: LayerStatistics) -> Tensor:
+    def score_groups(self, attention: Attention, statistics: LayerStatistics) -> Tensor:
         """The norm of a KV group's query, key and value rows and output columns."""
-        rows = map(row_energy, (layer.query, layer.key, layer.value))
-        columns = column_energy(layer.output)
-        return sum(sum_by_unit(channels, layer.kv_heads) for channels in (*rows, columns)).sqrt()
+        rows = map(row_energy, (attention.query, attention.key, attention.value))
+        columns = column_energy(attention.output)
+        return sum(sum_by_unit(channels, attention.kv_heads) for channels in (*rows, columns)).sqrt()
 
-    def score_neurons(self, layer: DecoderLayer, statistics: LayerStatistics) -> Tensor:
-        """The norm of a neuron's gate and up rows and down column."""
-        return (row_energy(layer.gate) + row_energy(layer.up) + column_energy(layer.down)).sqrt()
+    def score_neurons(self, ffn: FeedForward, statistics: LayerStatistics) -> Tensor:
+        """The norm of a neuron's rows in gate and up, and of its column in down."""
+        return (sum(map(row_energy, ffn.inputs)) + column_energy(ffn.down)).sqrt()

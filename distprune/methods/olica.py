@@ -20,10 +20,13 @@ from pydantic import Field
 from torch import Tensor
 
 from distprune.budgets import Target, aligned, fill_with_ffn
-from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank
 from distprune.errors import InputError
-from distprune.methods.base import Method, Observe, Plan, Profile
+from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear, LowRank
+from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape, Removable
+from distprune.layers.sites import ATTENDED, ATTENTION_INPUT, ATTENTION_OUTPUT, FFN_INPUT, FFN_OUTPUT, NEURONS
+from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
 from distprune.methods.units import column_energy, keep_neurons, keep_values, output_slices, rotate_values
+from distprune.methods.work import Problem, SolveWork, weights_gone_over
 from distprune.solvers import (
     factor_input_scaled,
     factor_output_scaled,
@@ -34,24 +37,30 @@ from distprune.solvers import (
     ridge,
     uncorrelated_rotation,
 )
+from distprune.solvers.subspace import ITERATIONS, SPARE, is_few
 from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Moment, Power
 
 # The published damping is stated for 128 samples of 128 tokens and shrinks as there are more.
 PUBLISHED_TOKENS = 128 * 128
 # What a linear fit of the FFN's output y to its input x takes.
 LINEAR_FIT = (
-    Gram("ffn_input"),
-    Cross("ffn_input", "ffn_output"),
-    Mean("ffn_input"),
-    Mean("ffn_output"),
-    Power("ffn_output"),
+    Gram(FFN_INPUT),
+    Cross(FFN_INPUT, FFN_OUTPUT),
+    Mean(FFN_INPUT),
+    Mean(FFN_OUTPUT),
+    Power(FFN_OUTPUT),
 )
 
 
 class Olica(Method):
-    """Hyperparameters, with the published code's flag in brackets where its name differs."""
+    """Factors queries and keys, drops rotated value neurons, and repairs some narrowed FFNs by a linear map.
+
+    Attention whose values or projections can't become smaller stays whole, and the FFN alone is pruned. The fields are
+    the published hyperparameters, with the published code's flag in brackets where its name differs.
+    """
 
     name: ClassVar[str] = "olica"
+    removes: ClassVar[tuple[str, ...]] = ("values", "factors", "neurons")
 
     k: float = Field(3.0, ge=0, description="ratio of what is taken from queries/keys to values/outputs")
     calibrated_layers: int = Field(6, ge=0, description="FFNs that get a linear calibration [mlp_num]")
@@ -66,28 +75,27 @@ class Olica(Method):
     # ---------------------------------------------------------------- the dense pass
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
-        moments: list[Moment] = []
-        if self.decomposition == "weights":
-            moments.append(Power("attention_output"))
-        if self.calibrated_layers:
-            moments += LINEAR_FIT
-        return moments
+        attention = [Power(ATTENTION_OUTPUT)] if self.decomposition == "weights" else []
+        return of_parts(shape, attention=attention, ffn=LINEAR_FIT if self.calibrated_layers else [])
 
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
         profile = {}
-        if self.decomposition == "weights":
-            profile["attention_output_rms"] = statistics.rms("attention_output")
-        if self.calibrated_layers:
+        if layer.attention and self.decomposition == "weights":
+            profile["attention_output_rms"] = statistics.rms(ATTENTION_OUTPUT)
+        if layer.ffn and self.calibrated_layers:
             # How well a linear map of the FFN's input explains its output.
             profile["ffn_linearity"] = self._linear_fit(statistics)[1].mean()
         return profile
 
+    def even_profile(self, shape: LayerShape) -> Profile:
+        return {"ffn_linearity": torch.tensor(0.5), "attention_output_rms": torch.ones(1)}
+
     def _linear_fit(self, statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
         """Ridge regression of the FFN's output on its input, (d, d), and the correlation of what it predicts with the
         output, for every channel, (d,)."""
-        x, y = "ffn_input", "ffn_output"
+        x, y = FFN_INPUT, FFN_OUTPUT
         gram, cross = statistics.gram(x), statistics.cross(x, y)
-        solution = ridge(gram, cross, self.percdamp * PUBLISHED_TOKENS / statistics.tokens)
+        solution = ridge(gram, cross, self.percdamp * PUBLISHED_TOKENS / statistics.tokens(x))
         return solution, prediction_correlation(
             solution, gram, cross, statistics.mean(x), statistics.mean(y), statistics.power(y)
         )
@@ -97,119 +105,171 @@ class Olica(Method):
     def check_target(self, target: Target, align: int) -> None:
         super().check_target(target, align)
         # Which layers are calibrated makes no difference to how many parameters they hold.
-        possible = target.config.num_hidden_layers - 1
-        self._shapes(target, set(range(min(self.calibrated_layers, possible))), align)
+        self._shapes(target, set(self._calibratable(target)[: self.calibrated_layers]), align)
 
     def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
-        return Plan(self._shapes(target, self._most_linear(profiles), align))
+        return Plan(self._shapes(target, self._most_linear(target, profiles), align))
 
     def _shapes(self, target: Target, calibrated: set[int], align: int) -> list[LayerShape]:
-        config = target.config
-        dense = target.dense_shapes
+        shapes, hidden = target.dense_shapes, target.model.hidden_size
         if target.sparsity == 0:
-            return dense
+            return shapes
         value_output, query_key = self.attention_sparsities(target.decoder_sparsity)
-        if max(value_output, query_key) >= 1:
+        prunable = [index for index in range(len(shapes)) if can_shrink_attention(target.removable(index))]
+        if prunable and max(value_output, query_key) >= 1:
             raise InputError(
                 f"sparsity {target.sparsity:g} can't be reached by olica: with k = {self.k:g} it would take "
                 f"{query_key:.0%} of the queries and keys and {value_output:.0%} of the values. Ask for a lower "
                 "--sparsity, or set k nearer to 1."
             )
-        rank = aligned(self.calibration_rank_ratio * config.hidden_size, align, most=config.hidden_size)
-
-        def prune_attention(shape: LayerShape, index: int) -> LayerShape:
-            return replace(
-                shape,
-                value_dim=aligned((1 - value_output) * shape.value_dim, align, most=shape.value_dim),
-                query_rank=kept_rank(shape.query_heads * shape.query_key_dim, config.hidden_size, query_key, align),
-                key_rank=kept_rank(shape.kv_heads * shape.query_key_dim, config.hidden_size, query_key, align),
-                calibration_rank=rank if index in calibrated else None,
+        for index in prunable:
+            dense = shapes[index].attention
+            shapes[index] = shapes[index].with_attention(
+                value_dim=aligned((1 - value_output) * dense.value_dim, align, most=dense.value_dim),
+                query_rank=kept_rank(dense.query_heads * dense.query_key_dim, hidden, query_key, align),
+                key_rank=kept_rank(dense.kv_heads * dense.query_key_dim, hidden, query_key, align),
             )
-
-        return fill_with_ffn(target, [prune_attention(shape, index) for index, shape in enumerate(dense)], align)
+        for index in calibrated:
+            rank = aligned(self.calibration_rank_ratio * hidden, align, most=hidden)
+            shapes[index] = shapes[index].with_ffn(branch_rank=rank)
+        return fill_with_ffn(target, shapes, align)
 
     def attention_sparsities(self, sparsity: float) -> tuple[float, float]:
         """The fractions to take from values/outputs and from queries/keys at an overall ``sparsity``."""
         value_output = 2 * sparsity / (1 + self.k)
         return value_output, 2 * sparsity if sparsity <= 0.4 else self.k * value_output
 
-    def _most_linear(self, profiles: Sequence[Profile]) -> set[int]:
-        """The FFNs whose output a linear map explains best; never the last layer's."""
-        if not self.calibrated_layers or len(profiles) == 1:
+    def _calibratable(self, target: Target) -> list[int]:
+        """The layers whose FFN may have a linear calibration; never the last one's."""
+        removables = map(target.removable, range(target.model.num_layers - 1))
+        return [index for index, removable in enumerate(removables) if removable.neurons and removable.branch]
+
+    def _most_linear(self, target: Target, profiles: Sequence[Profile]) -> set[int]:
+        """The FFNs whose output a linear map explains best."""
+        layers = self._calibratable(target)
+        if not self.calibrated_layers or not layers:
             return set()
-        linearity = torch.stack([profile["ffn_linearity"] for profile in profiles[:-1]])
-        return set(most_important(linearity, self.calibrated_layers).tolist())
+        linearity = torch.stack([profiles[index]["ffn_linearity"] for index in layers])
+        return {layers[place] for place in most_important(linearity, self.calibrated_layers).tolist()}
 
     # ---------------------------------------------------------------- the pruning pass
 
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
-        return [
-            Power("attention_input"),
-            HeadGram("attention_values", dense.query_heads),
-            Power("ffn_input"),
-            Power("ffn_neurons"),
-        ]
+        attention = [Power(ATTENTION_INPUT)]
+        if dense.attention:
+            attention.append(HeadGram(ATTENDED, dense.attention.query_heads))
+        return of_parts(dense, attention=attention, ffn=[Power(FFN_INPUT), Power(NEURONS)])
 
     def carried_moments(self, shape: LayerShape) -> Sequence[Moment]:
         return self.pruning_moments(shape, shape)
 
-    def prune(
-        self,
-        layer: DecoderLayer,
-        planned: LayerShape,
-        statistics: LayerStatistics,
-        profile: Profile,
-        observe: Observe,
-    ) -> DecoderLayer:
-        if planned == layer.shape:
-            return layer
-        importance = ffn_importance(layer, statistics.rms("ffn_input"), statistics.rms("ffn_neurons"))
-        kept = most_and_least_important(importance, planned.ffn_width, int(self.keep_least * len(importance)))
-        calibration = None
-        if planned.calibration_rank:
-            calibration = self._calibrate(layer, kept, planned.calibration_rank, observe)
-        attention = self._prune_attention(layer, planned, statistics, profile)
-        return replace(keep_neurons(attention, kept), calibration=calibration)
+    def prune(self, given: LayerToPrune) -> DecoderLayer:
+        layer, planned = given.layer, given.planned
+        attention, ffn = layer.attention, layer.ffn
+        if ffn and planned.ffn != ffn.shape:
+            ffn = self._prune_ffn(ffn, planned.ffn, given)
+        if attention and planned.attention != attention.shape:
+            attention = self._prune_attention(attention, planned.attention, given.statistics, given.profile)
+        return replace(layer, attention=attention, ffn=ffn)
+
+    def _prune_ffn(self, ffn: FeedForward, planned: FeedForwardShape, given: LayerToPrune) -> FeedForward:
+        importance = ffn_importance(ffn, given.statistics.rms(FFN_INPUT), given.statistics.rms(NEURONS))
+        kept = most_and_least_important(importance, planned.width, int(self.keep_least * len(importance)))
+        branch = self._calibrate(given, kept, planned.branch_rank) if planned.branch_rank else None
+        return replace(keep_neurons(ffn, kept), branch=branch)
 
     def _prune_attention(
-        self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics, profile: Profile
-    ) -> DecoderLayer:
-        value_gram = statistics.head_gram("attention_values", layer.query_heads)
+        self, attention: Attention, planned: AttentionShape, statistics: LayerStatistics, profile: Profile
+    ) -> Attention:
+        value_gram = statistics.head_gram(ATTENDED, attention.query_heads)
         if self.decomposition != "none":
-            rotation = self._value_rotation(layer, value_gram, profile)
-            layer, value_gram = rotate_values(layer, rotation), rotated_gram(value_gram, rotation)
-        layer = prune_values(layer, planned.value_dim, statistics.rms("attention_input"), value_gram)
-        return factor_queries_and_keys(layer, planned, statistics.rms("attention_input"))
+            rotation = self._value_rotation(attention, value_gram, profile)
+            attention, value_gram = rotate_values(attention, rotation), rotated_gram(value_gram, rotation)
+        input_rms = statistics.rms(ATTENTION_INPUT)
+        attention = prune_values(attention, planned.value_dim, input_rms, value_gram)
+        return factor_queries_and_keys(attention, planned, input_rms)
 
-    def _value_rotation(self, layer: DecoderLayer, value_gram: Tensor, profile: Profile) -> Tensor:
+    def _value_rotation(self, attention: Attention, value_gram: Tensor, profile: Profile) -> Tensor:
         """Orthogonal neuron decomposition of every KV group's values, (g, v, v).
 
         The published one makes the columns of W_o orthogonal. Three query heads that share their values can hardly
         be made so by one rotation, while the values themselves always can, and that costs no more.
         """
         if self.decomposition == "weights":
-            return orthogonal_output_rotation(output_slices(layer), profile["attention_output_rms"])
-        return uncorrelated_rotation(value_gram.unflatten(0, (layer.kv_heads, -1)).mean(dim=1))
+            return orthogonal_output_rotation(output_slices(attention), profile["attention_output_rms"])
+        return uncorrelated_rotation(value_gram.unflatten(0, (attention.kv_heads, -1)).mean(dim=1))
 
-    def _calibrate(self, layer: DecoderLayer, kept: Tensor, rank: int, observe: Observe) -> LowRank:
+    def _calibrate(self, given: LayerToPrune, kept: Tensor, rank: int) -> LowRank:
         """Linear calibration: what the dropped neurons gave, r = a_dropped W_droppedᵀ, as a low-rank map of x.
 
         The ridge solution of r on x (Eq. 7), its output channels weighted by how well each is predicted, is truncated
         by SVD. A layer that has but the dropped neurons is run to see r: that is quicker, and takes less memory, than
         to collect the moments of all neurons before it is known which go.
         """
-        weight, bias = layer.down.weight, layer.down.bias
+        ffn = given.layer.ffn
+        weight, bias = ffn.down.weight, ffn.down.bias
         gone = torch.ones(weight.shape[1], dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
         dropped = gone.nonzero().flatten()
         if not len(dropped):
             factor = torch.zeros(rank, len(weight), device=weight.device)
             return LowRank(right=factor, left=factor.mT.contiguous())
         unbiased = Linear(weight, None if bias is None else torch.zeros_like(bias))
-        lost = keep_neurons(replace(layer, down=unbiased), dropped)
-        solution, correlation = self._linear_fit(observe(lost, LINEAR_FIT))
+        lost = replace(given.layer, ffn=keep_neurons(replace(ffn, down=unbiased), dropped))
+        solution, correlation = self._linear_fit(given.observe(lost, LINEAR_FIT))
         weights = torch.sigmoid((correlation - correlation.mean()) / self.channel_temperature)
         left, right = factor_output_scaled(solution.mT, weights, rank)
         return LowRank(right=right, left=left)
+
+    # ---------------------------------------------------------------- what it takes
+
+    def solve_work(self, problem: Problem) -> SolveWork:
+        """Ridge regressions of the FFN's output, low-rank queries and keys."""
+        hidden, dense, planned = problem.hidden_size, problem.dense, problem.planned
+        if planned is None:
+            return ridge_work(hidden) if problem.has_gram(FFN_INPUT) else SolveWork()
+        work = weights_gone_over(problem)
+        if planned.attention != dense.attention:
+            attention = dense.attention
+            for heads, rank in (
+                (attention.query_heads, planned.attention.query_rank),
+                (attention.kv_heads, planned.attention.key_rank),
+            ):
+                work += low_rank_work(heads * attention.query_key_dim, hidden, rank)
+        if planned.ffn and planned.ffn.branch_rank and (dropped := dense.ffn.width - planned.ffn.width):
+            run = SolveWork(observations=((dense.with_ffn(width=dropped), LINEAR_FIT),))
+            truncated = low_rank_work(hidden, hidden, planned.ffn.branch_rank)
+            # Two moments of hidden states, and what comes of them.
+            work += ridge_work(hidden).beside(4.0 * hidden**2) + truncated.beside(12.0 * hidden**2) + run
+        return work
+
+
+def can_shrink_attention(removable: Removable) -> bool:
+    """Whether the method can prune attention: values are dropped, and queries and keys factored, in one proportion."""
+    return removable.values and removable.factors
+
+
+def ridge_work(width: int) -> SolveWork:
+    """Ridge regression of an output on an input as wide, and how well it predicts."""
+    return SolveWork(float32=(1 / 3 + 2 + 2) * width**3, workspace=24.0 * width**2)
+
+
+def low_rank_work(rows: int, columns: int, rank: int) -> SolveWork:
+    """By the eigenvectors of W Wᵀ, or by iterating for a few.
+
+    It holds W and W scaled in float32; and W scaled, W Wᵀ, its eigenvectors and LAPACK's own in float64, or the bases.
+    """
+    held = 8.0 * rows * columns
+    if not is_few(rank, rows, columns):
+        workspace = held + max(8.0 * rows * columns + 8.0 * rows**2, 32.0 * rows**2)
+        return SolveWork(float64=2.0 * rows**2 * columns, eigen=9.0 * rows**3, workspace=workspace)
+    width = rank + SPARE * min(rows, columns)
+    orthonormal = 4.0 * (rows + columns) / 2 * width**2
+    steps = 2 * ITERATIONS + 2
+    return SolveWork(
+        float32=steps * (2.0 * rows * columns * width + orthonormal),
+        eigen=9.0 * width**3,
+        workspace=held + 16.0 * (rows + columns) * width,
+    )
 
 
 def kept_rank(out_features: int, in_features: int, sparsity: float, align: int) -> int:
@@ -224,20 +284,20 @@ def rotated_gram(value_gram: Tensor, rotation: Tensor) -> Tensor:
     return per_head.mT @ value_gram @ per_head
 
 
-def prune_values(layer: DecoderLayer, keep: int, input_rms: Tensor, value_gram: Tensor) -> DecoderLayer:
+def prune_values(attention: Attention, keep: int, input_rms: Tensor, value_gram: Tensor) -> Attention:
     """Keep the ``keep`` most important value neurons of every KV group.
 
     The importance of a neuron is the norm of its row of W_v, scaled by rms(x), plus the norm of its columns of W_o
     in all query heads of its group, scaled by rms(z).
     """
-    groups, per_group = layer.kv_heads, output_slices(layer)
+    groups, per_group = attention.kv_heads, output_slices(attention)
     values_rms = value_gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().unflatten(0, (groups, -1))
-    value = layer.value.weight.unflatten(0, (groups, -1))
+    value = attention.value.weight.unflatten(0, (groups, -1))
     importance = (value * input_rms).norm(dim=2) + (per_group * values_rms[:, :, None]).norm(dim=(1, 2))
-    return keep_values(layer, most_important(importance, keep))
+    return keep_values(attention, most_important(importance, keep))
 
 
-def factor_queries_and_keys(layer: DecoderLayer, planned: LayerShape, input_rms: Tensor) -> DecoderLayer:
+def factor_queries_and_keys(attention: Attention, planned: AttentionShape, input_rms: Tensor) -> Attention:
     """Replace W_q and W_k each by its low-rank factors.
 
     The rotary embedding stands between the two, so their product can't be decomposed; each is, with its input scaled
@@ -248,10 +308,12 @@ def factor_queries_and_keys(layer: DecoderLayer, planned: LayerShape, input_rms:
         left, right = factor_input_scaled(projection.weight.float(), input_rms, rank)
         return LowRank(right=right, left=left, bias=projection.bias)
 
-    return replace(layer, query=factor(layer.query, planned.query_rank), key=factor(layer.key, planned.key_rank))
+    query, key = factor(attention.query, planned.query_rank), factor(attention.key, planned.key_rank)
+    return replace(attention, query=query, key=key)
 
 
-def ffn_importance(layer: DecoderLayer, input_rms: Tensor, neuron_rms: Tensor) -> Tensor:
-    """The sum of the norms of a neuron's up row, gate row and down column, each scaled by its input's rms, (f,)."""
-    up, gate = ((projection.weight * input_rms).square_().sum(dim=1).sqrt() for projection in (layer.up, layer.gate))
-    return up + gate + column_energy(layer.down).sqrt() * neuron_rms
+def ffn_importance(ffn: FeedForward, input_rms: Tensor, neuron_rms: Tensor) -> Tensor:
+    """The sum of the norms of a neuron's rows in up and gate and of its column in down, each scaled by its input's rms,
+    (f,)."""
+    rows = [(linear.weight * input_rms).square_().sum(dim=1).sqrt() for linear in reversed(ffn.inputs)]
+    return sum(rows) + column_energy(ffn.down).sqrt() * neuron_rms

@@ -20,17 +20,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distprune.budgets import (
-    Target,
-    affordable_neurons,
-    fill_with_ffn,
-    layer_parameters,
-    outlier_ratio,
-    outlier_weighted,
-)
-from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
+from distprune.budgets import Target, affordable_neurons, fill_with_ffn, outlier_ratio, outlier_weighted
 from distprune.errors import ConvergenceWarning
-from distprune.methods.base import Method, Observe, Plan, Profile
+from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear
+from distprune.layers.shapes import AttentionShape, LayerShape
+from distprune.layers.sites import ATTENDED, ATTENTION_INPUT, FFN_INPUT, NEURONS, Site
+from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
+from distprune.methods.even import with_heads
 from distprune.methods.units import (
     column_energy,
     head_interaction,
@@ -38,18 +34,22 @@ from distprune.methods.units import (
     keep_heads,
     keep_neurons,
     neuron_interaction,
+    output_slices,
     sum_by_unit,
-    with_heads,
 )
+from distprune.methods.work import Problem, SolveWork, matrix_parameters, weights_gone_over
 from distprune.solvers import QuadraticSolution, box_ridge, channels_of, most_important, relaxed_selection
-from distprune.statistics import Gram, HeadGram, LayerStatistics, Moment, Peak, Power
+from distprune.statistics import Gram, HeadGram, LayerStatistics, Moment, Peak, Power, site_widths
 
-ATTENTION_TAPS = ("attention_input", "attention_values")
-FFN_TAPS = ("ffn_input", "ffn_neurons")
+#: Iterations of a quadratic program that chooses units, of at most 2000, as they are on average.
+PROGRAM_ITERATIONS = 100
 
 
 class Oops(Method):
+    """Chooses units together, by quadratic programs, and refits the output projections."""
+
     name: ClassVar[str] = "oops"
+    layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous")
 
     outlier_multiple: float = Field(5.0, gt=0, description="an outlier is this many times the layer's mean |W|·rms(x)")
     outlier_span: float = Field(0.05, ge=0, description="how far outliers move a layer's sparsity from the mean")
@@ -65,48 +65,64 @@ class Oops(Method):
     # ---------------------------------------------------------------- the dense pass
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
-        taps = (*ATTENTION_TAPS, *FFN_TAPS)
-        peaks = [Peak("attention_values"), Peak("ffn_neurons")]
-        return [*map(Power, taps), *peaks, HeadGram("attention_values", shape.kv_heads)]
+        attention = [Power(ATTENTION_INPUT), Power(ATTENDED), Peak(ATTENDED)]
+        if shape.attention:
+            attention.append(HeadGram(ATTENDED, shape.attention.kv_heads))
+        return of_parts(shape, attention=attention, ffn=[Power(FFN_INPUT), Power(NEURONS), Peak(NEURONS)])
 
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
         """The layer's share of outliers, and what its units give of their module's energy, least first.
 
         The heads' energy is (groups, heads per group), in the order of the groups' energy.
         """
-        inputs = {
-            "attention_input": (layer.query, layer.key, layer.value),
-            "attention_values": (layer.output,),
-            "ffn_input": (layer.gate, layer.up),
-            "ffn_neurons": (layer.down,),
-        }
-        magnitudes = [
-            projection.weight.abs() * statistics.rms(tap) for tap, group in inputs.items() for projection in group
-        ]
-        heads = grouped_head_interaction(layer, statistics.head_gram("attention_values", layer.kv_heads))
-        outliers = sum_by_unit(self._outlier_energy(layer.output, statistics, "attention_values"), layer.query_heads)
-        outliers = outliers.unflatten(0, (layer.kv_heads, -1))
-        groups = heads.sum(dim=(1, 2)) + outliers.sum(dim=1)
-        heads = heads.diagonal(dim1=1, dim2=2) + outliers
-        neurons = column_energy(layer.down) * statistics.power("ffn_neurons")
-        neurons = neurons + self._outlier_energy(layer.down, statistics, "ffn_neurons")
         # Relative to what the whole module gives: in absolute terms, modules that speak softly would all go.
-        tiny = torch.finfo(neurons.dtype).tiny
-        attention, ffn = groups.sum().clamp(min=tiny), neurons.sum().clamp(min=tiny)
-        return {
-            "outlier_ratio": outlier_ratio(magnitudes, self.outlier_multiple),
-            "group_energy": groups.sort().values / attention,
-            "head_energy": heads[groups.argsort()].sort(dim=1).values / attention,
-            "neuron_energy": neurons.sort().values / ffn,
-        }
+        profile: dict[str, Tensor] = {}
+        inputs: dict[Site, tuple[Linear, ...]] = {}
+        if attention := layer.attention:
+            inputs[ATTENTION_INPUT] = attention.query, attention.key, attention.value
+            inputs[ATTENDED] = (attention.output,)
+            groups, heads = self._head_energy(attention, statistics)
+            whole = groups.sum().clamp(min=torch.finfo(groups.dtype).tiny)
+            profile["group_energy"] = groups.sort().values / whole
+            profile["head_energy"] = heads[groups.argsort()].sort(dim=1).values / whole
+        if ffn := layer.ffn:
+            inputs |= {FFN_INPUT: ffn.inputs, NEURONS: (ffn.down,)}
+            neurons = column_energy(ffn.down) * statistics.power(NEURONS)
+            neurons = neurons + self._outlier_energy(ffn.down, statistics, NEURONS)
+            profile["neuron_energy"] = neurons.sort().values / neurons.sum().clamp(min=torch.finfo(neurons.dtype).tiny)
+        magnitudes = [
+            projection.weight.abs() * statistics.rms(site) for site, group in inputs.items() for projection in group
+        ]
+        outliers = outlier_ratio(magnitudes, self.outlier_multiple) if magnitudes else torch.tensor(0.0)
+        return profile | {"outlier_ratio": outliers}
 
-    def _outlier_energy(self, projection: Linear, statistics: LayerStatistics, tap: str) -> Tensor:
+    def _head_energy(self, attention: Attention, statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
+        """What the KV groups give, (g,), and each of their heads alone, (g, m), with what outliers add."""
+        heads = grouped_head_interaction(attention, statistics.head_gram(ATTENDED, attention.kv_heads))
+        outliers = sum_by_unit(self._outlier_energy(attention.output, statistics, ATTENDED), attention.query_heads)
+        outliers = outliers.unflatten(0, (attention.kv_heads, -1))
+        return heads.sum(dim=(1, 2)) + outliers.sum(dim=1), heads.diagonal(dim1=1, dim2=2) + outliers
+
+    def even_profile(self, shape: LayerShape) -> Profile:
+        """Every unit a share of its module's energy that grows linearly from the least to the greatest."""
+
+        def shares(units: int) -> Tensor:
+            rising = torch.arange(1, units + 1).float()
+            return rising / rising.sum()
+
+        profile = {"outlier_ratio": torch.tensor(0.0)}
+        if attention := shape.attention:
+            profile["group_energy"] = shares(attention.kv_heads)
+            profile["head_energy"] = shares(attention.query_heads).unflatten(0, (attention.kv_heads, -1))
+        return profile | ({"neuron_energy": shares(shape.ffn.width)} if shape.ffn else {})
+
+    def _outlier_energy(self, projection: Linear, statistics: LayerStatistics, site: Site) -> Tensor:
         """What keeps a channel that is quiet on average but carries outliers, (width,).
 
         The energy of the channel's largest value, scaled so that it equals the mean energy for a channel whose peaks
         are of ordinary height.
         """
-        power, peak = statistics.power(tap), statistics.peak(tap).square()
+        power, peak = statistics.power(site), statistics.peak(site).square()
         # No peak is below the mean, so the ratio is at least 1 for every channel that is not silent.
         ordinary = (peak / power.clamp(min=torch.finfo(power.dtype).tiny)).median().clamp(min=1)
         return self.outlier_weight * column_energy(projection) * peak / ordinary
@@ -115,8 +131,7 @@ class Oops(Method):
 
     def check_target(self, target: Target, align: int) -> None:
         super().check_target(target, align)
-        layers = range(target.config.num_hidden_layers)
-        fill_with_ffn(target, [self._smallest(target.config.layer_shape(index)) for index in layers], align)
+        fill_with_ffn(target, [self._smallest(target, index) for index in range(target.model.num_layers)], align)
 
     def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         dense = target.dense_shapes
@@ -124,15 +139,14 @@ class Oops(Method):
             return Plan(dense)
         ratios = torch.stack([profile["outlier_ratio"] for profile in profiles])
         sparsities = outlier_weighted(target.decoder_sparsity, ratios, self.outlier_span).tolist()
-        shapes, wanted = [], []
-        for index, (shape, sparsity) in enumerate(zip(dense, sparsities, strict=True)):
-            shape, neurons = self._divide(target, index, shape, sparsity, profiles[index], align)
-            shapes.append(shape)
-            wanted.append(neurons)
-        return Plan(fill_with_ffn(target, shapes, align, wanted))
+        divided = [
+            self._divide(target, index, sparsity, profile, align)
+            for index, (sparsity, profile) in enumerate(zip(sparsities, profiles, strict=True))
+        ]
+        return Plan(fill_with_ffn(target, [shape for shape, _ in divided], align, [neurons for _, neurons in divided]))
 
     def _divide(
-        self, target: Target, index: int, shape: LayerShape, sparsity: float, profile: Profile, align: int
+        self, target: Target, index: int, sparsity: float, profile: Profile, align: int
     ) -> tuple[LayerShape, float]:
         """Divide a layer's budget between heads and neurons: as many heads go as makes the lost energy least,
         attention's and the FFN's each as a share of the module's own.
@@ -140,84 +154,84 @@ class Oops(Method):
         Returns:
             The shape with the heads that stay, and how many neurons it may keep.
         """
-        config, options = target.config, []
-        budget = (1 - sparsity) * layer_parameters(config, index, shape)
+        shape, options = target.dense_shapes[index], []
+        budget = (1 - sparsity) * target.layer_amount(index, shape)
+        if not target.removable(index).neurons:
+            fitting = [option for option in self._attention_options(target, index, profile)
+                       if target.layer_amount(index, option[0]) <= budget]  # fmt: skip
+            return min(fitting, key=lambda option: option[1], default=(self._smallest(target, index), 0))[0], 1.0
         lost = torch.cat([torch.zeros(1), profile["neuron_energy"].cumsum(0)])
-        for smaller, energy in self._attention_options(shape, profile):
-            neurons = min(shape.ffn_width, affordable_neurons(config, index, smaller, budget))
+        for smaller, energy in self._attention_options(target, index, profile):
+            neurons = min(shape.ffn.width, affordable_neurons(target, index, smaller, budget))
             if neurons >= align:
-                options.append((energy + lost[round(shape.ffn_width - neurons)].item(), neurons, smaller))
+                options.append((energy + lost[round(shape.ffn.width - neurons)].item(), neurons, smaller))
         if not options:
-            return self._smallest(shape), float(align)
+            return self._smallest(target, index), float(align)
         _, neurons, smaller = min(options, key=lambda option: option[:2])
         return smaller, neurons
 
-    def _attention_options(self, shape: LayerShape, profile: Profile) -> Iterator[tuple[LayerShape, float]]:
+    def _attention_options(self, target: Target, index: int, profile: Profile) -> Iterator[tuple[LayerShape, float]]:
         """What attention may become, and the energy that is lost by it."""
-        groups, heads = profile["group_energy"], profile["head_energy"]
-        smallest = self._smallest(shape)
-        for kv_heads in range(smallest.kv_heads, shape.kv_heads + 1):
-            gone = shape.kv_heads - kv_heads
-            for per_group in range(smallest.query_heads // smallest.kv_heads, heads.shape[1] + 1):
+        shape, smallest = target.dense_shapes[index], self._smallest(target, index)
+        if smallest == shape:
+            yield shape, 0.0
+            return
+        groups, heads, least = profile["group_energy"], profile["head_energy"], smallest.attention
+        for kv_heads in range(least.kv_heads, shape.attention.kv_heads + 1):
+            gone = shape.attention.kv_heads - kv_heads
+            for per_group in range(least.heads_per_group, heads.shape[1] + 1):
                 energy = groups[:gone].sum() + heads[gone:, : heads.shape[1] - per_group].sum()
                 yield with_heads(shape, kv_heads, per_group), energy.item()
 
-    def _smallest(self, shape: LayerShape) -> LayerShape:
+    def _smallest(self, target: Target, index: int) -> LayerShape:
         """The shape with as few heads as the method may leave."""
-        per_group = shape.query_heads // shape.kv_heads
-        groups = 1 if self.attention else shape.kv_heads
-        return with_heads(shape, groups, 1 if self.attention and self.query_heads else per_group)
+        shape = target.dense_shapes[index]
+        if not (self.attention and target.removable(index).heads):
+            return shape
+        return with_heads(shape, 1, 1 if self.query_heads else shape.attention.heads_per_group)
 
     # ---------------------------------------------------------------- the pruning pass
 
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
         moments: list[Moment] = []
-        for tap, pruned in (
-            ("attention_values", planned.query_heads < dense.query_heads),
-            ("ffn_neurons", planned.ffn_width < dense.ffn_width),
-        ):
-            moments += [Gram(tap), Power(tap), Peak(tap)] if pruned else []
+        for site, pruned in ((ATTENDED, planned.attention != dense.attention), (NEURONS, planned.ffn != dense.ffn)):
+            moments += [Gram(site), Power(site), Peak(site)] if pruned else []
         return moments
 
-    def prune(
-        self,
-        layer: DecoderLayer,
-        planned: LayerShape,
-        statistics: LayerStatistics,
-        profile: Profile,
-        observe: Observe,
-    ) -> DecoderLayer:
-        if planned.query_heads < layer.query_heads:
-            layer = self._prune_heads(layer, planned, statistics)
-        if planned.ffn_width < layer.shape.ffn_width:
-            layer = self._prune_neurons(layer, planned, statistics)
-        return layer
+    def prune(self, given: LayerToPrune) -> DecoderLayer:
+        layer, planned = given.layer, given.planned
+        attention, ffn = layer.attention, layer.ffn
+        if attention and planned.attention != attention.shape:
+            attention = self._prune_heads(attention, planned.attention, given.statistics)
+        if ffn and planned.ffn != ffn.shape:
+            ffn = self._prune_neurons(ffn, planned.ffn.width, given.statistics)
+        return replace(layer, attention=attention, ffn=ffn)
 
-    def _prune_heads(self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics) -> DecoderLayer:
+    def _prune_heads(self, attention: Attention, planned: AttentionShape, statistics: LayerStatistics) -> Attention:
         """Choose KV groups, then heads in those that stay, and refit the output projection."""
-        gram = statistics.gram("attention_values")
-        outliers = self._outlier_energy(layer.output, statistics, "attention_values")
-        interaction = head_interaction(layer, gram) + sum_by_unit(outliers, layer.query_heads).diag()
-        heads = self._select_heads(interaction, layer.shape, planned)
-        kept = channels_of(heads, layer.shape.value_dim)
-        return replace(keep_heads(layer, heads), output=self._refit(layer.output, kept, gram))
+        gram = statistics.gram(ATTENDED)
+        outliers = self._outlier_energy(attention.output, statistics, ATTENDED)
+        interaction = head_interaction(attention, gram) + sum_by_unit(outliers, attention.query_heads).diag()
+        heads = self._select_heads(interaction, attention.shape, planned)
+        kept = channels_of(heads, planned.value_dim)
+        return replace(keep_heads(attention, heads), output=self._refit(attention.output, kept, gram))
 
-    def _select_heads(self, interaction: Tensor, dense: LayerShape, planned: LayerShape) -> Tensor:
+    def _select_heads(self, interaction: Tensor, dense: AttentionShape, planned: AttentionShape) -> Tensor:
         """The query heads to keep, (groups, heads per group), from E⟨c_u, c_v⟩ of all heads, (h, h)."""
-        groups, per_group = dense.kv_heads, planned.query_heads // planned.kv_heads
+        groups = dense.kv_heads
         by_group = interaction.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).sum(dim=(1, 3))
         kept = most_important(self._worth(by_group, planned.kv_heads, "KV groups"), planned.kv_heads)
-        heads = heads_of_groups(kept, dense.query_heads // groups)
+        heads = heads_of_groups(kept, dense.heads_per_group)
         among = interaction[heads.flatten()][:, heads.flatten()]
         worth = self._worth(among, planned.query_heads, "query heads").view_as(heads)
-        return heads.gather(1, most_important(worth, per_group))
+        return heads.gather(1, most_important(worth, planned.heads_per_group))
 
-    def _prune_neurons(self, layer: DecoderLayer, planned: LayerShape, statistics: LayerStatistics) -> DecoderLayer:
-        gram = statistics.gram("ffn_neurons")
-        interaction = neuron_interaction(layer, gram)
-        interaction.diagonal().add_(self._outlier_energy(layer.down, statistics, "ffn_neurons"))
-        kept = most_important(self._worth(interaction, planned.ffn_width, "FFN neurons"), planned.ffn_width)
-        return replace(keep_neurons(layer, kept), down=self._refit(layer.down, kept, gram))
+    def _prune_neurons(self, ffn: FeedForward, keep: int, statistics: LayerStatistics) -> FeedForward:
+        gram = statistics.gram(NEURONS)
+        interaction = neuron_interaction(ffn, gram)
+        interaction.diagonal().add_(self._outlier_energy(ffn.down, statistics, NEURONS))
+        kept = most_important(self._worth(interaction, keep, "FFN neurons"), keep)
+        return replace(keep_neurons(ffn, kept), down=self._refit(ffn.down, kept, gram))
 
     def _worth(self, interaction: Tensor, keep: int, units: str) -> Tensor:
         """What each unit is worth: its own energy, or m of min ½(1-m)ᵀQ(1-m) over 0 ≤ m ≤ 1, Σm ≤ keep."""
@@ -239,12 +253,51 @@ class Oops(Method):
         warn_unless_converged(solution, f"the refit from {len(kept)} channels")
         return Linear(solution.x, projection.bias)
 
+    # ---------------------------------------------------------------- what it takes
 
-def grouped_head_interaction(layer: DecoderLayer, group_gram: Tensor) -> Tensor:
+    def solve_work(self, problem: Problem) -> SolveWork:
+        hidden, dense, work = problem.hidden_size, problem.dense, weights_gone_over(problem)
+        before = site_widths(hidden, dense)
+        if problem.planned is None:  # magnitudes of all weights, and how the heads of a group act together
+            workspace = 4.0 * matrix_parameters(hidden, dense)
+            if attention := dense.attention:
+                work += SolveWork(float32=2.0 * before[ATTENDED] ** 2 * hidden / attention.kv_heads)
+                workspace += 4.0 * before[ATTENDED] * hidden * (attention.heads_per_group + 2)
+            return replace(work, workspace=workspace)
+        work, after = replace(work, workspace=0.0), site_widths(hidden, problem.planned)
+        if problem.has_gram(ATTENDED):
+            values = before[ATTENDED]
+            interaction = 4.0 * values * hidden * (dense.attention.query_heads + 2) + 8.0 * values**2
+            work += SolveWork(float32=2.0 * values**2 * hidden, workspace=interaction)
+            work += refit_work(values, after[ATTENDED], hidden)
+        if problem.has_gram(NEURONS):
+            width = before[NEURONS]
+            # To choose: the interaction, the same scaled, in float32; three of the program's in float64.
+            work += SolveWork(
+                float32=2.0 * width**2 * hidden,
+                float64=width**3 / 3,
+                passed=PROGRAM_ITERATIONS * 8.0 * width**2,
+                workspace=32.0 * width**2,
+            )
+            work += refit_work(width, after[NEURONS], hidden)
+        return work
+
+
+def refit_work(width: int, kept: int, hidden: int) -> SolveWork:
+    """Ridge regression in closed form, and the residuals that show it to be the box program's solution; beside them the
+    interaction in float32, and three of the program's matrices and its many rows in float64."""
+    return SolveWork(
+        float32=2.0 * width * kept * hidden,
+        float64=kept**3 / 3 + 18.0 * kept**2 * hidden,
+        workspace=4.0 * width**2 + 24.0 * kept**2 + 148.0 * kept * hidden,
+    )
+
+
+def grouped_head_interaction(attention: Attention, group_gram: Tensor) -> Tensor:
     """E⟨c_u, c_v⟩ of the query heads of each KV group, (g, m, m), from the groups' moments alone, (g, m·v, m·v)."""
-    per_group = layer.query_heads // layer.kv_heads
-    weights = layer.output.weight.float().unflatten(1, (layer.kv_heads, per_group, -1)).permute(1, 2, 0, 3)
-    blocks = group_gram.unflatten(1, (per_group, -1)).unflatten(3, (per_group, -1))
+    blocks = group_gram.unflatten(1, (attention.shape.heads_per_group, -1))
+    blocks = blocks.unflatten(3, (attention.shape.heads_per_group, -1))
+    weights = output_slices(attention)
     return torch.einsum("gudi,guivj,gvdj->guv", weights, blocks, weights)
 
 

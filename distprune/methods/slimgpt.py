@@ -21,17 +21,23 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from distprune.budgets import Target, affordable_neurons, fill_with_ffn, layer_parameters
-from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
-from distprune.methods.base import Method, Observe, Plan, Profile
-from distprune.methods.uniform import with_fewer_groups
+from distprune.budgets import Target, affordable_neurons, fill_with_ffn
+from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear
+from distprune.layers.shapes import LayerShape
+from distprune.layers.sites import ATTENDED, NEURONS
+from distprune.methods.base import LayerToPrune, Method, Plan, Profile
+from distprune.methods.even import with_fewer_groups
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
+from distprune.methods.work import Problem, SolveWork, weights_gone_over
 from distprune.solvers import eliminate
-from distprune.statistics import Gram, LayerStatistics, Moment
+from distprune.statistics import Gram, LayerStatistics, Moment, site_widths
 
 
 class SlimGPT(Method):
+    """Removes units by optimal brain surgeon on the output projections, and less in early layers."""
+
     name: ClassVar[str] = "slimgpt"
+    layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous")
 
     damping: float = Field(0.01, gt=0, description="added to the Gram matrix's diagonal, over the diagonal's mean")
     largest_batch: int = Field(1024, ge=1, description="FFN neurons that go at once at most")
@@ -45,58 +51,67 @@ class SlimGPT(Method):
         self.plan(target, (), align)
 
     def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
-        config = target.config
         dense = target.dense_shapes
         if target.sparsity == 0:
             return Plan(dense)
         sparsities = incremental_sparsities(target.decoder_sparsity, len(dense), self.first_layer)
-        shapes = [with_fewer_groups(shape, sparsity) for shape, sparsity in zip(dense, sparsities, strict=True)]
-        budgets = [
-            (1 - sparsity) * layer_parameters(config, index, dense[index]) for index, sparsity in enumerate(sparsities)
-        ]
-        wanted = [affordable_neurons(config, index, shapes[index], budget) for index, budget in enumerate(budgets)]
-        return Plan(fill_with_ffn(target, shapes, align, [max(align, neurons) for neurons in wanted]))
+        shapes = [with_fewer_groups(target, index, sparsity) for index, sparsity in enumerate(sparsities)]
+        wanted = [1.0] * len(dense)
+        for index, (whole, shape, sparsity) in enumerate(zip(dense, shapes, sparsities, strict=True)):
+            if whole.ffn:
+                budget = (1 - sparsity) * target.layer_amount(index, whole)
+                wanted[index] = max(align, affordable_neurons(target, index, shape, budget))
+        return Plan(fill_with_ffn(target, shapes, align, wanted))
 
     # ---------------------------------------------------------------- the pruning pass
 
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
         moments = []
-        if planned.kv_heads < dense.kv_heads:
-            moments.append(Gram("attention_values"))
-        if planned.ffn_width < dense.ffn_width:
-            moments.append(Gram("ffn_neurons"))
+        if planned.attention != dense.attention:
+            moments.append(Gram(ATTENDED))
+        if planned.ffn != dense.ffn:
+            moments.append(Gram(NEURONS))
         return moments
 
-    def prune(
-        self,
-        layer: DecoderLayer,
-        planned: LayerShape,
-        statistics: LayerStatistics,
-        profile: Profile,
-        observe: Observe,
-    ) -> DecoderLayer:
-        if planned.kv_heads < layer.kv_heads:
-            layer = self._prune_groups(layer, planned.kv_heads, statistics)
-        if planned.ffn_width < layer.shape.ffn_width:
-            layer = self._prune_neurons(layer, planned.ffn_width, statistics)
-        return layer
+    def prune(self, given: LayerToPrune) -> DecoderLayer:
+        layer, planned = given.layer, given.planned
+        attention, ffn = layer.attention, layer.ffn
+        if attention and planned.attention != attention.shape:
+            attention = self._prune_groups(attention, planned.attention.kv_heads, given.statistics)
+        if ffn and planned.ffn != ffn.shape:
+            ffn = self._prune_neurons(ffn, planned.ffn.width, given.statistics)
+        return replace(layer, attention=attention, ffn=ffn)
 
-    def _prune_groups(self, layer: DecoderLayer, keep: int, statistics: LayerStatistics) -> DecoderLayer:
-        gram, weight = statistics.gram("attention_values"), layer.output.weight
-        groups, weight = eliminate(weight, gram, keep, self.damping, width=len(gram) // layer.kv_heads)
-        pruned = keep_heads(layer, heads_of_groups(groups, layer.query_heads // layer.kv_heads))
-        return replace(pruned, output=Linear(weight, layer.output.bias))
+    def _prune_groups(self, attention: Attention, keep: int, statistics: LayerStatistics) -> Attention:
+        gram, output = statistics.gram(ATTENDED), attention.output
+        groups, weight = eliminate(output.weight, gram, keep, self.damping, width=len(gram) // attention.kv_heads)
+        pruned = keep_heads(attention, heads_of_groups(groups, attention.shape.heads_per_group))
+        return replace(pruned, output=Linear(weight, output.bias))
 
-    def _prune_neurons(self, layer: DecoderLayer, keep: int, statistics: LayerStatistics) -> DecoderLayer:
+    def _prune_neurons(self, ffn: FeedForward, keep: int, statistics: LayerStatistics) -> FeedForward:
         neurons, weight = eliminate(
-            layer.down.weight,
-            statistics.gram("ffn_neurons"),
+            ffn.down.weight,
+            statistics.gram(NEURONS),
             keep,
             self.damping,
             largest_batch=self.largest_batch,
             smallest_batch=self.smallest_batch,
         )
-        return replace(keep_neurons(layer, neurons), down=Linear(weight, layer.down.bias))
+        return replace(keep_neurons(ffn, neurons), down=Linear(weight, ffn.down.bias))
+
+    # ---------------------------------------------------------------- what it takes
+
+    def solve_work(self, problem: Problem) -> SolveWork:
+        """The inverse of a Gram matrix, from which columns leave; never more than two such matrices."""
+        work, planned = weights_gone_over(problem), problem.planned or problem.dense
+        before, after = (site_widths(problem.hidden_size, shape) for shape in (problem.dense, planned))
+        for site in filter(problem.has_gram, (ATTENDED, NEURONS)):
+            width, kept = before[site], after[site]
+            updates = 2 / 3 * (width**3 - kept**3) + problem.hidden_size * (width**2 - kept**2)
+            work += SolveWork(
+                float64=width**3 + updates, workspace=16.0 * width**2 + 16.0 * width * problem.hidden_size
+            )
+        return work
 
 
 def incremental_sparsities(sparsity: float, layers: int, first: float) -> list[float]:

@@ -1,5 +1,5 @@
-"""Whole units of a layer, and the layer without some of them: query heads and their KV groups, rotary pairs, neurons
-of the FFN, and attention and FFN as a whole."""
+"""Whole units of a layer's parts, and the parts without some of them: query heads and their KV groups, value neurons,
+rotary pairs, and neurons of a feed-forward network."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank, slice_linear
+from distprune.layers.parts import Attention, FeedForward, Linear, Projection, slice_linear
 from distprune.solvers import channels_of
-
-
-def with_heads(shape: LayerShape, kv_heads: int, heads_per_group: int) -> LayerShape:
-    """The shape with that many KV groups, and query heads in each."""
-    return replace(shape, kv_heads=kv_heads, query_heads=kv_heads * heads_per_group)
 
 
 def heads_of_groups(groups: Tensor, heads_per_group: int) -> Tensor:
@@ -27,95 +22,99 @@ def sum_by_unit(channels: Tensor, units: int) -> Tensor:
     return channels.unflatten(0, (units, -1)).sum(dim=1)
 
 
-def keep_heads(layer: DecoderLayer, heads: Tensor) -> DecoderLayer:
-    """The layer with the given query heads and the KV groups that they are of.
+# ---------------------------------------------------------------- attention
+
+
+def keep_heads(attention: Attention, heads: Tensor) -> Attention:
+    """Dense attention with the given query heads and the KV groups that they are of.
 
     Args:
-        layer: a dense layer.
+        attention: none of its projections is factored.
         heads: (groups, heads per group), indices of query heads, a row for each KV group that stays; ascending.
     """
-    groups = heads[:, 0] // (layer.query_heads // layer.kv_heads)
-    head_dim = len(layer.query.weight) // layer.query_heads
-    value_dim = len(layer.value.weight) // layer.kv_heads
-    return replace(
-        layer,
+    shape, pairs = attention.shape, attention.rotary_pairs
+    groups = heads[:, 0] // shape.heads_per_group
+    # Some families' queries have gates beside them.
+    query_dim = len(attention.query.weight) // shape.query_heads
+    return Attention(
         query_heads=heads.numel(),
         kv_heads=len(groups),
-        query=slice_linear(layer.query, rows=channels_of(heads, head_dim)),
-        key=slice_linear(layer.key, rows=channels_of(groups, head_dim)),
-        value=slice_linear(layer.value, rows=channels_of(groups, value_dim)),
-        output=slice_linear(layer.output, columns=channels_of(heads, value_dim)),
-        rotary_pairs=None if layer.rotary_pairs is None else layer.rotary_pairs[groups],
+        query=slice_linear(attention.query, rows=channels_of(heads, query_dim)),
+        key=slice_linear(attention.key, rows=channels_of(groups, shape.query_key_dim)),
+        value=slice_linear(attention.value, rows=channels_of(groups, shape.value_dim)),
+        output=slice_linear(attention.output, columns=channels_of(heads, shape.value_dim)),
+        rotary_pairs=None if pairs is None else pairs[groups],
     )
 
 
-def keep_rotary_pairs(layer: DecoderLayer, pairs: Tensor) -> DecoderLayer:
-    """The layer whose queries and keys are left with the given rotary pairs, a group's query heads with its key's.
+def keep_rotary_pairs(attention: Attention, pairs: Tensor) -> Attention:
+    """Attention whose queries and keys are left with the given rotary pairs, a group's query heads with its key's.
 
     Args:
-        layer: its queries and keys may be dense or low-rank, and may have lost pairs before.
+        attention: its queries and keys may be dense or low-rank, and may have lost pairs before.
         pairs: (groups, kept), which of the pairs that each KV group now has stay; ascending. Pair i of a head of
             width p is its coordinates i and i + p/2.
 
     Raises:
-        ValueError: the layer norms its queries and keys, or the pairs are not as many or not in the order asked for.
+        ValueError: the pairs are not as many or not in the order asked for.
     """
-    if layer.query_norm is not None:
-        raise ValueError("queries and keys are normed over all coordinates of a head, so no rotary pair can go")
-    half = layer.shape.query_key_dim // 2
+    shape = attention.shape
+    half = shape.query_key_dim // 2
     ascending = (pairs.diff(dim=1) > 0).all() and pairs.min() >= 0 and pairs.max() < half
-    if len(pairs) != layer.kv_heads or not ascending:
-        raise ValueError(f"pairs must be ascending indices below {half}, a row for each of {layer.kv_heads} KV groups")
+    if len(pairs) != shape.kv_heads or not ascending:
+        raise ValueError(f"pairs must be ascending indices below {half}, a row for each of {shape.kv_heads} KV groups")
     if pairs.shape[1] == half:
-        return layer
+        return attention
     rows = torch.cat([pairs, pairs + half], dim=1)
-    key_rows = rows + 2 * half * torch.arange(layer.kv_heads, device=rows.device)[:, None]
-    query_rows = rows.repeat_interleave(layer.query_heads // layer.kv_heads, dim=0)
-    query_rows = query_rows + 2 * half * torch.arange(layer.query_heads, device=rows.device)[:, None]
+    key_rows = rows + 2 * half * torch.arange(shape.kv_heads, device=rows.device)[:, None]
+    query_rows = rows.repeat_interleave(shape.heads_per_group, dim=0)
+    query_rows = query_rows + 2 * half * torch.arange(shape.query_heads, device=rows.device)[:, None]
+    kept = attention.rotary_pairs
     return replace(
-        layer,
-        query=keep_outputs(layer.query, query_rows.flatten()),
-        key=keep_outputs(layer.key, key_rows.flatten()),
-        rotary_pairs=pairs if layer.rotary_pairs is None else layer.rotary_pairs.gather(1, pairs),
+        attention,
+        query=keep_outputs(attention.query, query_rows.flatten()),
+        key=keep_outputs(attention.key, key_rows.flatten()),
+        rotary_pairs=pairs if kept is None else kept.gather(1, pairs),
     )
 
 
-def keep_outputs(projection: Linear | LowRank, rows: Tensor) -> Linear | LowRank:
+def keep_outputs(projection: Projection, rows: Tensor) -> Projection:
     """A dense or low-rank projection with the given outputs, indices (kept,)."""
     if isinstance(projection, Linear):
         return slice_linear(projection, rows=rows)
     left = slice_linear(Linear(projection.left, projection.bias), rows=rows)
-    return LowRank(projection.right, left.weight, left.bias)
+    return replace(projection, left=left.weight, bias=left.bias)
 
 
-def rotate_values(layer: DecoderLayer, rotation: Tensor) -> DecoderLayer:
+def rotate_values(attention: Attention, rotation: Tensor) -> Attention:
     """Rotate each KV group's value neurons in W_v and W_o by orthogonal (g, v, v); the function is unchanged."""
-    value, bias = layer.value.weight.float().unflatten(0, (layer.kv_heads, -1)), layer.value.bias
+    groups, bias = attention.kv_heads, attention.value.bias
+    value = attention.value.weight.float().unflatten(0, (groups, -1))
     if bias is not None:
-        bias = (bias.float().unflatten(0, (layer.kv_heads, 1, -1)) @ rotation).flatten()
+        bias = (bias.float().unflatten(0, (groups, 1, -1)) @ rotation).flatten()
     return replace(
-        layer,
+        attention,
         value=Linear((rotation.mT @ value).flatten(0, 1), bias),
-        output=Linear(join_output_slices(output_slices(layer) @ rotation[:, None]), layer.output.bias),
+        output=Linear(join_output_slices(output_slices(attention) @ rotation[:, None]), attention.output.bias),
     )
 
 
-def keep_values(layer: DecoderLayer, neurons: Tensor) -> DecoderLayer:
-    """The layer with the given value neurons, indices (g, kept), a row for each KV group."""
-    per_group = output_slices(layer)
-    rows = (neurons + torch.arange(layer.kv_heads, device=neurons.device)[:, None] * layer.shape.value_dim).flatten()
+def keep_values(attention: Attention, neurons: Tensor) -> Attention:
+    """Attention with the given value neurons, indices (g, kept), a row for each KV group."""
+    groups, per_group = attention.kv_heads, output_slices(attention)
+    rows = (neurons + torch.arange(groups, device=neurons.device)[:, None] * attention.shape.value_dim).flatten()
     columns = neurons[:, None, None].expand(*per_group.shape[:3], neurons.shape[1])
     return replace(
-        layer,
-        value=slice_linear(layer.value, rows=rows),
-        output=Linear(join_output_slices(per_group.gather(3, columns)), layer.output.bias),
+        attention,
+        value=slice_linear(attention.value, rows=rows),
+        output=Linear(join_output_slices(per_group.gather(3, columns)), attention.output.bias),
     )
 
 
-def output_slices(layer: DecoderLayer) -> Tensor:
+def output_slices(attention: Attention) -> Tensor:
     """The output projection in float32, cut by KV group and query head, (g, m, d, v) with m = h / g."""
-    heads_per_group = layer.query_heads // layer.kv_heads
-    return layer.output.weight.float().unflatten(1, (layer.kv_heads, heads_per_group, -1)).permute(1, 2, 0, 3)
+    per_group = attention.query_heads // attention.kv_heads
+    return attention.output.weight.float().unflatten(1, (attention.kv_heads, per_group, -1)).permute(1, 2, 0, 3)
 
 
 def join_output_slices(slices: Tensor) -> Tensor:
@@ -123,25 +122,34 @@ def join_output_slices(slices: Tensor) -> Tensor:
     return slices.permute(2, 0, 1, 3).flatten(1).contiguous()
 
 
-def without_attention(layer: DecoderLayer) -> DecoderLayer:
-    """The layer without its attention and the norm before it."""
-    roles = ("attention_norm", "query", "key", "value", "output", "query_norm", "key_norm", "rotary_pairs")
-    return replace(layer, query_heads=0, kv_heads=0, **dict.fromkeys(roles))
+def head_interaction(attention: Attention, gram: Tensor) -> Tensor:
+    """E⟨c_u, c_v⟩ of what every two query heads add to the attention's output, (h, h), from E[zᵀz], (h·v, h·v)."""
+    heads = attention.query_heads
+    weights = attention.output.weight.float().unflatten(1, (heads, -1)).movedim(1, 0)
+    blocks = gram.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))
+    return torch.einsum("udi,uivj,vdj->uv", weights, blocks, weights)
 
 
-def without_ffn(layer: DecoderLayer) -> DecoderLayer:
-    """The layer without its FFN, the norm before it and the linear branch beside it."""
-    return replace(layer, **dict.fromkeys(("ffn_norm", "gate", "up", "down", "calibration")))
+# ---------------------------------------------------------------- the feed-forward network
 
 
-def keep_neurons(layer: DecoderLayer, neurons: Tensor) -> DecoderLayer:
-    """The layer with the given neurons of its FFN, indices in ascending order."""
+def keep_neurons(ffn: FeedForward, neurons: Tensor) -> FeedForward:
+    """A feed-forward network with the given neurons, indices in ascending order."""
     return replace(
-        layer,
-        gate=slice_linear(layer.gate, rows=neurons),
-        up=slice_linear(layer.up, rows=neurons),
-        down=slice_linear(layer.down, columns=neurons),
+        ffn,
+        gate=ffn.gate and slice_linear(ffn.gate, rows=neurons),
+        up=slice_linear(ffn.up, rows=neurons),
+        down=slice_linear(ffn.down, columns=neurons),
     )
+
+
+def neuron_interaction(ffn: FeedForward, gram: Tensor) -> Tensor:
+    """E⟨c_u, c_v⟩ of what every two neurons add to the network's output, (f, f): (W_dᵀW_d) ∘ E[aᵀa]."""
+    weight = ffn.down.weight.float()
+    return (weight.mT @ weight).mul_(gram)
+
+
+# ---------------------------------------------------------------- projections
 
 
 def row_energy(projection: Linear) -> Tensor:
@@ -152,16 +160,3 @@ def row_energy(projection: Linear) -> Tensor:
 def column_energy(projection: Linear) -> Tensor:
     """The squared norm of what every input feeds, (in,), in float32."""
     return projection.weight.to(torch.float32, copy=True).square_().sum(dim=0)
-
-
-def head_interaction(layer: DecoderLayer, gram: Tensor) -> Tensor:
-    """E⟨c_u, c_v⟩ of what every two query heads add to the attention's output, (h, h), from E[zᵀz], (h·v, h·v)."""
-    weights = layer.output.weight.float().unflatten(1, (layer.query_heads, -1)).movedim(1, 0)
-    blocks = gram.unflatten(0, (layer.query_heads, -1)).unflatten(2, (layer.query_heads, -1))
-    return torch.einsum("udi,uivj,vdj->uv", weights, blocks, weights)
-
-
-def neuron_interaction(layer: DecoderLayer, gram: Tensor) -> Tensor:
-    """E⟨c_u, c_v⟩ of what every two neurons add to the FFN's output, (f, f): (W_dᵀW_d) ∘ E[aᵀa]."""
-    weight = layer.down.weight.float()
-    return (weight.mT @ weight).mul_(gram)

@@ -10,8 +10,8 @@ from typing import Any
 from distprune.calibration import build_calibration, open_calibration
 from distprune.comparison.driver import prepare
 from distprune.config import PruneConfig
-from distprune.engine.cluster import alive_nodes, plan_workers
-from distprune.engine.preflight import check_job
+from distprune.engine.run.preflight import check_job
+from distprune.engine.scheduler.ray_cluster import alive_nodes, plan_workers
 from distprune.errors import InputError
 from distprune.pipeline.config import CalibrationConfig
 from distprune.pipeline.contents import digest_of_text
@@ -60,7 +60,7 @@ class Calibrate(Step):
         """Layer by layer on the workers, as a pruning run without a calibration set does it."""
         surroundings.connect()
         job = check_job(self.own_samples())
-        workers = plan_workers(job.config, alive_nodes(), job.dense.num_hidden_layers)
+        workers = plan_workers(job.config, alive_nodes(), job.architecture.num_layers)
         prepare(job, workers, self.output, surroundings.progress())
 
     def own_samples(self) -> PruneConfig:

@@ -9,7 +9,7 @@ from distprune.checkpoint.upload import local_path, scheme_of
 from distprune.comparison.checks import check_own_samples, check_room, check_runs
 from distprune.comparison.runs import Run
 from distprune.config import PruneConfig
-from distprune.engine.preflight import overlap
+from distprune.engine.run.preflight import overlap
 from distprune.errors import InputError
 from distprune.pipeline.calibrating import Calibrate
 from distprune.pipeline.config import EvaluateConfig, PipelineConfig

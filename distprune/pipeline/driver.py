@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from distprune.checkpoint import hold_lock, write_text
-from distprune.engine.log import RunLog
-from distprune.engine.progress import Progress
-from distprune.engine.signals import sigterm_interrupts
+from distprune.engine.run.signals import sigterm_interrupts
+from distprune.engine.telemetry.log import RunLog
+from distprune.engine.telemetry.progress import Progress
 from distprune.errors import GateFailed, InputError
 from distprune.pipeline.checks import check_pipeline
 from distprune.pipeline.config import PipelineConfig

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
-from distprune.engine.log import RunLog
+from distprune.engine.telemetry.log import RunLog
 from distprune.errors import InputError, RunFailed
 from distprune.pipeline.state import StepRecord, StepRecords
 from distprune.pipeline.step import Step, Surroundings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distprune.checkpoint import Checkpoint, HubModel
 from distprune.config import PruneConfig
-from distprune.engine.preflight import open_model
+from distprune.engine.run.preflight import open_model
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 from distprune.checkpoint import partial_directory
 from distprune.config import PruneConfig
-from distprune.engine import Needs, RunRecord, load_record, prune
-from distprune.engine.cluster import alive_nodes, plan_workers
-from distprune.engine.journal import IDENTITY, fingerprint
-from distprune.engine.preflight import check_job
-from distprune.engine.run_dtype import settle_dtype
-from distprune.engine.work import Work
+from distprune.engine import Requirements, RunRecord, load_record, prune
+from distprune.engine.run.journal import IDENTITY, fingerprint
+from distprune.engine.run.preflight import check_job
+from distprune.engine.run.work_folder import WorkFolder
+from distprune.engine.scheduler.ray_cluster import alive_nodes, plan_workers
+from distprune.engine.scheduler.run_dtype import settle_dtype
 from distprune.errors import InputError
 from distprune.pipeline.step import Step, Surroundings
 from distprune.planning import worker_needs
@@ -30,14 +30,14 @@ class Prune(Step):
     def run(self, surroundings: Surroundings) -> dict[str, Any]:
         surroundings.connect()
         identity = identity_of(self.config)
-        work = Work(partial_directory(self.config.output))
+        work = WorkFolder(partial_directory(self.config.output))
         if not surroundings.restart and self._fingerprint_there() == fingerprint(identity):
             # Made by a pipeline that ended before it could say so, or from other texts that gave the same windows.
             work.remove()
             return result_of(load_record(self.config.output))
         restart = surroundings.restart or not was_begun(work, identity)
         config = self.config.model_copy(update={"restart": restart})
-        return result_of(prune(config, surroundings.progress(), lambda *job: Needs(*worker_needs(*job))))
+        return result_of(prune(config, surroundings.progress(), lambda *job: Requirements(*worker_needs(*job))))
 
     def is_there(self, result: Mapping[str, Any]) -> bool:
         return self._fingerprint_there() == result["fingerprint"]
@@ -53,11 +53,11 @@ class Prune(Step):
 def identity_of(config: PruneConfig) -> dict[str, Any]:
     """All that decides the run's bytes on the workers that it would get now."""
     job = check_job(config)
-    workers = plan_workers(config, alive_nodes(), job.dense.num_hidden_layers)
+    workers = plan_workers(config, alive_nodes(), job.architecture.num_layers)
     return job.computed_in(settle_dtype(config, job.stored_dtype, workers)).identity(workers.device)
 
 
-def was_begun(work: Work, identity: Mapping[str, Any]) -> bool:
+def was_begun(work: WorkFolder, identity: Mapping[str, Any]) -> bool:
     """Whether what an earlier run has left in its work folder is of the run with that identity."""
     return work.journal.has(IDENTITY) and work.journal.report(IDENTITY) == identity
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from distprune.checkpoint import check_destination, read_published, upload_folder
 from distprune.engine import load_record
-from distprune.engine.record import RECORD_FILE
+from distprune.engine.run.record import RECORD_FILE
 from distprune.pipeline.step import Step, Surroundings
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from distprune.config import PruneConfig
-from distprune.engine.cluster import connected
-from distprune.engine.journal import fingerprint
-from distprune.engine.progress import Progress
+from distprune.engine.run.journal import fingerprint
+from distprune.engine.scheduler.ray_cluster import connected
+from distprune.engine.telemetry.progress import Progress
 from distprune.version import __version__
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from distprune.engine.progress import Assignment, Progress, WorkerName
+from distprune.engine.telemetry.progress import Assignment, Progress, WorkerName
 from distprune.reporting.pace import Pace
 
 JOINING, IDLE, LOST = "joining", "idle", "lost, joining again"
@@ -37,7 +37,7 @@ class Spectator(Progress):
 
     def __init__(self, console: Console, now: Callable[[], float] = monotonic):
         self._console, self._now = console, now
-        self._crew: dict[int, Doing] = {}
+        self._registry: dict[int, Doing] = {}
         self._pace = Pace(now)
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
@@ -47,7 +47,7 @@ class Spectator(Progress):
         self._pace.advance()
 
     def joining(self, worker: WorkerName) -> None:
-        self._does(worker, LOST if worker.number in self._crew else JOINING)
+        self._does(worker, LOST if worker.number in self._registry else JOINING)
 
     def joined(self, worker: WorkerName) -> None:
         self._does(worker, IDLE)
@@ -75,10 +75,10 @@ class Spectator(Progress):
 
     def left(self, worker: WorkerName) -> None:
         self._pace.gone(worker.number)
-        self._crew.pop(worker.number, None)
+        self._registry.pop(worker.number, None)
 
     def _does(self, worker: WorkerName, what: str) -> None:
-        self._crew[worker.number] = Doing(worker, what, self._now())
+        self._registry[worker.number] = Doing(worker, what, self._now())
 
 
 class TerminalProgress(Spectator):
@@ -114,7 +114,7 @@ class TerminalProgress(Spectator):
         self._console.print(text, markup=False, highlight=False)
 
     def __exit__(self, *error) -> None:
-        self._crew.clear()  # what stays on the terminal is the bars
+        self._registry.clear()  # what stays on the terminal is the bars
         self._live.stop()
 
     def _picture(self) -> RenderableType:
@@ -126,11 +126,11 @@ class TerminalProgress(Spectator):
     def _workers(self) -> Table:
         table = Table(box=None, padding=(0, 2), show_header=False)
         room, now = max(1, self._console.height - SPARED_LINES), self._now()
-        crew = sorted(self._crew.values(), key=lambda doing: doing.name.number)
-        for doing in crew[:room]:
+        registry = sorted(self._registry.values(), key=lambda doing: doing.name.number)
+        for doing in registry[:room]:
             style = "dim" if doing.what in (JOINING, IDLE) else "red" if doing.what == LOST else ""
             table.add_row(str(doing.name), doing.what, clock(now - doing.since), style=style)
-        others = Counter(kind_of(doing) for doing in crew[room:])
+        others = Counter(kind_of(doing) for doing in registry[room:])
         if others:
             table.add_row(f"{others.total()} more", ", ".join(f"{count} {kind}" for kind, count in others.items()))
         return table

@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from distprune.comparison import ComparisonRow
-from distprune.decoder_layer import LayerShape
 from distprune.engine import RunRecord, RunStatus
-from distprune.engine.record import LayerRecord
+from distprune.engine.run.record import LayerRecord
 
 GIB = 2**30
 
@@ -39,33 +38,41 @@ def layer_table(record: RunRecord) -> Table:
         padding=(0, 1),
         pad_edge=False,
     )
-    for column in ("layer", "Q/K/O rank", "KV groups", "pairs", "value", "FFN", "calib.", "removed"):
+    for column in ("layer", "Q/K/O rank", "KV groups", "pairs", "value", "FFN", "branch", "removed"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in record.layers:
         table.add_row(*layer_row(layer))
     return table
 
 
-def rank_of(shape: LayerShape, name: str) -> str:
-    return str(getattr(shape, name) or ("full" if shape.has_attention else "-"))
-
-
 def layer_row(layer: LayerRecord) -> tuple[str, ...]:
-    dense, pruned = layer.dense, layer.pruned
+    return (str(layer.index), *attention_cells(layer), *ffn_cells(layer), f"{removed(layer):.1%}")
 
-    def left(width: str) -> str:
-        return f"{getattr(pruned, width)}/{getattr(dense, width)}"
 
+def attention_cells(layer: LayerRecord) -> tuple[str, ...]:
+    """Ranks, KV groups, rotary pairs and value width; nothing of attention that is not known or was removed."""
+    dense, pruned = layer.dense.attention, layer.pruned.attention
+    if dense is None or pruned is None:
+        return ("-",) * 4
     return (
-        str(layer.index),
-        "/".join(rank_of(pruned, name) for name in ("query_rank", "key_rank", "output_rank")),
-        left("kv_heads"),
+        "/".join(str(rank or "full") for rank in (pruned.query_rank, pruned.key_rank, pruned.output_rank)),
+        f"{pruned.kv_heads}/{dense.kv_heads}",
         f"{pruned.query_key_dim // 2}/{dense.query_key_dim // 2}",
-        left("value_dim"),
-        left("ffn_width"),
-        str(pruned.calibration_rank or "-"),
-        f"{1 - layer.parameters_after / layer.parameters_before:.1%}",
+        f"{pruned.value_dim}/{dense.value_dim}",
     )
+
+
+def ffn_cells(layer: LayerRecord) -> tuple[str, ...]:
+    """Width and the rank of the linear branch; nothing of a network that is not known or was removed."""
+    dense, pruned = layer.dense.ffn, layer.pruned.ffn
+    if dense is None or pruned is None:
+        return ("-",) * 2
+    return f"{pruned.width}/{dense.width}", str(pruned.branch_rank or "-")
+
+
+def removed(layer: LayerRecord) -> float:
+    """The share of its parameters that went."""
+    return 1 - layer.parameters_after / layer.parameters_before
 
 
 def memory_line(record: RunRecord) -> str:

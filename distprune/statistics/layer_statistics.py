@@ -7,18 +7,28 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from distprune.statistics.moments import Activations, Cross, Gram, HeadGram, Mean, Moment, Peak, Power, ScalingPower
-
-# The name of their number among named averages.
-TOKENS = "tokens"
+from distprune.layers.sites import Site
+from distprune.statistics.moments import (
+    Activations,
+    Cross,
+    Gram,
+    HeadGram,
+    Mean,
+    Moment,
+    Peak,
+    Power,
+    ScalingPower,
+    sites_of,
+)
 
 
 class LayerStatistics:
     """Running totals of the asked-for moments, in float32; nothing else is computed or kept.
 
-    Each is held once: it becomes its average in place when it is first read, and after that nothing can be added.
-    What is read is not to be changed. Asking for a moment that was not collected is a mistake in the method and raises
-    ``KeyError``.
+    Every site counts its own tokens: an expert sees only those that were routed to it. Each moment is held once: it
+    becomes its average in place when it is first read, and after that nothing can be added. What is read must not be
+    changed. Asking for what was not collected is a mistake in the method and raises ``KeyError``, and so does a moment
+    of a site that the layer does not have.
 
     Args:
         moments: what to collect.
@@ -28,11 +38,11 @@ class LayerStatistics:
     def __init__(self, moments: Iterable[Moment], device: torch.device | None = None):
         self._totals: dict[Moment, Tensor | None] = dict.fromkeys(moments)
         self._averages: dict[Moment, Tensor] = {}
+        self._tokens = dict.fromkeys(sites_of(self._totals), 0)
         self._device = device
-        self.tokens = 0
 
     def update(self, activations: Activations) -> None:
-        """Add one micro-batch of activations, each (tokens, width).
+        """Add one micro-batch of activations, each (tokens, width); the tokens may differ from site to site.
 
         Raises:
             RuntimeError: a moment has been read.
@@ -42,58 +52,71 @@ class LayerStatistics:
         for moment, total in self._totals.items():
             if total is None:
                 total = self._totals[moment] = zeros(moment, activations, self._device)
-            moment.add(total, activations)
-        self.tokens += len(next(iter(activations.values())))
+            if len(activations[moment.site]):
+                moment.add(total, activations)
+        for site in self._tokens:
+            self._tokens[site] += len(activations[site])
 
     def to_tensors(self, moments: Iterable[Moment]) -> dict[str, Tensor]:
-        """The averages of some of the moments as named tensors, for :meth:`from_tensors`; nothing of no moments."""
-        averages = {str(moment): self._average(moment) for moment in moments}
-        return {TOKENS: torch.tensor(self.tokens)} | averages if averages else {}
+        """The averages of some of the moments as named tensors, for :meth:`from_tensors`, and their sites' tokens."""
+        averages = {moment: self._average(moment) for moment in moments}
+        tokens = {counted(site): torch.tensor(self.tokens(site)) for site in sorted(sites_of(averages))}
+        return {str(moment): average for moment, average in averages.items()} | tokens
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], moments: Iterable[Moment]) -> LayerStatistics | None:
         """Statistics that hold just the ``moments``; None if not all of them are among the tensors."""
-        averages = {moment: tensors.get(str(moment)) for moment in moments}
-        if TOKENS not in tensors or any(average is None for average in averages.values()):
+        names = {moment: str(moment) for moment in moments}
+        if not names or not tensors.keys() >= {*names.values()}:
             return None
         statistics = cls(())
-        statistics.tokens, statistics._averages = int(tensors[TOKENS]), averages
+        statistics._averages = {moment: tensors[name] for moment, name in names.items()}
+        statistics._tokens = {site: int(tensors[counted(site)]) for site in sites_of(names)}
         return statistics
 
     def _average(self, moment: Moment) -> Tensor:
         if moment not in self._averages:
-            self._averages[moment] = moment.average(self._totals.pop(moment), self.tokens)
+            self._averages[moment] = moment.average(self._totals.pop(moment), self._tokens[moment.site])
         return self._averages[moment]
 
-    def mean(self, tap: str) -> Tensor:
-        return self._average(Mean(tap))
+    def tokens(self, site: Site) -> int:
+        """How many tokens the site has seen."""
+        return self._tokens[site]
 
-    def power(self, tap: str) -> Tensor:
-        return self._average(Power(tap))
+    def mean(self, site: Site) -> Tensor:
+        return self._average(Mean(site))
 
-    def rms(self, tap: str) -> Tensor:
+    def power(self, site: Site) -> Tensor:
+        return self._average(Power(site))
+
+    def rms(self, site: Site) -> Tensor:
         """Root mean square of every channel, (width,)."""
-        return self.power(tap).sqrt()
+        return self.power(site).sqrt()
 
-    def peak(self, tap: str) -> Tensor:
+    def peak(self, site: Site) -> Tensor:
         """Largest magnitude of every channel, (width,)."""
-        return self._average(Peak(tap))
+        return self._average(Peak(site))
 
-    def gram(self, tap: str) -> Tensor:
-        return self._average(Gram(tap))
+    def gram(self, site: Site) -> Tensor:
+        return self._average(Gram(site))
 
-    def cross(self, tap: str, other: str) -> Tensor:
-        return self._average(Cross(tap, other))
+    def cross(self, site: Site, other: Site) -> Tensor:
+        return self._average(Cross(site, other))
 
-    def head_gram(self, tap: str, heads: int) -> Tensor:
-        return self._average(HeadGram(tap, heads))
+    def head_gram(self, site: Site, heads: int) -> Tensor:
+        return self._average(HeadGram(site, heads))
 
-    def scaling_power(self, tap: str, other: str, groups: int, pairs: int) -> Tensor:
-        return self._average(ScalingPower(tap, other, groups, pairs))
+    def scaling_power(self, site: Site, other: Site, groups: int, pairs: int) -> Tensor:
+        return self._average(ScalingPower(site, other, groups, pairs))
+
+
+def counted(site: Site) -> str:
+    """What the number of a site's tokens is called among named averages."""
+    return f"tokens({site})"
 
 
 def zeros(moment: Moment, activations: Activations, device: torch.device | None) -> Tensor:
     """A total to begin with: an ordinary tensor, though layers run in inference mode, since it changes after that."""
-    device = device or activations[moment.tap].device
+    device = device or activations[moment.site].device
     with torch.inference_mode(False):
         return torch.zeros(moment.size(activations), dtype=torch.float32, device=device)

@@ -1,142 +1,168 @@
 """The moments that methods ask for: how large each is, and how it grows by one micro-batch.
 
-Row-vector convention: an activation X is (tokens, width), its Gram matrix XᵀX / T. Products are summed in float32 from
-the activations' own dtype: a product of bfloat16 values is exact in float32. Totals grow in place, so that of the
-largest of them there is one.
+Row-vector convention: an activation X is (tokens, width), its Gram matrix XᵀX / T, where T counts the tokens that its
+own site has seen. Products are summed in float32 from the activations' own dtype: a product of bfloat16 values is exact
+in float32. Totals grow in place, so that of the largest of them there is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from distprune.layers.sites import Site
 from distprune.statistics.products import add_gram, add_head_grams, add_product, mirror
 
-Activations = Mapping[str, Tensor]
+Activations = Mapping[Site, Tensor]
 #: Tokens whose squares are summed at once on a CPU.
 ROWS = 256
 
 
-class Summed:
-    """A moment that is a sum over tokens."""
+class Moment:
+    """What is collected of the activations at a site, or at two that see the same tokens."""
 
-    @staticmethod
-    def average(total: Tensor, tokens: int) -> Tensor:
-        return total.div_(tokens)
+    site: Site
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites whose activations it is of."""
+        return (self.site,)
+
+    def size(self, activations: Activations) -> tuple[int, ...]:
+        """The dimensions of its total."""
+        raise NotImplementedError
+
+    def add(self, total: Tensor, activations: Activations) -> None:
+        """Add one micro-batch, of at least one token, to the total in place."""
+        raise NotImplementedError
+
+    def average(self, total: Tensor, tokens: int) -> Tensor:
+        """What the total over so many tokens comes to, in its place; zeros where there were none."""
+        return total.div_(max(1, tokens))
+
+    def __str__(self) -> str:
+        """Its name in files: "Gram(ffn.neurons)"."""
+        return f"{type(self).__name__}({', '.join(str(getattr(self, own.name)) for own in fields(self))})"
 
 
 @dataclass(frozen=True)
-class Mean(Summed):
+class Mean(Moment):
     """E[x], (width,)."""
 
-    tap: str
+    site: Site
 
     def size(self, activations: Activations) -> tuple[int, ...]:
-        return activations[self.tap].shape[1:]
+        return activations[self.site].shape[1:]
 
     def add(self, total: Tensor, activations: Activations) -> None:
-        add(total, activations[self.tap].sum(dim=0, dtype=torch.float32))
+        add(total, activations[self.site].sum(dim=0, dtype=torch.float32))
 
 
 @dataclass(frozen=True)
-class Power(Summed):
+class Power(Moment):
     """E[x²] of every channel, (width,)."""
 
-    tap: str
+    site: Site
 
     def size(self, activations: Activations) -> tuple[int, ...]:
-        return activations[self.tap].shape[1:]
+        return activations[self.site].shape[1:]
 
     def add(self, total: Tensor, activations: Activations) -> None:
-        for rows in cached(activations[self.tap]):
+        for rows in cached(activations[self.site]):
             add(total, rows.to(torch.float32, copy=True).square_().sum(dim=0))
 
 
 @dataclass(frozen=True)
-class Gram(Summed):
+class Gram(Moment):
     """E[xᵀx], (width, width)."""
 
-    tap: str
+    site: Site
 
     def size(self, activations: Activations) -> tuple[int, ...]:
-        width = activations[self.tap].shape[1]
+        width = activations[self.site].shape[1]
         return width, width
 
     def add(self, total: Tensor, activations: Activations) -> None:
-        add_gram(total, activations[self.tap])
+        add_gram(total, activations[self.site])
 
-    @staticmethod
-    def average(total: Tensor, tokens: int) -> Tensor:
-        return mirror(total.div_(tokens))
+    def average(self, total: Tensor, tokens: int) -> Tensor:
+        return mirror(super().average(total, tokens))
 
 
 @dataclass(frozen=True)
-class Cross(Summed):
+class Cross(Moment):
     """E[xᵀy], (width of x, width of y)."""
 
-    tap: str
-    other: str
+    site: Site
+    other: Site
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.site, self.other
 
     def size(self, activations: Activations) -> tuple[int, ...]:
-        return activations[self.tap].shape[1], activations[self.other].shape[1]
+        return activations[self.site].shape[1], activations[self.other].shape[1]
 
     def add(self, total: Tensor, activations: Activations) -> None:
-        add_product(total, activations[self.tap], activations[self.other])
+        add_product(total, activations[self.site], activations[self.other])
 
 
 @dataclass(frozen=True)
-class HeadGram(Summed):
+class HeadGram(Moment):
     """E[xᵢᵀxᵢ] of every head's slice xᵢ, (heads, width per head, width per head)."""
 
-    tap: str
+    site: Site
     heads: int
 
     def size(self, activations: Activations) -> tuple[int, ...]:
-        width = activations[self.tap].shape[1] // self.heads
+        width = activations[self.site].shape[1] // self.heads
         return self.heads, width, width
 
     def add(self, total: Tensor, activations: Activations) -> None:
-        add_head_grams(total, activations[self.tap])
+        add_head_grams(total, activations[self.site])
 
 
 @dataclass(frozen=True)
-class Peak:
+class Peak(Moment):
     """max |x| of every channel, (width,)."""
 
-    tap: str
+    site: Site
 
     def size(self, activations: Activations) -> tuple[int, ...]:
-        return activations[self.tap].shape[1:]
+        return activations[self.site].shape[1:]
 
     def add(self, total: Tensor, activations: Activations) -> None:
-        torch.maximum(total, activations[self.tap].abs().amax(dim=0).float().to(total.device), out=total)
+        torch.maximum(total, activations[self.site].abs().amax(dim=0).float().to(total.device), out=total)
 
-    @staticmethod
-    def average(total: Tensor, tokens: int) -> Tensor:
+    def average(self, total: Tensor, tokens: int) -> Tensor:
         return total
 
 
 @dataclass(frozen=True)
-class ScalingPower(Summed):
+class ScalingPower(Moment):
     """E[s²] of how the loss changes, to first order, when a rotary pair is scaled, (groups, pairs).
 
     Of an activation x with gradient g, scaling some of its channels changes a token's loss by s = Σ x∘g over them. A
     KV group's pair p is the channels p and p + width/2 of all its heads.
     """
 
-    tap: str
-    other: str
+    site: Site
+    other: Site
     groups: int
     pairs: int
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.site, self.other
 
     def size(self, activations: Activations) -> tuple[int, ...]:
         return self.groups, self.pairs
 
     def add(self, total: Tensor, activations: Activations) -> None:
-        for x, gradient in zip(cached(activations[self.tap]), cached(activations[self.other]), strict=True):
+        for x, gradient in zip(cached(activations[self.site]), cached(activations[self.other]), strict=True):
             products = x.float() * gradient.float()
             changes = products.unflatten(1, (self.groups, -1, 2, self.pairs)).sum(dim=(2, 3))
             add(total, changes.square_().sum(dim=0))
@@ -152,9 +178,6 @@ def add(total: Tensor, values: Tensor) -> None:
     total.add_(values.to(total.device))
 
 
-Moment = Mean | Power | Peak | Gram | Cross | HeadGram | ScalingPower
-
-
-def taps_of(moments: Iterable[Moment]) -> set[str]:
-    """The activations that the moments are of."""
-    return {tap for moment in moments for tap in (moment.tap, getattr(moment, "other", moment.tap))}
+def sites_of(moments: Iterable[Moment]) -> set[Site]:
+    """The sites whose activations the moments are of."""
+    return {site for moment in moments for site in moment.sites}

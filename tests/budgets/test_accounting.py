@@ -1,87 +1,59 @@
-"""Parameter counts, against the numbers of elements of real models."""
+"""What remains under a target, and what may go in each layout."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_architectures import BIASES, tiny
 
-from distprune.budgets import Target, decoder_parameters, layer_parameters, outer_parameters
-from distprune.modeling import LayerShape, PrunedForCausalLM
+from distprune.budgets import Target, decoder_parameters, outer_parameters
+from distprune.layers.shapes import Removable
 
-SHAPES = [
-    LayerShape(4, 2, 8, 5, ffn_width=40, query_rank=9, key_rank=4, calibration_rank=3),
-    LayerShape(3, 1, 8, 8, ffn_width=7, query_rank=5),
-    LayerShape(4, 2, 8, 8, ffn_width=96),
-]
-REDUCED = [
-    LayerShape(4, 2, 4, 5, ffn_width=40, query_rank=9),
-    LayerShape(4, 2, 2, 8, ffn_width=0),
-    LayerShape(0, 0, 0, 0, ffn_width=7, calibration_rank=3),
-    LayerShape(0, 0, 0, 0, ffn_width=0),
-]
-FLAGS = {
-    "plain": {},
-    "tied": {"tie_word_embeddings": True},
-    "attention biases": {"attention_bias": True},
-    "all biases": {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
-    "query and key norms": {"query_key_norm": True},
-}
-
-
-def elements(module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+FLAGS = {"plain": {}, "tied": {"tie_word_embeddings": True}, "all biases": BIASES}
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_counts_are_those_of_a_model_with_these_shapes(tiny_config, flags):
-    dense = tiny_config(**FLAGS[flags])
-    model = PrunedForCausalLM(tiny_config(**FLAGS[flags], layer_shapes=[asdict(shape) for shape in SHAPES]))
-    for index, layer in enumerate(model.model.layers):
-        assert layer_parameters(dense, index, SHAPES[index]) == elements(layer)
-    assert decoder_parameters(dense, SHAPES) == elements(model.model.layers)
-    assert outer_parameters(dense) == elements(model) - elements(model.model.layers)
-
-
-@pytest.mark.parametrize("flags", ["plain", "tied", "attention biases", "all biases"])
-def test_what_a_layer_lacks_and_which_pairs_it_kept_are_no_parameters(tiny_config, flags):
-    dense = tiny_config(**FLAGS[flags], num_hidden_layers=4)
-    shapes = [asdict(shape) for shape in REDUCED]
-    model = PrunedForCausalLM(tiny_config(**FLAGS[flags], num_hidden_layers=4, layer_shapes=shapes))
-    counts = [layer_parameters(dense, index, shape) for index, shape in enumerate(REDUCED)]
-    assert counts == [elements(layer) for layer in model.model.layers]
-    assert counts[3] == 0
-    assert decoder_parameters(dense, REDUCED) + outer_parameters(dense) == elements(model)
-
-
-@pytest.mark.parametrize("flags", FLAGS)
-def test_what_remains_of_a_model_is_its_decoder_less_the_asked_for_fraction(tiny_config, flags):
-    config = tiny_config(**FLAGS[flags])
-    model = PrunedForCausalLM(config)
-    decoder, whole = elements(model.model.layers), elements(model)
-    target = Target(config, 0.3)
+def test_what_remains_of_a_model_is_its_decoder_less_the_asked_for_fraction(flags):
+    model = tiny(**FLAGS[flags])
+    target = Target(model, 0.3)
+    decoder = decoder_parameters(model, target.dense_shapes)
+    whole = decoder + outer_parameters(model)
     assert target.dense == decoder
     assert target.remaining == decoder - round(0.3 * decoder)
     assert target.decoder_sparsity == 0.3
 
-    counted = Target(config, 0.3, count_embeddings=True)
+    counted = Target(model, 0.3, count_embeddings=True)
     assert counted.dense == decoder
     assert counted.remaining == decoder - round(0.3 * whole)
     assert counted.decoder_sparsity == pytest.approx(0.3 * whole / decoder)
     assert counted.remaining < target.remaining
 
 
+@settings(deadline=None, max_examples=30)
 @given(sparsity=st.floats(0, 0.99), layers=st.integers(1, 2), width=st.integers(1, 200))
-def test_the_sparsity_of_decoder_layers_alone_is_not_rounded(tiny_config, sparsity, layers, width):
+def test_the_sparsity_of_decoder_layers_alone_is_not_rounded(sparsity, layers, width):
     """Methods branch on it: at 0.4 exactly, a last digit more is another budget."""
-    config = tiny_config(num_hidden_layers=layers, intermediate_size=width)
-    assert Target(config, sparsity).decoder_sparsity == sparsity
+    model = tiny(num_hidden_layers=layers, intermediate_size=width)
+    assert Target(model, sparsity).decoder_sparsity == sparsity
 
 
-def test_a_sparsity_of_zero_leaves_everything(tiny_config):
+def test_a_sparsity_of_zero_leaves_everything():
     for count_embeddings in (False, True):
-        target = Target(tiny_config(), 0.0, count_embeddings)
+        target = Target(tiny(), 0.0, count_embeddings)
         assert target.remaining == target.dense
         assert target.decoder_sparsity == 0
+
+
+@pytest.mark.parametrize("layout", ["heterogeneous", "stock"])
+def test_whole_heads_and_neurons_alone_may_go_where_the_layout_says_nothing_else(layout):
+    assert Target(tiny(), 0.1, layout=layout).removable(0) == Removable(heads=True, neurons=True)
+    assert Target(tiny("gpt_neox"), 0.1, layout=layout).removable(0) == Removable(neurons=True)
+
+
+def test_nothing_may_go_of_a_part_that_is_not_there():
+    target = Target(tiny("deepseek_v3"), 0.1)
+    assert target.removable(0) == Removable(neurons=True, branch=True, ffn=True)
+    assert target.removable(2) == Removable()
+    everything = Removable(*[True] * 8)
+    assert Target(tiny(), 0.1).removable(0) == everything

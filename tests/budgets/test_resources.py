@@ -1,67 +1,129 @@
-"""Amounts of every resource, against real models: their elements, their files, their caches and a count of FLOPs."""
+"""Amounts of every resource, against transformers' own models: their elements, caches and a count of FLOPs; and against
+sums written out by hand where no plain model has the shape."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from tiny_architectures import BIASES, tiny
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
-from distprune.budgets import RESOURCES, Target, amount, attention_amount, ffn_amount
+from distprune.budgets import (
+    RESOURCES,
+    StoredSizes,
+    Target,
+    attention_amount,
+    decoder_parameters,
+    ffn_amount,
+    layer_amount,
+    layer_parameters,
+    outer_parameters,
+    rest_amount,
+)
 from distprune.budgets import resources as module
-from distprune.modeling import LayerShape, PrunedForCausalLM
+from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
 
-SHAPES = [
-    LayerShape(4, 2, 8, 5, ffn_width=40, query_rank=9, key_rank=4, calibration_rank=3),
-    LayerShape(3, 1, 8, 8, ffn_width=7, query_rank=5),
-    LayerShape(4, 2, 8, 8, ffn_width=96),
-]
-BIASES = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
-
-
-@pytest.fixture(params=[{}, BIASES, {"query_key_norm": True, "tie_word_embeddings": True}], ids=str)
-def dense(request, tiny_config):
-    return tiny_config(**request.param)
-
-
-def model_of(dense, dtype=torch.float32):
-    config = type(dense)(**{**dense.to_dict(), "layer_shapes": [asdict(shape) for shape in SHAPES]})
-    config._attn_implementation = "eager"
-    return PrunedForCausalLM(config).to(dtype).eval()
+FAMILIES = {
+    "llama": {},
+    "llama with biases": BIASES,
+    "tied": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "nemotron": {},
+    "starcoder2": {"use_bias": True},
+    "gpt_neox": {},
+    "mixtral": {},
+    "deepseek_v3": {},
+    "gemma2": {},
+}
+ANY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+#: What plain configurations can say, and what those call it.
+SMALLER = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40}
 
 
-def test_parameters_and_bytes_are_those_of_the_modules_with_their_norms(dense, tmp_path):
-    dense.dtype = torch.bfloat16
-    for index, layer in enumerate(model_of(dense, torch.bfloat16).model.layers):
-        parts = {
-            attention_amount: {**named(layer, "self_attn"), **named(layer, "input_layernorm")},
-            ffn_amount: {**named(layer, "mlp"), **named(layer, "post_attention_layernorm")},
-        }
-        for count, tensors in parts.items():
-            assert count("parameters", dense, index, SHAPES[index]) == sum(map(torch.numel, tensors.values()))
-            save_file(tensors, tmp_path / "part.safetensors")
-            size = (tmp_path / "part.safetensors").stat().st_size
-            header = 8 + int.from_bytes((tmp_path / "part.safetensors").read_bytes()[:8], "little")
-            assert count("bytes", dense, index, SHAPES[index]) == size - header
+def model_of(family: str, **changes):
+    model_type = family.split()[0] if family != "tied" else "llama"
+    return tiny(model_type, **FAMILIES[family] | changes)
 
 
-def named(layer, name: str) -> dict[str, torch.Tensor]:
-    return {f"{name}.{key}": tensor for key, tensor in getattr(layer, name).state_dict().items()}
+def built(model, dtype: torch.dtype = torch.float32):
+    return AutoModelForCausalLM.from_config(model.config, dtype=dtype, attn_implementation="eager").eval()
+
+
+# ------------------------------------------------------------------ parameters
+
+
+@ANY_FAMILY
+def test_the_dense_layers_and_what_is_outside_of_them_hold_the_models_parameters(family):
+    model = model_of(family)
+    real = built(model)
+    layers = real.get_submodule(model.layers_path)
+    shapes = [model.dense_shape(index) for index in range(3)]
+    assert [layer_parameters(model, index, shapes[index]) for index in range(3)] == list(map(elements, layers))
+    assert decoder_parameters(model, shapes) == elements(layers)
+    assert outer_parameters(model) == elements(real) - elements(layers)
+
+
+def elements(module) -> int:
+    """Of all tensors that a checkpoint has, those that serve twice counted once."""
+    return sum({tensor.data_ptr(): tensor.numel() for tensor in module.state_dict().values()}.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "llama with biases", "qwen3"])
+def test_layers_with_fewer_heads_and_neurons_hold_what_a_model_of_that_size_does(family):
+    model, smaller = model_of(family), model_of(family, **SMALLER)
+    shapes = [smaller.dense_shape(index) for index in range(3)]
+    assert decoder_parameters(model, shapes) == elements(built(smaller).model.layers)
+
+
+def test_factors_branches_and_added_biases_count():
+    model, hidden = tiny(), 24
+    attention = AttentionShape(4, 2, 6, 5, query_rank=9, key_rank=4, output_rank=7, output_bias=True)
+    factors = 9 * (hidden + 24) + 4 * (hidden + 12) + 7 * (20 + hidden) + hidden
+    assert attention_amount("parameters", model, 0, attention) == factors + 10 * hidden
+    ffn = FeedForwardShape(40, branch_rank=3, down_bias=True)
+    assert ffn_amount("parameters", model, 0, ffn) == 3 * 40 * hidden + 2 * 3 * hidden + hidden
+    assert layer_parameters(model, 0, LayerShape(attention, ffn)) == factors + 10 * hidden + 127 * hidden + 2 * hidden
+
+
+@pytest.mark.parametrize("resource", RESOURCES)
+def test_a_part_that_is_not_there_takes_nothing_and_the_rest_stays(resource):
+    model = tiny()
+    assert attention_amount(resource, model, 0, None) == ffn_amount(resource, model, 0, None) == 0
+    norms = {"parameters": 48, "bytes": 48 * model.dtype.itemsize}.get(resource, 0)
+    assert layer_amount(resource, model, 0, LayerShape(None, None)) == rest_amount(resource, model, 0) == norms
+
+
+# ------------------------------------------------------------------ the other resources
+
+
+def test_bytes_are_of_the_dtype_of_the_model_or_of_each_tensor_as_it_is_stored():
+    model = tiny(dtype="bfloat16")
+    shape = model.dense_shape(0).with_ffn(branch_rank=3, down_bias=True)
+    assert layer_amount("bytes", model, 0, shape) == 2 * layer_parameters(model, 0, shape)
+    wide = {name: 4 if "down_proj" in name else 2 for name in model.layer_tensors(0, model.dense_shape(0))}
+    added = ffn_amount("bytes", model, 0, shape.ffn, wide) - ffn_amount("bytes", model, 0, shape.ffn)
+    assert added == 2 * (96 * 24 + 24 + 2 * 3 * 24)  # an added bias and a branch are as wide as the down projection
+    target = Target(model, 0.1, count_embeddings=True, resource="bytes", sizes=StoredSizes((wide,) * 3, 1000))
+    assert target.counted - target.dense == 1000
+    assert target.amount([shape] * 3) == 3 * layer_amount("bytes", model, 0, shape, wide)
 
 
 @torch.no_grad()
-def test_flops_are_those_that_torch_counts_for_one_more_token(dense, monkeypatch):
+@pytest.mark.parametrize("sizes", [{}, SMALLER], ids=["dense", "smaller"])
+@pytest.mark.parametrize("family", ["llama", "llama with biases", "qwen3", "nemotron", "gemma2"])
+def test_flops_are_those_that_torch_counts_for_one_more_token(family, sizes, monkeypatch):
     seen = 11
     monkeypatch.setattr(module, "CONTEXT", seen)
-    model = model_of(dense)
-    cache = model(torch.arange(seen - 1)[None], use_cache=True).past_key_values
+    model, smaller = model_of(family), model_of(family, **sizes)
+    real = built(smaller)
+    cache = real(torch.arange(seen - 1)[None], use_cache=True).past_key_values
     with FlopCounterMode(display=False) as counter:
-        model(torch.tensor([[3]]), past_key_values=cache)
-    counted = counter.get_total_flops()
-    expected = sum(amount("flops", dense, index, shape) for index, shape in enumerate(SHAPES))
-    assert counted == expected + module.outer_amount("flops", dense) + rotary_flops(counter)
+        real(torch.tensor([[3]]), past_key_values=cache)
+    expected = sum(layer_amount("flops", model, index, smaller.dense_shape(index)) for index in range(3))
+    assert counter.get_total_flops() == expected + module.outer_amount("flops", model) + rotary_flops(counter)
 
 
 def rotary_flops(counter: FlopCounterMode) -> int:
@@ -70,38 +132,44 @@ def rotary_flops(counter: FlopCounterMode) -> int:
     return sum(sum(flops.values()) for name, flops in modules.items() if name.endswith("rotary_emb"))
 
 
-def test_a_sliding_window_bounds_what_attention_looks_at(tiny_config):
-    layers = ["sliding_attention", "full_attention", "full_attention"]
-    config = tiny_config(sliding_window=100, layer_types=layers)
-    shape = config.layer_shape(0)
-    sliding, full = (attention_amount("flops", config, index, shape) for index in (0, 1))
-    assert full - sliding == 2 * 4 * (8 + 8) * (module.CONTEXT - 100)
+def test_a_sliding_window_bounds_what_attention_looks_at():
+    layers = ("sliding_attention", "full_attention", "full_attention")
+    model = tiny("qwen2", use_sliding_window=True, sliding_window=100, layer_types=layers)
+    shape = model.dense_shape(0).attention
+    sliding, full = (attention_amount("flops", model, index, shape) for index in (0, 1))
+    assert full - sliding == 2 * 4 * 2 * shape.value_dim * (module.CONTEXT - 100)
+    target = Target(model, 0.1, resource="flops")
+    assert [target.attention_amount(index, shape) for index in range(3)] == [sliding, full, full]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kv_cache_is_as_large_as_the_one_that_a_model_fills(dense, dtype):
-    dense.dtype = dtype
-    cache = model_of(dense, dtype)(torch.arange(7)[None], use_cache=True).past_key_values
-    for index, shape in enumerate(SHAPES):
+@pytest.mark.parametrize("sizes", [{}, SMALLER], ids=["dense", "smaller"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_the_kv_cache_is_as_large_as_the_one_that_a_model_fills(family, sizes, dtype):
+    if family == "gpt_neox":
+        sizes = {}
+    model, smaller = model_of(family, dtype=dtype), model_of(family, **sizes)
+    cache = built(smaller, dtype)(torch.arange(7)[None], use_cache=True).past_key_values
+    for index in range(3):
+        shape = smaller.dense_shape(index)
         held = sum(tensor.nbytes for tensor in (cache.layers[index].keys, cache.layers[index].values))
-        assert 7 * attention_amount("kv-cache", dense, index, shape) == held
-        assert ffn_amount("kv-cache", dense, index, shape) == 0
+        assert 7 * attention_amount("kv-cache", model, index, shape.attention) == held
+        assert ffn_amount("kv-cache", model, index, shape.ffn) == rest_amount("kv-cache", model, index) == 0
 
 
+# ------------------------------------------------------------------ targets
+
+
+@ANY_FAMILY
 @pytest.mark.parametrize("resource", RESOURCES)
-def test_a_modules_amount_is_its_own(dense, resource):
-    first, second = SHAPES[:2]
-    mixed = replace(second, ffn_width=first.ffn_width, calibration_rank=first.calibration_rank)
-    assert attention_amount(resource, dense, 0, mixed) == attention_amount(resource, dense, 0, second)
-    assert ffn_amount(resource, dense, 0, mixed) == ffn_amount(resource, dense, 0, first)
-
-
-@pytest.mark.parametrize("resource", RESOURCES)
-def test_a_target_is_a_fraction_of_its_resource(dense, resource):
-    target = Target(dense, 0.3, resource=resource)
-    assert target.dense == sum(amount(resource, dense, index, dense.layer_shape(index)) for index in range(3))
+def test_a_target_is_a_fraction_of_its_resource(family, resource):
+    model = model_of(family)
+    target = Target(model, 0.3, resource=resource)
+    shapes = target.dense_shapes
+    assert target.dense == sum(layer_amount(resource, model, index, shape) for index, shape in enumerate(shapes))
     assert target.remaining == target.dense - round(0.3 * target.dense)
-    assert target.amount(SHAPES) == sum(amount(resource, dense, index, shape) for index, shape in enumerate(SHAPES))
-    counted = Target(dense, 0.3, count_embeddings=True, resource=resource)
-    assert counted.counted == target.dense + module.outer_amount(resource, dense)
+    fewer = [replace(shapes[0], ffn=None), replace(shapes[1], attention=None), shapes[2]]
+    assert target.amount(fewer) == sum(layer_amount(resource, model, index, s) for index, s in enumerate(fewer))
+    counted = Target(model, 0.3, count_embeddings=True, resource=resource)
+    assert counted.counted == target.dense + module.outer_amount(resource, model)

@@ -77,6 +77,17 @@ def test_a_header_that_lies_is_refused(tmp_path, header, data_bytes, words):
         read_header(file)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fix"), [("F4", "use the model's bf16 or fp16 release"), ("F7", "Write the model anew")]
+)
+def test_a_dtype_that_is_not_known_is_refused(tmp_path, dtype, fix):
+    file = write(tmp_path / "model.safetensors", {"odd": {**ENTRY, "dtype": dtype}}, 24)
+    with pytest.raises(
+        InputError, match=rf"model\.safetensors: tensor odd is stored as {dtype}, which can't be read.*{fix}"
+    ):
+        read_header(file)
+
+
 @pytest.mark.parametrize("content", [b"", b"1234567", b"\xff" * 100, b"\x00" * 100])
 def test_what_has_no_header_is_refused(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)

@@ -19,7 +19,7 @@ import yaml
 from crd_schemas import schema_of
 
 from distprune.config import load_config
-from distprune.engine.cluster import WorkerPlan, count_fitting, plan_workers
+from distprune.engine.scheduler.ray_cluster import WorkerPlan, count_fitting, plan_workers
 
 FOLDER = Path(__file__).parents[2] / "cluster"
 CRDS = Path(os.environ.get("KUBERAY_CRDS", "no such folder"))

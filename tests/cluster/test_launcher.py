@@ -12,7 +12,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from distprune.config import load_config
-from distprune.engine.cluster import WorkerPlan, count_fitting, plan_workers
+from distprune.engine.scheduler.ray_cluster import WorkerPlan, count_fitting, plan_workers
 
 FOLDER = Path(__file__).parents[2] / "cluster"
 CLOUDS = ["aws", "gcp"]

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from distprune import prune
-from distprune.engine import RunRecord, driver, pool, run_dtype, weights
-from distprune.engine.runtime import RayRuntime
-from distprune.engine.worker import Worker
+from distprune.engine import RunRecord, driver
+from distprune.engine.scheduler import pool, run_dtype
+from distprune.engine.worker import weights
+from distprune.engine.scheduler.runtime import RayRuntime
+from distprune.engine.worker.actor import Worker
 
 OPTIONS = {
     "method": "olica",
@@ -30,9 +32,12 @@ class InlineRuntime(RayRuntime):
     def start_worker(self, number, avoided=()):
         return Worker.__ray_actor_class__(number, *self._told)
 
-    def call(self, worker, method, arguments=()):
-        values = getattr(worker, method)(*arguments)
-        return [Here(value) for value in values] if isinstance(values, tuple) else [Here(values)]
+    def ready(self, worker):
+        return Here(worker.ready())
+
+    def call(self, worker, task, values):
+        given = worker.run(type(task), *values)
+        return [Here(value) for value in given] if task.results > 1 else [Here(given)]
 
     def wait(self, results, count=1, timeout=None):
         return list(results)[:count]
@@ -88,15 +93,15 @@ def lose(new_workers, calls, monkeypatch):
     lost = []
 
     def choose(is_chosen) -> list[pool.Call]:
-        hand = pool.WorkerPool._hand
+        prefetch = pool.WorkerPool._prefetch
 
-        def kill_and_hand(self, share):
-            if is_chosen(share):
-                share.worker.__ray_call__.remote(lambda _: os.kill(os.getpid(), signal.SIGKILL))
-                lost.append(share.call)
-            return hand(self, share)
+        def kill_and_prefetch(self, attempt):
+            if is_chosen(attempt):
+                attempt.worker.__ray_call__.remote(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+                lost.append(attempt.call)
+            return prefetch(self, attempt)
 
-        monkeypatch.setattr(pool.WorkerPool, "_hand", kill_and_hand)
+        monkeypatch.setattr(pool.WorkerPool, "_prefetch", kill_and_prefetch)
         return lost
 
     return choose

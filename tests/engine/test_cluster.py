@@ -15,10 +15,10 @@ from ray.exceptions import AuthenticationError
 
 from distprune import InputError
 from distprune.config import PruneConfig
-from distprune.engine.cluster import WorkerPlan, connected, plan_workers
-from distprune.engine.pool import WorkerPool
-from distprune.engine.progress import Progress
-from distprune.engine.signals import sigterm_interrupts
+from distprune.engine.scheduler.ray_cluster import WorkerPlan, connected, plan_workers
+from distprune.engine.scheduler.pool import WorkerPool
+from distprune.engine.telemetry.progress import Progress
+from distprune.engine.run.signals import sigterm_interrupts
 
 CPU_NODE, GPU_NODE = {"CPU": 8.0, "memory": 1e9}, {"CPU": 16.0, "GPU": 4.0}
 
@@ -204,8 +204,8 @@ LEAVES_RAY = """
 import os, signal, sys, threading, time
 import ray
 from distprune.config import PruneConfig
-from distprune.engine.cluster import connected
-from distprune.engine.signals import sigterm_interrupts
+from distprune.engine.scheduler.ray_cluster import connected
+from distprune.engine.run.signals import sigterm_interrupts
 
 def interrupt_halfway():
     while ray.is_initialized():
@@ -234,8 +234,8 @@ def test_an_interruption_halfway_through_leaving_ray_does_not_end_the_process(ru
 ENDS_RAY = """
 import os, signal, sys, threading
 from distprune.config import PruneConfig
-from distprune.engine.cluster import connected
-from distprune.engine.signals import sigterm_interrupts
+from distprune.engine.scheduler.ray_cluster import connected
+from distprune.engine.run.signals import sigterm_interrupts
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from distprune import RunFailed, api, cli, status
 from distprune.checkpoint import durable, failures_explained, mishaps
-from distprune.engine.pool import WorkerPool
-from distprune.engine.transport import fetch
+from distprune.engine.scheduler.pool import WorkerPool
+from distprune.engine.worker.host_tensor import fetch
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 

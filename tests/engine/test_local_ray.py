@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from distprune import InputError
-from distprune.engine.local_ray import LONGEST_SOCKET, check_socket_length, explained
+from distprune.engine.scheduler.local_ray import LONGEST_SOCKET, check_socket_length, explained
 
 LONG = "/tmp/" + "x" * 80
 NO_RAY = "distprune: no Ray can be started on this machine:"

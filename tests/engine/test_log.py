@@ -15,8 +15,8 @@ import pytest
 import ray
 
 from distprune import InputError
-from distprune.engine.log import RunLog, json_file, json_lines
-from distprune.engine.progress import Assignment, Progress, WorkerName
+from distprune.engine.telemetry.log import RunLog, json_file, json_lines
+from distprune.engine.telemetry.progress import Assignment, Progress, WorkerName
 
 OPTIONS = {"sparsity": 0.3, "propagation": 2}
 WORKER = WorkerName(3, "node")
@@ -117,7 +117,7 @@ def test_nobody_hears_of_it_who_did_not_ask(capsys):
 def test_the_packages_other_warnings_are_lines_too_and_still_shown(tmp_path):
     code = """
 import logging, pathlib, sys
-from distprune.engine.log import json_file
+from distprune.engine.telemetry.log import json_file
 with json_file(pathlib.Path(sys.argv[1])):
     logging.getLogger("distprune.checkpoint").warning("a disk stalls")
 """

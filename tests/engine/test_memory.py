@@ -16,7 +16,7 @@ MIB = 2**20
 CODE = """
 import os
 import torch
-from distprune.engine.memory import keep_freed_memory
+from distprune.engine.telemetry.process_memory import keep_freed_memory
 
 def resident() -> int:
     with open("/proc/self/statm") as file:

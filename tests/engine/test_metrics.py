@@ -7,9 +7,10 @@ import time
 
 import pytest
 
-from distprune.engine import harmless, metrics
-from distprune.engine.metrics import MemoryMetrics, RunMetrics
-from distprune.engine.progress import Assignment, Progress, WorkerName
+from distprune.engine.telemetry import harmless
+from distprune.engine.telemetry import metrics
+from distprune.engine.telemetry.metrics import MemoryMetrics, RunMetrics
+from distprune.engine.telemetry.progress import Assignment, Progress, WorkerName
 
 A, B, PRUNE = WorkerName(0, "node"), WorkerName(1, "node"), Assignment("prune", 3)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from distprune.engine.progress import Assignment, Progress, Together, WorkerName
+from distprune.engine.telemetry.progress import Assignment, Progress, Together, WorkerName
 
 WORKER = WorkerName(3, "node")
 TOLD = {
@@ -51,4 +51,4 @@ def test_the_silent_progress_says_nothing(capsys):
 
 def test_workers_and_their_assignments_have_names():
     assert [str(WorkerName(3)), str(WORKER)] == ["worker 3", "node/3"]
-    assert [str(Assignment("check_outer")), str(Assignment("open_layer", 7))] == ["check outer", "open layer 7"]
+    assert [str(Assignment("check_outer")), str(Assignment("open_forward", 7))] == ["check outer", "open layer 7"]

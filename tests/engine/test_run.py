@@ -14,9 +14,9 @@ from ray.exceptions import RayTaskError
 from distprune import InputError, inspect, plan
 from distprune.calibration import open_calibration
 from distprune.engine import load_record
-from distprune.engine.pool import WorkerPool
-from distprune.engine.progress import Progress
-from distprune.engine.transport import fetch
+from distprune.engine.scheduler.pool import WorkerPool
+from distprune.engine.telemetry.progress import Progress
+from distprune.engine.worker.host_tensor import fetch
 
 
 def test_the_record_tells_memory_time_and_parameters(pruned):

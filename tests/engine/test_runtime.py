@@ -11,11 +11,11 @@ from dataclasses import replace
 import ray
 
 from distprune.config import PruneConfig
-from distprune.engine.cluster import WorkerPlan
-from distprune.engine.preflight import check_job
-from distprune.engine.runtime import RayRuntime
-from distprune.engine.transport import whole_of
-from distprune.engine.weights import weight_access
+from distprune.engine.scheduler.ray_cluster import WorkerPlan
+from distprune.engine.run.preflight import check_job
+from distprune.engine.scheduler.runtime import RayRuntime
+from distprune.engine.worker.host_tensor import whole_of
+from distprune.engine.worker.weights import weight_access
 
 
 @ray.remote
@@ -35,7 +35,7 @@ def test_a_worker_whose_arguments_are_large_starts_again_when_it_is_lost(
     ray_cluster, dense_path, tmp_path, monkeypatch
 ):
     """The headers of the largest models may take more room than Ray sends along with a call."""
-    monkeypatch.setattr("distprune.engine.runtime.Worker", Keeper)
+    monkeypatch.setattr("distprune.engine.scheduler.runtime.Worker", Keeper)
     config, plan = (
         PruneConfig(model=str(dense_path), output=tmp_path / "o", weights="served"),
         WorkerPlan(1, "cpu", 1, 0),

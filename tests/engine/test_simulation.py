@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from distprune.engine import pool
-from distprune.engine.relay import split
-from distprune.engine.simulation import Costs, Machines, Pass, SimulatedRuntime, simulate
+from distprune.engine.scheduler import pool
+from distprune.engine.scheduler.relay import split
+from distprune.engine.scheduler.simulation import Costs, Machines, Pass, SimulatedRuntime, simulate
 
 COSTS = Costs(
     start=10, check=5, read=3, forward=60, dense_statistics=12, profile=15, statistics=20, carried=False, solve=200,
@@ -74,9 +74,14 @@ class Noting(SimulatedRuntime):
         self.fetched = Counter()
         self.made = {}
 
-    def call(self, worker, method, arguments=()):
-        results = super().call(worker, method, arguments)
-        self.made[results[0]] = (method, *[argument for argument in arguments[:2] if isinstance(argument, int)])
+    def ready(self, worker):
+        result = super().ready(worker)
+        self.made[result] = ("ready",)
+        return result
+
+    def call(self, worker, task, values):
+        results = super().call(worker, task, values)
+        self.made[results[0]] = (task.kind(), *[value for value in values[:2] if isinstance(value, int)])
         return results
 
     def fetch(self, results):
@@ -90,7 +95,7 @@ class Noting(SimulatedRuntime):
 def test_runs_end_however_many_workers_are_lost(workers, seed, monkeypatch):
     made = []
     monkeypatch.setattr(
-        "distprune.engine.simulation.SimulatedRuntime", lambda *args: made.append(Noting(*args)) or made[-1]
+        "distprune.engine.scheduler.simulation.SimulatedRuntime", lambda *args: made.append(Noting(*args)) or made[-1]
     )
     run = Pass(layers=24, block_length=2, samples=16, micro_batch=1)
     monkeypatch.setattr(pool, "LOSSES", 9)  # at such a rate a call may lose five workers by chance
@@ -99,29 +104,29 @@ def test_runs_end_however_many_workers_are_lost(workers, seed, monkeypatch):
     fetched, pieces = made[0].fetched, min(16, 4 * workers)
     for index in range(24):
         assert fetched["prune", index] >= 1
-        assert fetched["profile", index, pieces] >= 1
+        assert fetched["close_layer", index, pieces] >= 1
         assert all(fetched["sweep", index, piece] >= 1 for piece in range(pieces))
 
 
-def test_a_piece_is_handed_over_while_the_one_before_it_is_at_work(monkeypatch):
+def test_a_piece_is_prefetched_while_the_one_before_it_is_at_work(monkeypatch):
     """So that its worker need not wait for it to come."""
-    handed, ended = {}, {}
+    begun, ended = {}, {}
 
     class Timed(SimulatedRuntime):
-        def call(self, worker, method, arguments=()):
-            [result, *_] = results = super().call(worker, method, arguments)
-            if method == "sweep":
-                index, piece, _ = arguments
-                handed[index, piece], ended[index, piece] = self.clock, result.at
+        def call(self, worker, task, values):
+            [result, *_] = results = super().call(worker, task, values)
+            if task.kind() == "sweep":
+                index, piece, _ = values
+                begun[index, piece], ended[index, piece] = self.clock, result.at
             return results
 
-    monkeypatch.setattr("distprune.engine.simulation.SimulatedRuntime", Timed)
+    monkeypatch.setattr("distprune.engine.scheduler.simulation.SimulatedRuntime", Timed)
     simulate(COSTS, replace(STEADY, workers=2), Pass(layers=4, block_length=1, samples=16, micro_batch=2))
     # All of the first layer's pieces are known from the start; one at most waits behind another.
     for piece in range(1, 8):
-        assert handed[0, piece] < ended[0, piece - 1]
+        assert begun[0, piece] < ended[0, piece - 1]
     for piece in range(2, 8):
-        assert handed[0, piece] >= ended[0, piece - 2]
+        assert begun[0, piece] >= ended[0, piece - 2]
 
 
 @pytest.mark.parametrize(

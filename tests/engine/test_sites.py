@@ -11,14 +11,14 @@ from dataclasses import replace
 import pytest
 
 from distprune import InputError
-from distprune.engine.cluster import WorkerPlan
-from distprune.engine.crew import Crew
-from distprune.engine.progress import Progress
-from distprune.engine.sites import GIB, Needs, Site, Sites
+from distprune.engine.scheduler.ray_cluster import WorkerPlan
+from distprune.engine.scheduler.worker_registry import WorkerRegistry
+from distprune.engine.telemetry.progress import Progress
+from distprune.engine.scheduler.nodes import GIB, Requirements, Node, Nodes
 
-SMALL = Site("alpha", "a1", "NVIDIA L4", 24 * GIB, 64 * GIB)
-LARGE = Site("beta", "b2", "NVIDIA H100", 80 * GIB, 512 * GIB)
-NEEDS = Needs(device=40 * GIB, resident=20 * GIB)
+SMALL = Node("alpha", "a1", "NVIDIA L4", 24 * GIB, 64 * GIB)
+LARGE = Node("beta", "b2", "NVIDIA H100", 80 * GIB, 512 * GIB)
+NEEDS = Requirements(device=40 * GIB, resident=20 * GIB)
 
 
 class Machines:
@@ -56,46 +56,46 @@ class Notes(Progress):
 
 def test_a_worker_on_a_small_gpu_goes_and_another_is_asked_for_elsewhere():
     machines, notes = Machines(room=2), Notes()
-    crew = Crew(machines, Sites(NEEDS), notes)
-    first, second = crew.ask(), crew.ask()
-    assert crew.admits(first, LARGE) and not crew.admits(second, SMALL)
-    third = crew.replace()
-    assert crew.admits(third, LARGE)
+    registry = WorkerRegistry(machines, Nodes(NEEDS), notes)
+    first, second = registry.ask(), registry.ask()
+    assert registry.admits(first, LARGE) and not registry.admits(second, SMALL)
+    third = registry.replace()
+    assert registry.admits(third, LARGE)
     assert (machines.asked, machines.stopped) == ([set(), set(), {"a1"}], [second])
-    assert (crew.workers, notes.joined_at) == ([first, third], ["beta/0", "beta/2"])
+    assert (registry.workers, notes.joined_at) == ([first, third], ["beta/0", "beta/2"])
     assert notes.notes == ["alpha is passed over: NVIDIA L4 of 24.0 GiB, and a worker needs 40.0 GiB"]
 
 
 def test_no_other_is_asked_for_where_there_is_no_room_for_it():
     machines = Machines(room=1)
-    crew = Crew(machines, Sites(NEEDS), Progress())
-    first, second = crew.ask(), crew.ask()
-    assert crew.admits(first, LARGE) and not crew.admits(second, SMALL)
-    assert crew.replace() is None
-    assert crew.workers == [first]
+    registry = WorkerRegistry(machines, Nodes(NEEDS), Progress())
+    first, second = registry.ask(), registry.ask()
+    assert registry.admits(first, LARGE) and not registry.admits(second, SMALL)
+    assert registry.replace() is None
+    assert registry.workers == [first]
 
 
 def test_where_every_gpu_is_too_small_the_input_is_bad():
-    crew = Crew(Machines(room=0), Sites(NEEDS), Progress())
-    assert not crew.admits(crew.ask(), SMALL)
+    registry = WorkerRegistry(Machines(room=0), Nodes(NEEDS), Progress())
+    assert not registry.admits(registry.ask(), SMALL)
     with pytest.raises(InputError, match=r"no GPU .* 40\.0 GiB .*: alpha: NVIDIA L4 of 24\.0 GiB.*--micro-batch"):
-        crew.replace()
+        registry.replace()
 
 
 def test_workers_that_share_a_gpu_need_it_to_be_as_much_larger():
-    def needed(gpus: float) -> Needs:
+    def needed(gpus: float) -> Requirements:
         return WorkerPlan(1, "cuda", 1, gpus).needing(NEEDS).needs
 
     assert needed(1) == needed(2) == needed(0) == NEEDS
-    assert needed(0.5) == Needs(80 * GIB, 20 * GIB)
-    assert Sites(needed(0.5)).suits(LARGE) and not Sites(needed(0.25)).suits(LARGE)
+    assert needed(0.5) == Requirements(80 * GIB, 20 * GIB)
+    assert Nodes(needed(0.5)).suits(LARGE) and not Nodes(needed(0.25)).suits(LARGE)
 
 
 def test_a_node_without_gpus_suits_and_is_warned_of_once_it_is_crowded():
     node, notes = replace(SMALL, device_memory=None), Notes()
-    crew = Crew(Machines(room=9), Sites(NEEDS), notes)
+    registry = WorkerRegistry(Machines(room=9), Nodes(NEEDS), notes)
     for _ in range(5):
-        assert crew.admits(crew.ask(), node)
+        assert registry.admits(registry.ask(), node)
     assert len(notes.notes) == 1
     assert notes.notes[0].startswith("alpha: 4 workers may need 80.0 GiB of memory, and it has 64.0 GiB.")
 
@@ -107,8 +107,9 @@ from ray.cluster_utils import Cluster
 from dataclasses import replace
 from distprune import InputError
 from distprune.config import PruneConfig
-from distprune.engine import Needs, prune, runtime
-from distprune.engine.progress import Progress
+from distprune.engine.scheduler import runtime
+from distprune.engine import Requirements, prune
+from distprune.engine.telemetry.progress import Progress
 
 model, calibration, output = sys.argv[1:]
 # Ray fills the node first that the driver is on.
@@ -138,7 +139,7 @@ class Looks(Progress):
 def run(gigabytes, **options):
     config = PruneConfig(model=model, output=f"{output}/pruned", calibration=calibration, method="olica", device="cpu",
                          sparsity=0.3, max_shard_size=60_000, micro_batch=3, gpus_per_worker=1, **options)
-    prune(config, Looks(), lambda *_: Needs(device=gigabytes * 10**9))
+    prune(config, Looks(), lambda *_: Requirements(device=gigabytes * 10**9))
 
 try:
     run(90, workers=1)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from distprune import inspect
 from distprune.decoder_layer import origin_of
-from distprune.engine.progress import Progress
+from distprune.engine.telemetry.progress import Progress
 from distprune.modeling import PrunedForCausalLM
 
 EMBEDDING, HEAD, WEIGHTS = "model.embed_tokens.weight", "lm_head.weight", "model.safetensors"

@@ -13,10 +13,10 @@ from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.decoder_layer import state_of
-from distprune.distillation import Exercise
+from distprune.distillation.layerwise import Batch
 from distprune.engine import load_record
-from distprune.engine.tasks import ForgottenError, LayerTasks
-from distprune.engine.weights import Model
+from distprune.engine.worker.layer_worker import ForgottenError, LayerTasks
+from distprune.engine.worker.weights import Model
 from distprune.families import family_of
 from distprune.methods import Profile
 from distprune.methods.llm_pruner import LLMPruner
@@ -160,7 +160,7 @@ def test_a_run_distils_each_layer_on_the_dense_models_hidden_states(run, make_ta
     for index, lesson in enumerate(lessons):
         shapes = tasks.family.layer_shapes(pruned.config, index)
         layer = tasks.family.layer_from_checkpoint(pruned.read(shapes), pruned.config, index)
-        exercise = Exercise(states[index], states[index + 1], states[min(index + 1 + look_ahead, LAYERS)])
+        exercise = Batch(states[index], states[index + 1], states[min(index + 1 + look_ahead, LAYERS)])
         learnt, found = tasks.distill(index, layer, exercise)
         assert found == lesson
         for name, tensor in tasks.family.layer_to_checkpoint(learnt, index).items():

@@ -23,12 +23,12 @@ from distprune import InputError
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint, HubFiles, HubModel, TensorFiles
 from distprune.config import PruneConfig
-from distprune.engine import weights
-from distprune.engine.cluster import WorkerPlan
-from distprune.engine.preflight import check_job
-from distprune.engine.progress import Progress
-from distprune.engine.transport import in_pieces
-from distprune.engine.weights import (
+from distprune.engine.worker import weights
+from distprune.engine.scheduler.ray_cluster import WorkerPlan
+from distprune.engine.run.preflight import check_job
+from distprune.engine.telemetry.progress import Progress
+from distprune.engine.worker.host_tensor import in_pieces
+from distprune.engine.worker.weights import (
     FirstThatWorks,
     Model,
     Served,
@@ -49,7 +49,7 @@ import json, sys
 import ray
 from ray.cluster_utils import Cluster
 import distprune
-from distprune.engine.pool import WorkerPool
+from distprune.engine.scheduler.pool import WorkerPool
 
 runs, second_node, results = json.loads(sys.argv[1])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from distprune.engine.work import PUBLISHING, Outline, Work
+from distprune.engine.run.work_folder import PUBLISHING, Outline, WorkFolder
 
 OUTLINE = Outline("model", "olica", 0.3, 4, False)
 
 
 def test_what_is_left_when_a_removal_was_cut_short_is_not_gone_on_with(tmp_path, monkeypatch):
-    work = Work(tmp_path / "pruned.partial")
+    work = WorkFolder(tmp_path / "pruned.partial")
     work.begin({"sparsity": 0.3}, OUTLINE)
     work.journal.write("profile-00000")
     work.journal.write(PUBLISHING)

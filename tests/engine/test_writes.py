@@ -12,7 +12,7 @@ import pytest
 
 from distprune import RunFailed
 from distprune.checkpoint import PartFolder, ShardWriter
-from distprune.engine.transport import size_of
+from distprune.engine.worker.host_tensor import size_of
 
 SUPPORT = Path(__file__).parents[1] / "support"
 DISTILLATIONS = {
@@ -52,16 +52,16 @@ def test_workers_or_the_driver_write_the_same_bytes(prune_here, digests, writers
 
 def test_layers_do_not_pass_through_the_object_store(run, monkeypatch):
     """Only what the next layers need does: here nothing, since each is pruned on the dense model's activations."""
-    from distprune.engine.crew import Crew
+    from distprune.engine.scheduler.worker_registry import WorkerRegistry
 
-    sizes, ends = [], Crew.ends
+    sizes, ends = [], WorkerRegistry.ends
 
     def noting(self, worker, seconds, values):
         if self._works[worker].assignment.method == "prune":
             sizes.append(size_of(values))
         ends(self, worker, seconds, values)
 
-    monkeypatch.setattr(Crew, "ends", noting)
+    monkeypatch.setattr(WorkerRegistry, "ends", noting)
     run(sparsity=0.3, propagation=1)
     assert sizes == [0] * 4
     sizes.clear()

@@ -103,7 +103,7 @@ def test_a_comparison_reads_records_too(model_path, expected, tmp_path):
 
 
 def test_a_comparison_counts_the_tokens_of_the_text_and_not_of_its_file(dense_path, calibration_path, tmp_path):
-    from distprune.engine.preflight import check_job
+    from distprune.engine.run.preflight import check_job
 
     config = {"model": str(dense_path), "output": tmp_path / "o", "method": "olica", "calibration": calibration_path}
     job = check_job(PruneConfig(**config))

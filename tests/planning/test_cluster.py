@@ -6,7 +6,7 @@ import pytest
 
 from distprune import InputError
 from distprune.config import PruneConfig
-from distprune.engine.cluster import plan_workers
+from distprune.engine.scheduler.ray_cluster import plan_workers
 from distprune.planning import Cluster, describe_cluster
 from distprune.planning.cluster import parse_bytes, place_workers
 from distprune.planning.rates import RATES, rates_of

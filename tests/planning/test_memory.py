@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from distprune.backward import backward
 from distprune.config import PruneConfig
 from distprune.decoder_layer import DecoderLayer, layer_from_state
-from distprune.distillation import Exercise, distill
+from distprune.distillation.layerwise import Exercise, distill
 from distprune.forward import TAPS, LayerRunner
-from distprune.logit_distillation import Pupil
+from distprune.distillation.logits import Pupil
 from distprune.loss import LossHead
 from distprune.methods import METHODS
 from distprune.modeling import PrunedDecoderLayer

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from distprune.backward import ALL_TAPS, backward
 from distprune.config import DistillConfig
 from distprune.decoder_layer import LayerShape, layer_from_state
-from distprune.engine import dense_pass, relay
+from distprune.engine.stages import dense_pass
+from distprune.engine.scheduler import relay
 from distprune.forward import LayerRunner
 from distprune.modeling import PrunedConfig, PrunedDecoderLayer
 from distprune.planning import scenario
@@ -28,7 +29,7 @@ from distprune.planning.work import (
 )
 from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power, ScalingPower
 from distprune.statistics.products import TILE
-from distprune.trainable_layer import TrainableLayer
+from distprune.distillation.trainable import TrainableLayer
 
 CONFIG = PrunedConfig(
     hidden_size=32,

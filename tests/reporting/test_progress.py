@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from distprune.engine.progress import Assignment, Progress, WorkerName
+from distprune.engine.telemetry.progress import Assignment, Progress, WorkerName
 from distprune.reporting import console_progress
 from distprune.reporting.progress import PlainProgress, TerminalProgress, clock
 

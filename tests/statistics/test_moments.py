@@ -8,36 +8,50 @@ import torch
 from pretend_gpu import pretend_gpu
 from safetensors.torch import load_file, save_file
 
-from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Peak, Power, ScalingPower, taps_of
+from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
+from distprune.layers.sites import ATTENDED, FFN_OUTPUT, GATE, NEURONS, QUERIES, SITES, Site
+from distprune.statistics import (
+    Cross,
+    Gram,
+    HeadGram,
+    LayerStatistics,
+    Mean,
+    Peak,
+    Power,
+    ScalingPower,
+    moment_size,
+    site_widths,
+    sites_of,
+)
 from distprune.statistics.products import TILE, as_exact_as_its
 
 MICRO_BATCHES = [7, 1, 30, 12]
-WIDTHS = {"queries": 12, "ffn_output": 8, "query_gradient": 12}
+WIDTHS = {QUERIES: 12, FFN_OUTPUT: 8, QUERIES.gradient: 12}
 X, Y, G = WIDTHS
 EVERYTHING = [Mean(X), Power(X), Peak(X), Gram(X), Cross(X, Y), HeadGram(X, 3), ScalingPower(X, G, 3, 2)]
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
-def activations(request) -> dict[str, torch.Tensor]:
-    """(50, width) at two taps, not centred, and no two channels of one size."""
+def activations(request) -> dict[Site, torch.Tensor]:
+    """(50, width) at some sites, not centred, and no two channels of one size."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(width: int) -> torch.Tensor:
         return (torch.randn(50, width, generator=generator) + 0.5) * torch.arange(1, width + 1)
 
-    return {tap: draw(width).to(request.param) for tap, width in WIDTHS.items()}
+    return {site: draw(width).to(request.param) for site, width in WIDTHS.items()}
 
 
 @pytest.fixture
-def samples(activations) -> dict[str, np.ndarray]:
-    return {tap: values.double().numpy() for tap, values in activations.items()}
+def samples(activations) -> dict[Site, np.ndarray]:
+    return {site: values.double().numpy() for site, values in activations.items()}
 
 
-def collect(moments, activations: dict[str, torch.Tensor]) -> LayerStatistics:
+def collect(moments, activations: dict[Site, torch.Tensor]) -> LayerStatistics:
     statistics = LayerStatistics(moments)
-    batches = {tap: values.split(MICRO_BATCHES) for tap, values in activations.items()}
+    batches = {site: values.split(MICRO_BATCHES) for site, values in activations.items()}
     for number in range(len(MICRO_BATCHES)):
-        statistics.update({tap: batch[number] for tap, batch in batches.items()})
+        statistics.update({site: batch[number] for site, batch in batches.items()})
     return statistics
 
 
@@ -46,8 +60,41 @@ def assert_equal(actual: torch.Tensor, expected: np.ndarray) -> None:
     np.testing.assert_allclose(actual.double().numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-def test_tokens_are_counted_over_all_micro_batches(activations):
-    assert collect([], activations).tokens == 50
+def test_every_site_counts_its_own_tokens(activations, samples):
+    """An expert sees the tokens that are routed to it: of each micro-batch another number, or none at all."""
+    expert = Site("ffn", "neurons of an expert")
+    routed = [5, 0, 11, 1]
+    x = activations[X][: sum(routed)]
+    statistics = LayerStatistics([Mean(expert), Peak(expert), Gram(expert), Cross(expert, expert), Mean(X)])
+    for own, others in zip(x.split(routed), activations[X].split(MICRO_BATCHES), strict=True):
+        statistics.update({expert: own, X: others})
+    assert (statistics.tokens(expert), statistics.tokens(X)) == (17, 50)
+    seen = samples[X][:17]
+    assert_equal(statistics.mean(expert), seen.mean(axis=0))
+    assert_equal(statistics.peak(expert), np.abs(seen).max(axis=0))
+    assert_equal(statistics.gram(expert), seen.T @ seen / 17)
+    assert_equal(statistics.cross(expert, expert), seen.T @ seen / 17)
+    assert_equal(statistics.mean(X), samples[X].mean(axis=0))
+    tensors = statistics.to_tensors([Gram(expert), Mean(X)])
+    back = LayerStatistics.from_tensors(tensors, [Gram(expert), Mean(X)])
+    assert (back.tokens(expert), back.tokens(X)) == (17, 50)
+
+
+def test_a_site_that_no_token_reaches_has_moments_of_nothing():
+    nothing = torch.empty(0, 6)
+    statistics = LayerStatistics([Mean(X), Power(X), Peak(X), Gram(X), HeadGram(X, 2)])
+    statistics.update({X: nothing})
+    assert statistics.tokens(X) == 0
+    for moment in (statistics.mean(X), statistics.power(X), statistics.peak(X)):
+        assert torch.equal(moment, torch.zeros(6))
+    assert torch.equal(statistics.gram(X), torch.zeros(6, 6))
+
+
+def test_a_site_that_the_layer_does_not_have_is_an_error_of_the_method(activations):
+    with pytest.raises(KeyError, match="ffn"):
+        collect([Power(NEURONS)], activations)
+    with pytest.raises(KeyError):
+        collect([], activations).tokens(X)
 
 
 def test_averages_come_back_from_named_tensors(activations, tmp_path):
@@ -55,11 +102,13 @@ def test_averages_come_back_from_named_tensors(activations, tmp_path):
     statistics = collect([*kept, left], activations)
     save_file(statistics.to_tensors(kept), tmp_path / "averages")
     tensors = load_file(tmp_path / "averages")
+    assert sorted(tensors) == [
+        "HeadGram(ffn.output, 2)", "Mean(attention.queries)", "tokens(attention.queries)", "tokens(ffn.output)",
+    ]  # fmt: skip
     back = LayerStatistics.from_tensors(tensors, kept)
-    assert back.tokens == 50
-    assert torch.equal(back.mean(X), statistics.mean(X)) and torch.equal(
-        back.head_gram(Y, 2), statistics.head_gram(Y, 2)
-    )
+    assert back.tokens(X) == back.tokens(Y) == 50
+    assert torch.equal(back.mean(X), statistics.mean(X))
+    assert torch.equal(back.head_gram(Y, 2), statistics.head_gram(Y, 2))
     assert LayerStatistics.from_tensors(tensors, [*kept, left]) is None
     assert LayerStatistics.from_tensors(statistics.to_tensors([]), []) is None
 
@@ -125,18 +174,18 @@ def test_a_gram_matrix_wider_than_its_tiles_is_whole_and_symmetric():
     assert torch.equal(gram[TILE:, :TILE], gram[:TILE, TILE:].T)
 
 
-@pytest.mark.parametrize("moment", EVERYTHING, ids=repr)
+@pytest.mark.parametrize("moment", EVERYTHING, ids=str)
 def test_totals_are_kept_in_the_hosts_memory_if_so_told(moment):
     """Wide enough that products come there in several strips of rows."""
     generator = torch.Generator().manual_seed(0)
-    activations = {tap: torch.randn(50, 60 * width, generator=generator).bfloat16() for tap, width in WIDTHS.items()}
+    activations = {site: torch.randn(50, 60 * width, generator=generator).bfloat16() for site, width in WIDTHS.items()}
     if isinstance(moment, ScalingPower):
         moment = ScalingPower(X, G, 3, 120)
     statistics = LayerStatistics([moment], torch.device("cpu"))
     with pretend_gpu() as gpu:
-        moved = {tap: values.to(gpu) for tap, values in activations.items()}
+        moved = {site: values.to(gpu) for site, values in activations.items()}
         for start in (0, 25):
-            statistics.update({tap: values[start : start + 25] for tap, values in moved.items()})
+            statistics.update({site: values[start : start + 25] for site, values in moved.items()})
     average = statistics._average(moment)
     assert average.device.type == "cpu"
     here = LayerStatistics([moment])
@@ -178,29 +227,43 @@ def test_products_are_rounded_only_where_that_loses_nothing(dtype, precision):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-@pytest.mark.parametrize("moment", [Gram(X), Cross(X, Y), HeadGram(X, 4)], ids=repr)
+@pytest.mark.parametrize("moment", [Gram(X), Cross(X, Y), HeadGram(X, 4)], ids=str)
 def test_products_of_many_tokens_are_as_exact_in_bfloat16_as_in_float64(moment):
     """Wide and long enough for the CPU's matrix units, where it has any."""
     generator = torch.Generator().manual_seed(0)
-    activations = {tap: (torch.randn(2048, 256, generator=generator) + 0.5).bfloat16() for tap in (X, Y)}
-    x, y = (activations[tap].double().numpy() for tap in (X, Y))
-    product = x.T @ (x if moment.tap == getattr(moment, "other", X) else y) / 2048
+    activations = {site: (torch.randn(2048, 256, generator=generator) + 0.5).bfloat16() for site in (X, Y)}
+    x, y = (activations[site].double().numpy() for site in (X, Y))
+    product = x.T @ (x if moment.site == getattr(moment, "other", X) else y) / 2048
     if isinstance(moment, HeadGram):
         product = np.stack([product[start : start + 64, start : start + 64] for start in range(0, 256, 64)])
     actual = collect_whole(moment, activations)
     np.testing.assert_allclose(actual.double().numpy(), product, rtol=0, atol=2e-6 * np.abs(product).max())
 
 
-def collect_whole(moment, activations: dict[str, torch.Tensor]) -> torch.Tensor:
+def collect_whole(moment, activations: dict[Site, torch.Tensor]) -> torch.Tensor:
     statistics = LayerStatistics([moment])
     statistics.update(activations)
     return statistics._average(moment)
 
 
-def test_the_taps_of_moments_are_those_they_are_of_each_once():
-    assert taps_of([]) == set()
-    assert taps_of([Mean(X), Cross(X, Y), Gram(Y)]) == {X, Y}
-    assert taps_of([ScalingPower(X, G, 1, 6)]) == {X, G}
+def test_the_sites_of_moments_are_those_they_are_of_each_once():
+    assert sites_of([]) == set()
+    assert sites_of([Mean(X), Cross(X, Y), Gram(Y)]) == {X, Y}
+    assert sites_of([ScalingPower(X, G, 1, 6)]) == {X, G}
+
+
+def test_moments_take_as_much_as_is_said_before_there_are_activations(activations):
+    for moment in EVERYTHING:
+        assert moment_size(moment, WIDTHS) == collect([moment], activations)._average(moment).numel()
+
+
+def test_sites_are_those_of_the_parts_that_a_layer_has():
+    attention, ffn = AttentionShape(4, 2, 6, 5), FeedForwardShape(40)
+    widths = site_widths(24, LayerShape(attention, ffn))
+    assert widths.keys() == {*SITES, *(site.gradient for site in SITES)}
+    assert (widths[QUERIES], widths[ATTENDED], widths[NEURONS], widths[FFN_OUTPUT]) == (24, 20, 40, 24)
+    assert {site.part for site in site_widths(24, LayerShape(None, ffn))} == {"ffn"}
+    assert GATE not in site_widths(24, LayerShape(attention, FeedForwardShape(40, is_gated=False)))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +285,7 @@ def test_asking_for_a_moment_that_was_not_collected_raises(activations, ask):
         ask(statistics)
 
 
-@pytest.mark.parametrize("asked", EVERYTHING, ids=repr)
+@pytest.mark.parametrize("asked", EVERYTHING, ids=str)
 def test_only_the_asked_for_moment_is_computed(activations, asked, monkeypatch):
     computed = []
     for kind in {type(moment) for moment in EVERYTHING}:

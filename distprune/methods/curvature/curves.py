@@ -14,7 +14,18 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from distprune.decoder_layer import DecoderLayer, LayerShape, Linear
+from distprune.layers.parts import Attention, FeedForward, Linear
+from distprune.layers.shapes import AttentionShape
+from distprune.layers.sites import (
+    ATTENDED,
+    ATTENTION_INPUT,
+    ATTENTION_OUTPUT,
+    FFN_INPUT,
+    FFN_OUTPUT,
+    KEYS,
+    NEURONS,
+    QUERIES,
+)
 from distprune.methods.base import Profile
 from distprune.methods.units import output_slices
 from distprune.solvers import (
@@ -35,7 +46,7 @@ BRANCH_SHARES = (3 / 4, 1 / 2, 1 / 4)
 HONEST_DAMPING = 10
 
 
-def attention_curves(layer: DecoderLayer, statistics: LayerStatistics, damping: float) -> Profile:
+def attention_curves(attention: Attention, statistics: LayerStatistics, damping: float) -> Profile:
     """Ways to make attention smaller, and what each costs.
 
     Returns:
@@ -46,18 +57,18 @@ def attention_curves(layer: DecoderLayer, statistics: LayerStatistics, damping: 
         - pair_order (g, p/2): the rotary pairs of each group, those that are missed least first;
           pair_costs (g, p/2 + 1): of going without the first 0, 1... of them.
     """
-    groups = layer.kv_heads
-    gram = statistics.gram("attention_values")
-    root = metric_root(statistics.gram("attention_output_gradient"), damping)
-    output = (root.mT @ layer.output.weight.double()).float()
+    groups = attention.kv_heads
+    gram = statistics.gram(ATTENDED)
+    root = metric_root(statistics.gram(ATTENTION_OUTPUT.gradient), damping)
+    output = (root.mT @ attention.output.weight.double()).float()
     order, group_errors = elimination_path(output, gram, damping, width=len(gram) // groups)
 
-    slices = output_slices(replace(layer, output=Linear(output)))
-    blocks = gram.unflatten(0, (layer.query_heads, -1)).unflatten(2, (layer.query_heads, -1))
+    slices = output_slices(replace(attention, output=Linear(output)))
+    blocks = gram.unflatten(0, (attention.query_heads, -1)).unflatten(2, (attention.query_heads, -1))
     head_grams = blocks.diagonal(dim1=0, dim2=2).movedim(2, 0)
     rotation, value_errors = output_aware_rotation(slices, head_grams.unflatten(0, (groups, -1)).mean(dim=1))
 
-    pairs = statistics.scaling_power("queries", "query_gradient", groups, layer.shape.query_key_dim // 2)
+    pairs = statistics.scaling_power(QUERIES, QUERIES.gradient, groups, attention.shape.query_key_dim // 2)
     pairs = pairs.double().sort(dim=1, stable=True)
     none = pairs.values.new_zeros(groups, 1)
     return {
@@ -70,22 +81,22 @@ def attention_curves(layer: DecoderLayer, statistics: LayerStatistics, damping: 
     }
 
 
-def truncations(layer: DecoderLayer, statistics: LayerStatistics, damping: float) -> Profile:
+def truncations(attention: Attention, statistics: LayerStatistics, damping: float) -> Profile:
     """What it costs to factor the query, key and output projections.
 
     Returns:
         Of each, such as "query": query_costs (rank + 1,): of being a product of factors of rank 0, 1...; query_left
         (out, rank) and query_right (rank, out): the projection of its outputs on what matters most.
     """
-    taps = {
-        "query": ("attention_input", "query_gradient"),
-        "key": ("attention_input", "key_gradient"),
-        "output": ("attention_values", "attention_output_gradient"),
+    projections = {
+        "query": (attention.query, ATTENTION_INPUT, QUERIES),
+        "key": (attention.key, ATTENTION_INPUT, KEYS),
+        "output": (attention.output, ATTENDED, ATTENTION_OUTPUT),
     }
     profile: dict[str, Tensor] = {}
-    for role, (inputs, gradient) in taps.items():
-        root = metric_root(statistics.gram(gradient), damping)
-        profile |= truncation(role, getattr(layer, role), statistics.gram(inputs), root, damping)
+    for name, (projection, given, output) in projections.items():
+        root = metric_root(statistics.gram(output.gradient), damping)
+        profile |= truncation(name, projection, statistics.gram(given), root, damping)
     return profile
 
 
@@ -107,7 +118,7 @@ def greatest_rank(out: int, inputs: int) -> int:
     return (out * inputs - 1) // (out + inputs)
 
 
-def truncations_bytes(hidden_size: int, shape: LayerShape) -> int:
+def truncations_bytes(hidden_size: int, shape: AttentionShape) -> int:
     """Of what :func:`truncations` gives, but for the costs."""
     sizes = {
         "query": (shape.query_heads * shape.query_key_dim, hidden_size),
@@ -117,18 +128,18 @@ def truncations_bytes(hidden_size: int, shape: LayerShape) -> int:
     return sum(2 * out * greatest_rank(out, inputs) * torch.float32.itemsize for out, inputs in sizes.values())
 
 
-def ffn_curve(layer: DecoderLayer, statistics: LayerStatistics, damping: float) -> Profile:
+def ffn_curve(ffn: FeedForward, statistics: LayerStatistics, damping: float) -> Profile:
     """What the FFN costs by width.
 
     Returns:
         neuron_order (f,): the neurons, those that are missed least first; ffn_widths (steps + 1,): falling, from all
         neurons to none; ffn_costs (steps + 1,): of keeping so many.
     """
-    width = layer.down.weight.shape[1]
+    width = ffn.down.weight.shape[1]
     batch = ceil(width / STEPS)
-    root = metric_root(statistics.gram("ffn_output_gradient"), damping)
-    down = (root.mT @ layer.down.weight.double()).float()
-    order, errors = elimination_path(down, statistics.gram("ffn_neurons"), damping, batch=batch)
+    root = metric_root(statistics.gram(FFN_OUTPUT.gradient), damping)
+    down = (root.mT @ ffn.down.weight.double()).float()
+    order, errors = elimination_path(down, statistics.gram(NEURONS), damping, batch=batch)
     gone = torch.arange(len(errors), device=errors.device) * batch
     return {
         "neuron_order": order,
@@ -138,7 +149,7 @@ def ffn_curve(layer: DecoderLayer, statistics: LayerStatistics, damping: float) 
 
 
 def branch_savings(
-    layer: DecoderLayer, statistics: LayerStatistics, order: Tensor, damping: float, branch_damping: float
+    ffn: FeedForward, statistics: LayerStatistics, order: Tensor, damping: float, branch_damping: float
 ) -> Profile:
     """What a linear branch of low rank beside the FFN, a map of the same input, saves of what narrow FFNs cost.
 
@@ -150,11 +161,11 @@ def branch_savings(
           branch_savings (s, d / 4 + 1): of a branch of rank 0, 1... beside an FFN of each of these widths;
         - ffn_metric_root (d, d): of the metric that branches are truncated in.
     """
-    gram, input_gram = statistics.gram("ffn_neurons"), statistics.gram("ffn_input")
-    cross = statistics.cross("ffn_input", "ffn_neurons")
-    root = metric_root(statistics.gram("ffn_output_gradient"), damping)
+    gram, input_gram = statistics.gram(NEURONS), statistics.gram(FFN_INPUT)
+    cross = statistics.cross(FFN_INPUT, NEURONS)
+    root = metric_root(statistics.gram(FFN_OUTPUT.gradient), damping)
     honest = HONEST_DAMPING * branch_damping
-    down, most = layer.down.weight.float(), len(input_gram) // 4
+    down, most = ffn.down.weight.float(), len(input_gram) // 4
     widths = [ceil(share * len(order)) for share in BRANCH_SHARES]
     savings = []
     for width in widths:

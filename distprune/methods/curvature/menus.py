@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, lcm
@@ -10,25 +10,23 @@ from math import ceil, lcm
 import numpy as np
 from numpy.typing import NDArray
 
-from distprune.budgets import Curve, Target, aligned, allocate
-from distprune.decoder_layer import LayerShape
+from distprune.budgets import Curve, Target, aligned, allocate, neurons_amount
+from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
 from distprune.methods.base import Plan, Profile
-
-#: Widths and heads of a layer without the module.
-NO_ATTENTION = {"query_heads": 0, "kv_heads": 0, "query_key_dim": 0, "value_dim": 0, "output_bias": False}
-NO_FFN = {"ffn_width": 0, "down_bias": False}
-Change = Mapping[str, int | bool | None]
 
 #: Widths of an FFN on its menu, where single steps of the alignment are spent at the end; and prices of ranks.
 MOST_WIDTHS = 64
+#: An option of a menu: the shape that a part may have, None where it may go whole; and what that costs.
+Option = tuple[AttentionShape | None, float] | tuple[FeedForwardShape | None, float]
 
 
 @dataclass(frozen=True)
 class Menu:
-    """What one module of a layer may become, and what that costs."""
+    """What one part of a layer, its ``attention`` or ``ffn``, may become, and what that costs and takes."""
 
     layer: int
-    changes: list[Change]
+    part: str
+    shapes: list[AttentionShape | None] | list[FeedForwardShape | None]
     costs: list[float]
     amounts: list[int]
 
@@ -39,7 +37,7 @@ class Menu:
 
 @dataclass(frozen=True)
 class Reach:
-    """How far modules may be cut: widths are multiples of ``align``, and a module keeps at least the share ``least`` of
+    """How far parts may be cut: widths are multiples of ``align``, and a part keeps at least the share ``least`` of
     every width, or goes whole."""
 
     align: int
@@ -50,6 +48,11 @@ class Reach:
         first = aligned(self.least * dense, self.align, most=dense)
         return [*range(first, dense, self.align), dense]
 
+    def groups(self, dense: int) -> range:
+        """How many of ``dense`` KV groups may stay, from all to the fewest."""
+        fewest = dense - min(dense - 1, round((1 - self.least) * dense))
+        return range(dense, fewest - 1, -1)
+
 
 def allocate_globally(target: Target, profiles: Sequence[Profile], reach: Reach) -> Plan:
     """Of each menu the option with which the whole costs least.
@@ -57,88 +60,82 @@ def allocate_globally(target: Target, profiles: Sequence[Profile], reach: Reach)
     Raises:
         InputError: the target can't be reached.
     """
-    shapes, amounts, menus = target.dense_shapes, Amounts(target), []
+    shapes, menus = target.dense_shapes, []
     for index, (shape, profile) in enumerate(zip(shapes, profiles, strict=True)):
-        menus += [
-            attention_menu(target, amounts, index, shape, profile, reach),
-            ffn_menu(amounts, index, shape, profile, reach),
-        ]
-    allocation = allocate([menu.curve for menu in menus], target.remaining)
+        if shape.attention:
+            menus.append(attention_menu(target, index, profile, reach))
+        if shape.ffn:
+            menus.append(ffn_menu(target, index, profile, reach))
+    rest = target.amount([LayerShape(None, None)] * len(shapes))
+    allocation = allocate([menu.curve for menu in menus], target.remaining - rest)
     for menu, choice in zip(menus, allocation.choices, strict=True):
-        shapes[menu.layer] = replace(shapes[menu.layer], **menu.changes[choice])
+        shapes[menu.layer] = replace(shapes[menu.layer], **{menu.part: menu.shapes[choice]})
     return Plan(spend_rest(target, shapes, reach.align), allocation.cost, allocation.gap)
 
 
-class Amounts:
-    """What modules take of the budgeted resource; counted once for all layers that are alike."""
-
-    def __init__(self, target: Target):
-        self._target = target
-        self._known: dict[Hashable, int] = {}
-
-    def attention(self, index: int, dense: LayerShape, change: Change) -> int:
-        return self._count(self._target.attention_amount, index, dense, change)
-
-    def ffn(self, index: int, dense: LayerShape, change: Change) -> int:
-        return self._count(self._target.ffn_amount, index, dense, change)
-
-    def _count(self, amount: Callable[..., int], index: int, dense: LayerShape, change: Change) -> int:
-        key = amount.__name__, self._kind(index), dense, *change.items()
-        if key not in self._known:
-            self._known[key] = amount(index, replace(dense, **change))
-        return self._known[key]
-
-    def _kind(self, index: int) -> Hashable:
-        sizes = self._target.sizes
-        return self._target.config.layer_types[index], *(sizes.layers[index].items() if sizes else ())
-
-
-def attention_menu(
-    target: Target, amounts: Amounts, index: int, dense: LayerShape, profile: Profile, reach: Reach
-) -> Menu:
+def attention_menu(target: Target, index: int, profile: Profile, reach: Reach) -> Menu:
     """Fewer KV groups, value neurons and rotary pairs; or all heads, fewer value neurons and factored projections; or,
-    but in the first layer, none of it."""
-    options = [*narrower_heads(target, dense, profile, reach)]
-    if "query_costs" in profile:
-        options += factored(amounts, index, dense, profile, reach)
-    if index > 0:  # one layer at least must keep its attention
-        options.append((NO_ATTENTION, float(profile["group_costs"][-1])))
-    changes, costs = map(list, zip(*options, strict=True))
-    return Menu(index, changes, costs, [amounts.attention(index, dense, change) for change in changes])
+    but in the first layer that has attention, none of it."""
+    options: list[Option] = [*narrower_heads(target, index, profile, reach)]
+    if "query_costs" in profile and target.removable(index).factors:
+        options += factored(target, index, profile, reach)
+    if may_lose_attention(target, index):
+        options.append((None, float(profile["group_costs"][-1])))
+    shapes, costs = map(list, zip(*options, strict=True))
+    return Menu(index, "attention", shapes, costs, [target.attention_amount(index, shape) for shape in shapes])
 
 
-def narrower_heads(target: Target, dense: LayerShape, profile: Profile, reach: Reach) -> Iterator[tuple[Change, float]]:
-    heads, order = dense.query_heads // dense.kv_heads, profile["group_order"]
+def may_lose_attention(target: Target, index: int) -> bool:
+    """Whether the layer's attention may go whole: one layer at least must keep it, and the first that has it does."""
+    first = next(place for place, shape in enumerate(target.dense_shapes) if shape.attention)
+    return index != first and target.removable(index).attention
+
+
+def narrower_heads(target: Target, index: int, profile: Profile, reach: Reach) -> Iterator[Option]:
+    """Every number of groups, values and pairs that may stay."""
+    dense, order = target.dense_shapes[index].attention, profile["group_order"]
     value_costs, pair_costs = profile["value_costs"][order].numpy(), profile["pair_costs"][order].numpy()
-    pairs = [dense.query_key_dim]
-    if not target.config.query_key_norm:
-        # Pairs go in twos of coordinates.
-        pairs = replace(reach, align=lcm(2, reach.align)).widths(dense.query_key_dim)
-    for gone in range(min(dense.kv_heads - 1, round((1 - reach.least) * dense.kv_heads)) + 1):
-        without, groups = float(profile["group_costs"][gone]), dense.kv_heads - gone
-        for value_dim in reach.widths(dense.value_dim):
-            for width in pairs:
-                lost = value_costs[gone:, value_dim].sum() + pair_costs[gone:, (dense.query_key_dim - width) // 2].sum()
-                change = {"kv_heads": groups, "query_heads": groups * heads}
-                yield change | {"value_dim": value_dim, "query_key_dim": width}, without + float(lost)
+    for shape in head_shapes(target, index, reach):
+        gone = dense.kv_heads - shape.kv_heads
+        pairs = (dense.query_key_dim - shape.query_key_dim) // 2
+        lost = value_costs[gone:, shape.value_dim].sum() + pair_costs[gone:, pairs].sum()
+        yield shape, float(profile["group_costs"][gone]) + float(lost)
 
 
-def factored(
-    amounts: Amounts, index: int, dense: LayerShape, profile: Profile, reach: Reach
-) -> Iterator[tuple[Change, float]]:
+def head_shapes(target: Target, index: int, reach: Reach) -> Iterator[AttentionShape]:
+    """The shapes that attention may have by fewer groups, values and pairs."""
+    dense, removable = target.dense_shapes[index].attention, target.removable(index)
+    # Pairs go in twos of coordinates.
+    by_pairs = replace(reach, align=lcm(2, reach.align))
+    for groups in reach.groups(dense.kv_heads) if removable.heads else [dense.kv_heads]:
+        for value_dim in value_widths(target, index, reach):
+            for width in by_pairs.widths(dense.query_key_dim) if removable.pairs else [dense.query_key_dim]:
+                heads = {"kv_heads": groups, "query_heads": groups * dense.heads_per_group}
+                yield replace(dense, **heads, value_dim=value_dim, query_key_dim=width)
+
+
+def value_widths(target: Target, index: int, reach: Reach) -> list[int]:
+    """The widths that a layer's value heads may have."""
+    dense = target.dense_shapes[index].attention.value_dim
+    return reach.widths(dense) if target.removable(index).values else [dense]
+
+
+def factored(target: Target, index: int, profile: Profile, reach: Reach) -> Iterator[Option]:
     """For every number of value neurons and at every of many prices, the ranks that cost least."""
+    dense = target.dense_shapes[index].attention
 
-    def ranks(name: str, change: Change) -> tuple[list[int | None], NDArray, NDArray]:
+    def ranks(name: str, shape: AttentionShape) -> tuple[list[int | None], NDArray, NDArray]:
         """The ranks to choose from, None for no factors, what they cost, and what they save."""
         costs = profile[f"{name}_costs"].numpy()
         choices = [None, *range(reach.align, len(costs), reach.align)]
-        takes = np.array([amounts.attention(index, dense, {**change, f"{name}_rank": rank}) for rank in choices])
+        takes = np.array([target.attention_amount(index, replace(shape, **{f"{name}_rank": rank})) for rank in choices])
         return choices, np.array([0.0, *costs[reach.align :: reach.align]]), takes[0] - takes
 
-    fixed = {f"{name}_rank": ranks(name, {}) for name in ("query", "key")}
-    for value_dim in reach.widths(dense.value_dim):
+    fixed = {f"{name}_rank": ranks(name, dense) for name in ("query", "key")}
+    for value_dim in value_widths(target, index, reach):
+        narrower = replace(dense, value_dim=value_dim)
         lost = float(profile["value_costs"][:, value_dim].sum())
-        tables = fixed | {"output_rank": ranks("output", {"value_dim": value_dim})}
+        tables = fixed | {"output_rank": ranks("output", narrower)}
         seen = set()
         for price in prices(tables.values()):
             places = {name: int((costs - price * savings).argmin()) for name, (_, costs, savings) in tables.items()}
@@ -146,7 +143,7 @@ def factored(
                 seen.add(found)
                 change = {name: tables[name][0][place] for name, place in places.items()}
                 cost = sum(float(tables[name][1][place]) for name, place in places.items())
-                yield {"value_dim": value_dim} | change, lost + cost
+                yield replace(narrower, **change), lost + cost
 
 
 def prices(tables: Iterable[tuple[list[int | None], NDArray, NDArray]]) -> NDArray:
@@ -157,18 +154,20 @@ def prices(tables: Iterable[tuple[list[int | None], NDArray, NDArray]]) -> NDArr
     return np.geomspace(slopes.min() / 2, 100 * slopes.max(), MOST_WIDTHS) if len(slopes) else np.zeros(0)
 
 
-def ffn_menu(amounts: Amounts, index: int, dense: LayerShape, profile: Profile, reach: Reach) -> Menu:
+def ffn_menu(target: Target, index: int, profile: Profile, reach: Reach) -> Menu:
     """A few of the widths, the narrow ones with branches of some ranks too; and none at all."""
-    cost_of, every = ffn_costs_by_width(profile), ceil(dense.ffn_width / reach.align / MOST_WIDTHS)
-    shares = branch_shares(profile, cost_of, reach.align) if "branch_savings" in profile else {}
-    options: list[tuple[Change, float]] = [(NO_FFN, cost_of(0))]
-    for width in reach.widths(dense.ffn_width)[::-every]:
-        options.append(({"ffn_width": width}, cost_of(width)))
-        for rank, share_at in shares.items() if width < dense.ffn_width else ():
+    dense, removable, cost_of = target.dense_shapes[index].ffn, target.removable(index), ffn_costs_by_width(profile)
+    has_branches = "branch_savings" in profile and removable.branch
+    shares = branch_shares(profile, cost_of, reach.align) if has_branches else {}
+    options: list[Option] = [(None, cost_of(0))] if removable.ffn else []
+    every = ceil(dense.width / reach.align / MOST_WIDTHS)
+    for width in reach.widths(dense.width)[::-every] if removable.neurons else [dense.width]:
+        options.append((replace(dense, width=width), cost_of(width)))
+        for rank, share_at in shares.items() if width < dense.width else ():
             if (share := share_at(width)) > 0:
-                options.append(({"ffn_width": width, "calibration_rank": rank}, (1 - share) * cost_of(width)))
-    changes, costs = map(list, zip(*options, strict=True))
-    return Menu(index, changes, costs, [amounts.ffn(index, dense, change) for change in changes])
+                options.append((replace(dense, width=width, branch_rank=rank), (1 - share) * cost_of(width)))
+    shapes, costs = map(list, zip(*options, strict=True))
+    return Menu(index, "ffn", shapes, costs, [target.ffn_amount(index, shape) for shape in shapes])
 
 
 def branch_shares(profile: Profile, cost_of: Callable[[int], float], align: int) -> dict[int, Callable[[int], float]]:
@@ -194,25 +193,31 @@ def spend_rest(target: Target, shapes: Sequence[LayerShape], align: int) -> list
 
     It is less than a step of any menu, so where it goes hardly matters: to the FFNs that have lost most.
     """
-    shapes, full = list(shapes), target.config.intermediate_size
-    left = target.remaining - target.amount(shapes)
-    for index in sorted(range(len(shapes)), key=lambda index: shapes[index].ffn_width):
-        while 0 < shapes[index].ffn_width < full:
-            wider = replace(shapes[index], ffn_width=min(full, shapes[index].ffn_width + align))
-            step = sum(sign * target.ffn_amount(index, shape) for sign, shape in ((1, wider), (-1, shapes[index])))
+    shapes, left = list(shapes), target.remaining - target.amount(shapes)
+    open_layers = [index for index, shape in enumerate(shapes) if shape.ffn and target.removable(index).neurons]
+    for index in sorted(open_layers, key=lambda index: shapes[index].ffn.width):
+        full = target.dense_shapes[index].ffn.width
+        while shapes[index].ffn.width < full:
+            more = min(align, full - shapes[index].ffn.width)
+            step = neurons_amount(target, index, shapes[index], more)
             if step > left or step == 0:
                 break
-            shapes[index], left = wider, left - step
+            shapes[index], left = shapes[index].with_ffn(width=shapes[index].ffn.width + more), left - step
     return shapes
 
 
 def smallest(target: Target, reach: Reach) -> list[LayerShape]:
-    """The smallest options of all menus."""
-    first, *others = target.dense_shapes
-    width = first.query_key_dim if target.config.query_key_norm else reach.widths(first.query_key_dim)[0]
-    narrow = {"kv_heads": 1, "query_heads": first.query_heads // first.kv_heads, "query_key_dim": width}
-    least = replace(first, **narrow, value_dim=reach.widths(first.value_dim)[0], **NO_FFN)
-    return [least, *(replace(shape, **NO_ATTENTION, **NO_FFN) for shape in others)]
+    """The smallest layers that the menus have, factored projections aside."""
+    shapes = target.dense_shapes
+    for index, dense in enumerate(target.dense_shapes):
+        attention, ffn, removable = dense.attention, dense.ffn, target.removable(index)
+        if attention:
+            options = [None] if may_lose_attention(target, index) else head_shapes(target, index, reach)
+            attention = min(options, key=lambda shape: target.attention_amount(index, shape))
+        if ffn and removable.neurons:
+            ffn = replace(ffn, width=reach.widths(ffn.width)[0])
+        shapes[index] = LayerShape(attention, None if removable.ffn else ffn)
+    return shapes
 
 
 def ffn_costs_by_width(profile: Profile) -> Callable[[int], float]:

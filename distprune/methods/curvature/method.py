@@ -2,7 +2,7 @@
 
 1. The gradient pass sees, at every output projection, its inputs and the loss's gradient, and from their second moments
    predicts what the loss would lose by what the module loses (:mod:`.curves`).
-2. One allocation over all layers and modules removes what costs least (:mod:`.menus`).
+2. One allocation over all layers and parts removes what costs least (:mod:`.menus`).
 3. Every layer loses its share on what reaches it through the pruned layers before it, and what is left of its output
    projections is refitted by ridge regression to what the whole of them gave (Eq. below). With C invertible, the refit
    that costs least in the metric C is the one that costs least in any.
@@ -23,9 +23,20 @@ from pydantic import Field
 from torch import Tensor
 
 from distprune.budgets import RESOURCES, Target
-from distprune.decoder_layer import DecoderLayer, LayerShape, Linear, LowRank
 from distprune.errors import InputError
-from distprune.methods.base import Method, Observe, Plan, Profile
+from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear, LowRank, Projection
+from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
+from distprune.layers.sites import (
+    ATTENDED,
+    ATTENTION_INPUT,
+    ATTENTION_OUTPUT,
+    FFN_INPUT,
+    FFN_OUTPUT,
+    KEYS,
+    NEURONS,
+    QUERIES,
+)
+from distprune.methods.base import LayerToPrune, Method, Observe, Plan, Profile, of_parts
 from distprune.methods.curvature.curves import (
     attention_curves,
     branch_savings,
@@ -33,8 +44,10 @@ from distprune.methods.curvature.curves import (
     truncations,
     truncations_bytes,
 )
+from distprune.methods.curvature.even import even_profile
 from distprune.methods.curvature.menus import Reach, allocate_globally, smallest
-from distprune.methods.curvature.stock import allocate_equally, equal_shapes
+from distprune.methods.curvature.stock import allocate_equally, choices_alike
+from distprune.methods.curvature.work import profile_work, pruning_work
 from distprune.methods.units import (
     heads_of_groups,
     keep_heads,
@@ -42,17 +55,28 @@ from distprune.methods.units import (
     keep_rotary_pairs,
     keep_values,
     rotate_values,
-    without_attention,
-    without_ffn,
 )
+from distprune.methods.work import Problem, SolveWork
 from distprune.solvers import linear_branch, output_projections, ridge_towards
 from distprune.statistics import Cross, Gram, LayerStatistics, Moment, ScalingPower
 
 
 class Curvature(Method):
+    """Removes what the loss would miss least, with one budget for the whole model, and refits what is left."""
+
     name: ClassVar[str] = "curvature"
     targets: ClassVar[tuple[str, ...]] = RESOURCES
-    layouts: ClassVar[tuple[str, ...]] = ("per-layer", "stock")
+    layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous", "stock")
+    removes: ClassVar[tuple[str, ...]] = (
+        "heads",
+        "values",
+        "pairs",
+        "factors",
+        "neurons",
+        "branch",
+        "attention",
+        "ffn",
+    )
 
     damping: float = Field(
         0.01, gt=0, description="added to the Gram matrix's diagonal where units are chosen, over the mean"
@@ -66,33 +90,41 @@ class Curvature(Method):
     # ---------------------------------------------------------------- the gradient pass
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
-        inputs = [Gram("attention_input")] if self.factored else []
-        return [*inputs, Gram("attention_values"), *self._ffn_moments(self.calibrated)]
+        inputs = [Gram(ATTENTION_INPUT)] if self.factored else []
+        return of_parts(shape, attention=[*inputs, Gram(ATTENDED)], ffn=self._ffn_moments(self.calibrated))
 
     def _ffn_moments(self, calibrated: bool) -> Sequence[Moment]:
-        branch = [Gram("ffn_input"), Cross("ffn_input", "ffn_neurons")] if calibrated else []
-        return [Gram("ffn_neurons"), *branch]
+        branch = [Gram(FFN_INPUT), Cross(FFN_INPUT, NEURONS)] if calibrated else []
+        return [Gram(NEURONS), *branch]
 
     def gradient_moments(self, shape: LayerShape) -> Sequence[Moment]:
-        inner = [Gram("query_gradient"), Gram("key_gradient")] if self.factored else []
-        return [
-            *inner,
-            Gram("attention_output_gradient"),
-            Gram("ffn_output_gradient"),
-            ScalingPower("queries", "query_gradient", shape.kv_heads, shape.query_key_dim // 2),
-        ]
+        inner = [Gram(QUERIES.gradient), Gram(KEYS.gradient)] if self.factored else []
+        attention = [*inner, Gram(ATTENTION_OUTPUT.gradient)]
+        if shape.attention:
+            groups, pairs = shape.attention.kv_heads, shape.attention.query_key_dim // 2
+            attention.append(ScalingPower(QUERIES, QUERIES.gradient, groups, pairs))
+        return of_parts(shape, attention=attention, ffn=[Gram(FFN_OUTPUT.gradient)])
 
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
-        profile = attention_curves(layer, statistics, self.damping) | ffn_curve(layer, statistics, self.damping)
-        if self.factored:
-            profile |= truncations(layer, statistics, self.damping)
-        if self.calibrated:
-            profile |= branch_savings(layer, statistics, profile["neuron_order"], self.damping, self.branch_damping)
+        profile: dict[str, Tensor] = {}
+        if layer.attention:
+            profile |= attention_curves(layer.attention, statistics, self.damping)
+        if layer.attention and self.factored:
+            profile |= truncations(layer.attention, statistics, self.damping)
+        if layer.ffn:
+            profile |= ffn_curve(layer.ffn, statistics, self.damping)
+        if layer.ffn and self.calibrated:
+            order = profile["neuron_order"]
+            profile |= branch_savings(layer.ffn, statistics, order, self.damping, self.branch_damping)
         return profile
 
+    def even_profile(self, shape: LayerShape) -> Profile:
+        return even_profile(shape)
+
     def profile_bytes(self, hidden_size: int, shape: LayerShape) -> int:
-        factors = truncations_bytes(hidden_size, shape) if self.factored else 0
-        return factors + self.calibrated * hidden_size**2 * torch.float32.itemsize
+        factors = truncations_bytes(hidden_size, shape.attention) if self.factored and shape.attention else 0
+        has_branches = self.calibrated and shape.ffn is not None
+        return factors + has_branches * hidden_size**2 * torch.float32.itemsize
 
     # ---------------------------------------------------------------- the budget
 
@@ -105,7 +137,7 @@ class Curvature(Method):
         if target.sparsity == 0:
             return Plan(target.dense_shapes, predicted_loss=0.0, gap=0.0)
         reach = Reach(align, 1 - self.largest_cut)
-        if target.stock:
+        if target.layout == "stock":
             return allocate_equally(target, profiles, reach)
         return allocate_globally(target, profiles, reach)
 
@@ -114,69 +146,64 @@ class Curvature(Method):
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
         return ()
 
-    def prune(
-        self,
-        layer: DecoderLayer,
-        planned: LayerShape,
-        statistics: LayerStatistics,
-        profile: Profile,
-        observe: Observe,
-    ) -> DecoderLayer:
-        if not planned.has_attention:
-            layer = without_attention(layer)
-        elif replace(planned, ffn_width=layer.shape.ffn_width, calibration_rank=None) != layer.shape:
-            layer = self._prune_attention(layer, planned, profile, observe)
-        if not planned.has_ffn:
-            layer = without_ffn(layer)
-        elif (planned.ffn_width, planned.calibration_rank) != (layer.shape.ffn_width, None):
-            layer = self._prune_ffn(layer, planned, profile, observe)
+    def prune(self, given: LayerToPrune) -> DecoderLayer:
+        layer, planned = given.layer, given.planned
+        if layer.attention and planned.attention != layer.attention.shape:
+            pruned = planned.attention and self._prune_attention(layer, planned.attention, given.profile, given.observe)
+            layer = replace(layer, attention=pruned)
+        if layer.ffn and planned.ffn != layer.ffn.shape:
+            pruned = planned.ffn and self._prune_ffn(layer, planned.ffn, given.profile, given.observe)
+            layer = replace(layer, ffn=pruned)
         return layer
 
     def _prune_attention(
-        self, layer: DecoderLayer, planned: LayerShape, profile: Profile, observe: Observe
-    ) -> DecoderLayer:
+        self, layer: DecoderLayer, planned: AttentionShape, profile: Profile, observe: Observe
+    ) -> Attention:
         """Queries and keys come first: the output projection is refitted to what attention attends to with theirs."""
-        dense = layer.shape
+        attention, dense = layer.attention, layer.attention.shape
         if gone := (dense.query_key_dim - planned.query_key_dim) // 2:
-            layer = keep_rotary_pairs(layer, profile["pair_order"][:, gone:].sort(dim=1).values)
-        layer = replace(
-            layer,
-            query=truncated(layer.query, planned.query_rank, profile, "query"),
-            key=truncated(layer.key, planned.key_rank, profile, "key"),
+            attention = keep_rotary_pairs(attention, profile["pair_order"][:, gone:].sort(dim=1).values)
+        attention = replace(
+            attention,
+            query=truncated(attention.query, planned.query_rank, profile, "query"),
+            key=truncated(attention.key, planned.key_rank, profile, "key"),
         )
         if (planned.kv_heads, planned.value_dim) != (dense.kv_heads, dense.value_dim):
-            layer = self._prune_values(layer, planned, profile, observe)
-        return replace(layer, output=truncated(layer.output, planned.output_rank, profile, "output"))
+            attention = self._prune_values(replace(layer, attention=attention), planned, profile, observe)
+        return replace(attention, output=truncated(attention.output, planned.output_rank, profile, "output"))
 
     def _prune_values(
-        self, layer: DecoderLayer, planned: LayerShape, profile: Profile, observe: Observe
-    ) -> DecoderLayer:
-        dense, order = layer.shape, profile["group_order"]
-        layer = rotate_values(layer, profile["value_rotation"])
-        gram = observe(layer, [Gram("attention_values")]).gram("attention_values")
-        heads = heads_of_groups(
-            order[dense.kv_heads - planned.kv_heads :].sort().values, layer.query_heads // layer.kv_heads
-        )
+        self, layer: DecoderLayer, planned: AttentionShape, profile: Profile, observe: Observe
+    ) -> Attention:
+        """The values are rotated, groups and the last of each group's values go, and the output is refitted."""
+        dense, order = layer.attention.shape, profile["group_order"]
+        attention = rotate_values(layer.attention, profile["value_rotation"])
+        gram = observe(replace(layer, attention=attention), [Gram(ATTENDED)]).gram(ATTENDED)
+        groups = order[dense.kv_heads - planned.kv_heads :].sort().values
+        heads = heads_of_groups(groups, dense.heads_per_group)
         values = torch.arange(planned.value_dim, device=order.device)
         kept = (heads.flatten()[:, None] * dense.value_dim + values).flatten()
         # Factored queries and keys always have all of their heads.
-        pruned = keep_heads(layer, heads) if planned.kv_heads < dense.kv_heads else layer
+        pruned = keep_heads(attention, heads) if planned.kv_heads < dense.kv_heads else attention
         pruned = keep_values(pruned, values.expand(planned.kv_heads, -1))
-        return replace(pruned, output=self._refit(layer.output, kept, gram))
+        return replace(pruned, output=self._refit(attention.output, kept, gram))
 
-    def _prune_ffn(self, layer: DecoderLayer, planned: LayerShape, profile: Profile, observe: Observe) -> DecoderLayer:
-        statistics = observe(layer, self._ffn_moments(planned.calibration_rank is not None))
-        gram = statistics.gram("ffn_neurons")
-        kept = profile["neuron_order"][layer.shape.ffn_width - planned.ffn_width :].sort().values
-        pruned = keep_neurons(layer, kept)
-        if planned.calibration_rank is None:
-            return replace(pruned, down=self._refit(layer.down, kept, gram))
-        input_gram, cross = statistics.gram("ffn_input"), statistics.cross("ffn_input", "ffn_neurons")
-        whole, unknown = linear_branch(layer.down.weight.float(), kept, gram, input_gram, cross, self.branch_damping)
+    def _prune_ffn(
+        self, layer: DecoderLayer, planned: FeedForwardShape, profile: Profile, observe: Observe
+    ) -> FeedForward:
+        ffn, rank = layer.ffn, planned.branch_rank
+        statistics = observe(layer, self._ffn_moments(rank is not None))
+        gram = statistics.gram(NEURONS)
+        kept = profile["neuron_order"][ffn.shape.width - planned.width :].sort().values
+        pruned = keep_neurons(ffn, kept)
+        if rank is None:
+            return replace(pruned, down=self._refit(ffn.down, kept, gram))
+        input_gram, cross = statistics.gram(FFN_INPUT), statistics.cross(FFN_INPUT, NEURONS)
+        whole, unknown = linear_branch(ffn.down.weight.float(), kept, gram, input_gram, cross, self.branch_damping)
         left, right, _ = output_projections(whole, unknown, profile["ffn_metric_root"].double())
-        branch = projected(Linear(whole), left, right, planned.calibration_rank)
+        branch = projected(Linear(whole), left, right, rank)
         given = branch.left @ (branch.right @ cross[:, kept])
-        return replace(pruned, down=self._refit(layer.down, kept, gram, given), calibration=branch)
+        return replace(pruned, down=self._refit(ffn.down, kept, gram, given), branch=branch)
 
     def _refit(self, projection: Linear, kept: Tensor, gram: Tensor, given: Tensor | float = 0.0) -> Linear:
         """The projection of the ``kept`` input channels that best gives what all of them gave.
@@ -189,8 +216,13 @@ class Curvature(Method):
         refitted = ridge_towards(weight[:, kept], gram[kept][:, kept], wanted, self.refit_damping)
         return Linear(refitted, projection.bias)
 
+    # ---------------------------------------------------------------- what it takes
 
-def truncated(projection: Linear, rank: int | None, profile: Profile, name: str) -> Linear | LowRank:
+    def solve_work(self, problem: Problem) -> SolveWork:
+        return profile_work(problem) if problem.planned is None else pruning_work(problem)
+
+
+def truncated(projection: Linear, rank: int | None, profile: Profile, name: str) -> Projection:
     """The projection at that rank, its output projected on what matters most; or as it is, for None."""
     if rank is None:
         return projection
@@ -208,13 +240,14 @@ def check_reachable(target: Target, reach: Reach) -> None:
     Raises:
         InputError: they don't.
     """
-    if target.stock:
-        reachable = bool(equal_shapes(target, reach))
+    is_stock = target.layout == "stock"
+    if is_stock:
+        reachable = bool(choices_alike(target, reach))
     else:
         reachable = target.amount(smallest(target, reach)) <= target.remaining
     if not reachable:
         raise InputError(
             f"sparsity {target.sparsity:g} can't be reached"
-            + (" with the same widths in every layer. Leave --layout out, or ask" if target.stock else ". Ask")
+            + (" with the same widths in every layer. Leave --layout out, or ask" if is_stock else ". Ask")
             + " for a lower --sparsity."
         )

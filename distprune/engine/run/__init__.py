@@ -1,0 +1,1 @@
+"""A run on disk: what it was asked for, what is done, and its record."""

@@ -1,0 +1,303 @@
+"""Everything that can be known to be wrong before a weight is read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from upath import UPath
+
+from distprune.budgets import StoredSizes, Target, target_of
+from distprune.calibration import Calibration, load_tokenizer, open_calibration, tokenizer_fingerprint
+from distprune.checkpoint import (
+    Checkpoint,
+    HubModel,
+    check_free_space,
+    find_on_hub,
+    is_hub_id,
+    open_on_hub,
+    partial_directory,
+    prepare_output,
+    refuse_revision,
+    resolve_model,
+)
+from distprune.config import PruneConfig
+from distprune.engine.run.left_alone import LeftAlone, left_alone
+from distprune.engine.worker.dense_model import DenseModel
+from distprune.errors import InputError
+from distprune.families.disk_names import disk_names
+from distprune.families.language_model import language_config
+from distprune.families.tied import UNTIED, differ_though_tied, untied
+from distprune.hardware import AUTO, ComputeDtype, compute_dtype
+from distprune.layers.architecture import Architecture
+from distprune.methods import Method, make_method
+from distprune.storage import is_remote, is_url, location
+from distprune.version import __version__
+
+#: Layers whose gradients lie in the journal at once, as long as profiles take no longer than passes.
+GRADIENTS_KEPT = 2
+#: Shards that workers merge at once, at most: so many lie on the disk beside the parts that they are made of.
+MERGED_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose input has been found sound: what to prune, how and to what size."""
+
+    config: PruneConfig
+    model_path: Path  # of a hub model, perhaps without its weights
+    hub: HubModel | None
+    model: DenseModel
+    method: Method
+    target: Target
+    left_alone: LeftAlone
+    notes: tuple[str, ...] = ()  # what the run says of itself
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.model.checkpoint
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.model.architecture
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether there is a gradient pass."""
+        return needs_gradients(self.method, self.architecture)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the checkpoint's weights."""
+        return stored_dtype(self.model)
+
+    def computed_in(self, dtype: ComputeDtype) -> Job:
+        """The same run, its configuration's dtype settled."""
+        return replace(self, config=self.config.model_copy(update={"dtype": dtype.name}))
+
+    def whole_folder(self) -> Path:
+        """The model's folder with its weights, which a hub model's are fetched into."""
+        return self.hub.fetch_all() if self.hub else self.checkpoint.whole_folder()
+
+    def identity(self, device: str) -> dict[str, Any]:
+        """All that decides the bytes of the result on one kind of device, as JSON would give it back.
+
+        The dtype is among it, so it has to be settled: a run never resumes in another one.
+        """
+        texts = self.config.calibration, self.config.distill and self.config.distill.calibration
+        calibration, distillation = (path and open_calibration(path).fingerprint for path in texts)
+        return self.config.decisive() | {
+            "distprune": __version__,
+            # A commit is known where nothing of it is on this machine but headers.
+            "model": f"{self.hub.repository}@{self.hub.commit}" if self.hub else self.checkpoint.fingerprint(),
+            "calibration": calibration,
+            "distillation text": distillation,
+            "options": self.method.model_dump(mode="json"),
+            "device": device,
+        }
+
+
+def check_job(config: PruneConfig) -> Job:
+    """Validate a run from its configuration, the checkpoint's headers and the calibration set's metadata.
+
+    Raises:
+        InputError: names what is wrong and how to fix it. Nothing has been written by then.
+    """
+    check_paths(config)
+    check_apart(config)
+    prepare_output(config.output, config.overwrite)
+    method = make_method(config.method, config.options)
+    hub, stored = open_model(config)
+    model_path, model = stored.path, dense_model(stored)
+    texts = config.calibration, config.distill and config.distill.calibration
+    for path in filter(None, texts):
+        tokenizer = load_tokenizer(model_path, config.trust_remote_code)
+        check_calibration(open_calibration(path), tokenizer, model_path, model.architecture)
+    if config.distill:
+        check_can_be_split(config, texts)
+    if needs_gradients(method, model.architecture):
+        check_has_targets(config)
+    # The one check that may read weights, so after the others.
+    is_untied = differ_though_tied(model.architecture.model, stored, model.names)
+    if is_untied:
+        model = dense_model(untied(stored))
+    target = target_of(config, model.architecture, stored_sizes(model))
+    method.check_target(target, config.align)
+    there = folder_size(partial_directory(config.output))
+    check_free_space(config.output, space_needed(config, model, method) - there)
+    left = left_alone(model)
+    notes = (*stored.notes, *((UNTIED,) if is_untied else ()), *((str(left),) if left.parts else ()))
+    return Job(config, model_path, hub, model, method, target, left, notes)
+
+
+def dense_model(checkpoint: Checkpoint) -> DenseModel:
+    """The language model of a checkpoint, every tensor that it needs there in the shape that it needs.
+
+    Raises:
+        InputError: transformers has no such model, a tensor is missing or has another shape, or tensors of a decoder
+            layer are stored in a form of their own.
+    """
+    config, _ = language_config(checkpoint.config)
+    architecture = Architecture(config)
+    names = disk_names(architecture.model, checkpoint)
+    for name, parts in names.converted.items():
+        if name.startswith(architecture.layers_path + "."):
+            raise InputError(
+                f"{checkpoint.tensors[parts[0]].file}: tensor '{parts[0]}' is one of {len(parts)} that transformers "
+                f"makes '{name}' of when it loads a {config.model_type} model, and distprune can't run such layers "
+                "yet. Give a model without experts."
+            )
+    return DenseModel(architecture, names, checkpoint)
+
+
+def stored_dtype(model: DenseModel) -> torch.dtype:
+    """The dtype of a checkpoint's weights, by its embedding."""
+    return model.checkpoint.tensors[model.names.on_disk(model.architecture.embedding_name)].dtype
+
+
+def stored_sizes(model: DenseModel) -> StoredSizes:
+    """How large the numbers of a checkpoint's tensors are."""
+    tensors = model.checkpoint.tensors
+    layers = tuple(
+        {name: tensors[stored].dtype.itemsize for name, stored in model.layer_names(index).items()}
+        for index in range(model.architecture.num_layers)
+    )
+    return StoredSizes(layers, sum(tensors[name].nbytes for name in model.outer_names()))
+
+
+def check_apart(config: PruneConfig) -> None:
+    """See that neither the output nor the folder that it is made in is, holds or lies in something that is read.
+
+    Links are followed: what counts is where things lie.
+
+    Raises:
+        InputError: one of them does; names both.
+    """
+    model = location(config.model) if is_url(config.model) else Path(config.model).expanduser()
+    read = {"the model": None if is_hub_id(config.model) else model, "the calibration set": config.calibration}
+    if config.distill:
+        read["distillation's calibration set"] = config.distill.calibration
+    for what, path in read.items():
+        for folder in (config.output, partial_directory(config.output)):
+            if path is not None and overlap(path, folder):
+                raise InputError(
+                    f"{config.output}: a run writes there and to {partial_directory(config.output)}, and one of these "
+                    f"is, holds or lies in {what} ({path}). Choose an output elsewhere."
+                )
+
+
+def overlap(path: Path | UPath, folder: Path | UPath) -> bool:
+    """Whether one is the other or lies somewhere inside it, links followed."""
+    if is_remote(path) or is_remote(folder):
+        one, other = f"{path}/", f"{folder}/"
+        return one.startswith(other) or other.startswith(one)
+    one, other = path.resolve(), folder.expanduser().resolve()
+    return one == other or one in other.parents or other in one.parents
+
+
+def check_paths(config: PruneConfig) -> None:
+    """See that every path is UTF-8: Ray passes on no others."""
+    paths = {"model": config.model, "output": config.output, "calibration": config.calibration}
+    for name, path in (paths | {"distill-calibration": config.distill and config.distill.calibration}).items():
+        shown = os.fsencode(str(path or "")).decode(errors="backslashreplace")
+        if path and shown != str(path):
+            raise InputError(f"{name} {shown}: is not UTF-8, and Ray can't pass it on. Rename it, or choose another.")
+
+
+def open_model(config: PruneConfig) -> tuple[HubModel | None, Checkpoint]:
+    """The checkpoint, of a hub model with no more than its headers unless every node is to read one folder.
+
+    Raises:
+        InputError: no such model, or none that can be pruned or come by in the way asked for.
+    """
+    trust = config.trust_remote_code
+    if is_hub_id(config.model):
+        hub = find_on_hub(config.model, config.revision)
+        return hub, Checkpoint.open(hub.fetch_all(), trust) if config.weights == "shared" else open_on_hub(hub, trust)
+    if config.weights == "hub":
+        raise InputError(f"--weights hub: {config.model} is no hub id. Leave the option out, or give the model's id.")
+    if is_url(config.model):
+        refuse_revision(config.model, config.revision)
+        return None, Checkpoint.open(location(config.model), trust)
+    return None, Checkpoint.open(resolve_model(config.model, revision=config.revision).absolute(), trust)
+
+
+def check_can_be_split(config: PruneConfig, texts: tuple[Path | None, Path | None]) -> None:
+    """See that distillation has a sample to learn from and one to hold out."""
+    path = texts[1] or texts[0]
+    samples = config.samples if path is None else len(open_calibration(path).tokens)
+    if samples < 2:
+        raise InputError(
+            f"{path or 'the own samples'}: distillation holds samples out, so it needs 2 or more; there is {samples}. "
+            "Give --distill-calibration a larger set, or leave --distill out."
+        )
+
+
+def needs_gradients(method: Method, architecture: Architecture) -> bool:
+    """Whether a method asks for the loss's gradients, of any layer."""
+    return any(method.gradient_moments(shape) for shape in architecture.dense_shapes)
+
+
+def check_has_targets(config: PruneConfig) -> None:
+    """See that the loss that gradients are of has a next token to predict."""
+    if config.calibration is not None and open_calibration(config.calibration).tokens.shape[1] < 2:
+        raise InputError(
+            f"{config.calibration}: method {config.method} needs the gradients of the next token's loss, and windows "
+            "of one token have none. Make it again with a longer --sequence-length."
+        )
+
+
+def space_needed(config: PruneConfig, model: DenseModel, method: Method) -> int:
+    """Bytes that a run may come to hold in its work folder: profiles to the end, and the most that lies there beside
+    them when gradients, pruned layers or the shards that these become are made."""
+    architecture, tokens = model.architecture, config.samples * config.sequence_length
+    if config.calibration is not None:
+        tokens = open_calibration(config.calibration).tokens.size
+    layers, hidden_size = architecture.num_layers, architecture.hidden_size
+    weights = sum(info.nbytes for info in model.checkpoint.tensors.values())
+    profiles = sum(method.profile_bytes(hidden_size, shape) for shape in architecture.dense_shapes)
+    states = tokens * hidden_size * expected_itemsize(config, stored_dtype(model))
+    # Of every layer and of the model's end, with the gradients of some; or of every block, and of one layer more.
+    passing = (layers + 1 + GRADIENTS_KEPT) * states if needs_gradients(method, architecture) else 0
+    pruning = (-(-layers // config.block_length(layers)) + 1) * states + weights
+    # Parts and the shards that are made of them lie side by side for a moment.
+    assembling = weights + min(weights, merged_at_once(config) * config.max_shard_size)
+    return profiles + max(passing, pruning, assembling)
+
+
+def merged_at_once(config: PruneConfig) -> int:
+    """How many shards may be made of their parts at once."""
+    return 1 if config.writes == "driver" else min(MERGED_AT_ONCE, config.worker_range()[1] or MERGED_AT_ONCE)
+
+
+def expected_itemsize(config: PruneConfig, stored: torch.dtype) -> int:
+    """Bytes of a number in hidden states, as far as can be told before the workers' hardware is known."""
+    if config.dtype != AUTO:
+        return getattr(torch, config.dtype).itemsize
+    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return stored.itemsize if on_gpu else compute_dtype(stored, "cpu").dtype.itemsize
+
+
+def folder_size(folder: Path | UPath) -> int:
+    """Bytes of the files in a folder; of an object store none, where room is no concern."""
+    if is_remote(folder):
+        return 0
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def check_calibration(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, model_path: Path, architecture: Architecture
+) -> None:
+    """See that the calibration set was made for this model and fits its context."""
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    calibration.check_matches(fingerprint, architecture.vocab_size, str(model_path))
+    length = calibration.tokens.shape[1]
+    if length > architecture.max_length:
+        raise InputError(
+            f"{calibration.path}: its windows of {length} tokens exceed the model's context of "
+            f"{architecture.max_length}. Make it again with a shorter --sequence-length."
+        )

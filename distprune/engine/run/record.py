@@ -1,0 +1,161 @@
+"""What a run leaves beside its result: the effective configuration and the record of what was done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distprune.budgets import decoder_parameters, layer_parameters, outer_parameters
+from distprune.config import PruneConfig
+from distprune.distillation.layerwise import DistillationReport
+from distprune.engine.telemetry.process_memory import PeakMemory
+from distprune.engine.worker.report import Report
+from distprune.errors import InputError
+from distprune.layers.architecture import Architecture
+from distprune.layers.shapes import LayerShape
+
+RECORD_FILE = "distprune_run.json"
+CONFIG_FILE = "distprune_config.yaml"
+CALIBRATION_FILE = "calibration.arrow"
+LOG_FILE = "distprune_log.jsonl"
+OWN_FILES = (RECORD_FILE, CONFIG_FILE, CALIBRATION_FILE, LOG_FILE)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer: its shape before and after, its parameters, the seconds each step took, and how it went."""
+
+    index: int
+    dense: LayerShape
+    pruned: LayerShape
+    parameters_before: int
+    parameters_after: int
+    seconds: Mapping[str, float]
+    warnings: list[str]
+    distillation: DistillationReport | None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Parameters are counts, memory is in bytes, times are in seconds.
+
+    Attributes:
+        dtype: that of forward passes.
+        predicted_loss, gap: what the plan says of itself, see :class:`distprune.methods.Plan`; None of most methods.
+        notes: what the run says of itself: where it took the model for something else than its configuration says.
+        left_alone: parameters that no pruning changes since distprune doesn't know what they do, by what they belong to.
+        left_alone_share: the fraction of all stored parameters that these are.
+    """
+
+    model: str
+    method: str
+    options: Mapping[str, object]
+    layout: str
+    sparsity_asked: float
+    predicted_loss: float | None
+    gap: float | None
+    decoder_parameters_before: int
+    decoder_parameters_after: int
+    total_parameters_before: int
+    total_parameters_after: int
+    fingerprint: str
+    workers: int
+    device: str
+    dtype: str
+    peak_memory_driver: PeakMemory
+    peak_memory_workers: list[PeakMemory]
+    seconds: Mapping[str, float]
+    layers: list[LayerRecord] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
+    left_alone: Mapping[str, int] = field(default_factory=dict)
+    left_alone_share: float = 0.0
+
+    @property
+    def decoder_sparsity(self) -> float:
+        """The fraction of the decoder layers' parameters that was removed."""
+        return 1 - self.decoder_parameters_after / self.decoder_parameters_before
+
+    @property
+    def total_sparsity(self) -> float:
+        """The fraction of all parameters that was removed."""
+        return 1 - self.total_parameters_after / self.total_parameters_before
+
+    def save(self, folder: Path, config: PruneConfig) -> None:
+        (folder / RECORD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        (folder / CONFIG_FILE).write_text(config.to_yaml())
+
+
+def forecast(predicted_loss: float, gap: float) -> str:
+    """What a plan says of itself, for people."""
+    return (
+        f"The plan is predicted to raise the loss by {predicted_loss:.4g} nats a token "
+        f"(optimality gap of the allocation: {gap:.1g})"
+    )
+
+
+def layer_records(
+    model: Architecture,
+    plan: list[LayerShape],
+    reports: list[Report],
+    distillations: list[DistillationReport | None],
+) -> list[LayerRecord]:
+    return [
+        LayerRecord(
+            index=index,
+            dense=model.dense_shape(index),
+            pruned=shape,
+            parameters_before=layer_parameters(model, index, model.dense_shape(index)),
+            parameters_after=layer_parameters(model, index, shape),
+            seconds=reports[index].seconds,
+            warnings=reports[index].warnings,
+            distillation=distillations[index],
+        )
+        for index, shape in enumerate(plan)
+    ]
+
+
+def parameter_counts(model: Architecture, plan: list[LayerShape]) -> dict[str, int]:
+    """The four counts of :class:`RunRecord`."""
+    before = decoder_parameters(model, model.dense_shapes)
+    after, outer = decoder_parameters(model, plan), outer_parameters(model)
+    return {
+        "decoder_parameters_before": before,
+        "decoder_parameters_after": after,
+        "total_parameters_before": before + outer,
+        "total_parameters_after": after + outer,
+    }
+
+
+def load_record(folder: Path) -> RunRecord:
+    """Read back the record of a finished run.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    file = folder / RECORD_FILE
+    if not file.is_file():
+        raise InputError(f"{file}: not found. Give the output folder of a distprune prune run.")
+    try:
+        stored = json.loads(file.read_text())
+        layers = [read_layer(layer) for layer in stored.pop("layers")]
+        driver = PeakMemory(**stored.pop("peak_memory_driver"))
+        workers = [PeakMemory(**peak) for peak in stored.pop("peak_memory_workers")]
+        stored.setdefault("dtype", "not recorded")  # as it was before dtypes were settled
+        return RunRecord(**stored, layers=layers, peak_memory_driver=driver, peak_memory_workers=workers)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{file}: is not a run's record ({error}). Prune the model again.") from None
+
+
+def read_layer(stored: Mapping[str, Any]) -> LayerRecord:
+    distillation = stored["distillation"]
+    return LayerRecord(
+        **{
+            **stored,
+            "dense": LayerShape.from_json(stored["dense"]),
+            "pruned": LayerShape.from_json(stored["pruned"]),
+            "distillation": distillation and DistillationReport(**distillation),
+        }
+    )

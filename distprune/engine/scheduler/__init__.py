@@ -1,0 +1,1 @@
+"""Workers on Ray: how many, where, and which task each takes next."""

@@ -1,0 +1,1 @@
+"""The stages of a run that the workers carry out, one class each."""
