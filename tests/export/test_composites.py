@@ -1,6 +1,8 @@
-"""Models in which the language model that is pruned is a part: vision-language models."""
+"""Models whose checkpoints have names of their own, such as those of which the language model is a part."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from pruned_checkpoints import write_pruned
 from safetensors.torch import load_file, save_file
 from small_models import SMALL
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -53,18 +57,33 @@ def llava() -> PreTrainedModel:
     return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=100))
 
 
+def gpt_neox() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **SMALL))
+
+
 @pytest.mark.parametrize("layout", EDITS)
 @pytest.mark.parametrize("make", [gemma3, llava])
-@torch.no_grad()
 def test_the_whole_opens_in_every_layout(tmp_path, make, layout):
+    assert_opens(make, ON_DISK, EDITS[layout], layout, AutoModelForImageTextToText, tmp_path)
+
+
+def test_a_head_of_another_name_is_found(tmp_path):
+    edits = {1: factored(query=9, output=11)}
+    assert_opens(gpt_neox, {"lm_head.": "embed_out."}, edits, "free", AutoModelForCausalLM, tmp_path)
+
+
+@torch.no_grad()
+def assert_opens(
+    make, on_disk: dict[str, str], edits: dict[int, Edit], layout: str, auto: type, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     model = make().eval()
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
-    pruned = write_pruned(model, EDITS[layout], tmp_path)
+    pruned = write_pruned(model, edits, tmp_path)
     assert pruned.layout == layout
     state = load_file(tmp_path / "model.safetensors")
-    for ours, theirs in ON_DISK.items():
+    for ours, theirs in on_disk.items():
         state = {theirs + name.removeprefix(ours) if name.startswith(ours) else name: t for name, t in state.items()}
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     tokens = torch.randint(3, 90, (2, 20))
@@ -72,7 +91,7 @@ def test_the_whole_opens_in_every_layout(tmp_path, make, layout):
     load(tmp_path).save_pretrained(tmp_path / "again")
     for loaded in (
         load(tmp_path),
-        AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True),
+        auto.from_pretrained(tmp_path, trust_remote_code=True),
         load(tmp_path / "again"),
     ):
         torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, atol=1e-4, rtol=1e-4)

@@ -157,3 +157,9 @@ def test_a_model_made_from_its_configuration_is_initialized(pruned):
     model = type(loaded)(loaded.config)
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter).all() and parameter.abs().max() < 2, name
+
+
+def test_only_layers_of_whole_projections_are_sharded(pruned):
+    plans = {layout: load(pruned(layout).folder)._tp_plan for layout in ("stock", "heterogeneous", "free")}
+    assert plans["heterogeneous"] == plans["stock"]
+    assert [name for name in plans["free"] if "layers" in name] == []
