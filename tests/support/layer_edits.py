@@ -162,8 +162,7 @@ def without_attention(layer: DecoderLayer) -> tuple[DecoderLayer, DecoderLayer]:
     output = layer.attention.output
     bias = None if output.bias is None else torch.zeros_like(output.bias)
     silent = replace(layer.attention, output=Linear(torch.zeros_like(output.weight), bias))
-    rest = {name: tensor for name, tensor in layer.rest.items() if not name.startswith("self_attn.")}
-    return replace(layer, attention=None, rest=rest), replace(layer, attention=silent)
+    return replace(layer, attention=None), replace(layer, attention=silent)
 
 
 def without_ffn(layer: DecoderLayer) -> tuple[DecoderLayer, DecoderLayer]:
