@@ -48,7 +48,7 @@ def calibrate(
         dtype: what it computes in then; "auto" is the checkpoint's, or float32 where the device has no units for that.
 
     Raises:
-        InputError: an option, file or text is unusable; names it and the mend.
+        InputError: an option, file or text is unusable; names it and the fix.
     """
     from distprune.calibration import build_calibration
     from distprune.checkpoint import resolve_model
@@ -80,12 +80,12 @@ def prune(
     Args:
         model: local Hugging Face folder, hub id or .gguf file.
         output: the folder to make.
-        config: a YAML file of options; those given here count more.
+        config: a YAML file of options; those given here override it.
         progress: what to tell how far it is; silent by default.
         options: fields of :class:`distprune.config.PruneConfig`.
 
     Raises:
-        InputError: the input is unusable; names it and the mend, and the output path is untouched.
+        InputError: the input is unusable; names it and the fix, and the output path is untouched.
     """
     from distprune.config import load_config
     from distprune.engine import Requirements
@@ -120,11 +120,11 @@ def plan(
             CPUs; else it is not checked.
         hardware: "h100", "a100" or "cpu": whose rates to assume.
         rates: fields of :class:`distprune.planning.Rates` to replace.
-        config: a YAML file of options of the run; those given here count more.
+        config: a YAML file of options of the run; those given here override it.
         options: fields of :class:`distprune.config.PruneConfig`.
 
     Raises:
-        InputError: the input is unusable; names it and the mend.
+        InputError: the input is unusable; names it and the fix.
     """
     from distprune.config import load_config
     from distprune.planning import describe_cluster, plan_run
@@ -164,7 +164,7 @@ def compare(
         evaluation_length: tokens of each window of the text.
         options: hyperparameters by method, such as ``{"olica": {"percdamp": 0.5}}``.
         keep: a folder where the pruned checkpoints stay, as METHOD-PERCENT.
-        config: a YAML file of options that are common to all runs; those given here count more.
+        config: a YAML file of options that are common to all runs; those given here override it.
         progress: makes what tells how far each step is; silent by default.
         on_row: called with each row as soon as it is there, so that a failing run doesn't lose those before it.
         common: fields of :class:`distprune.config.PruneConfig`, the same for all runs. Where no calibration set is
@@ -174,7 +174,7 @@ def compare(
         The dense model's row, and one for each method and sparsity.
 
     Raises:
-        InputError: the input is unusable; names it and the mend.
+        InputError: the input is unusable; names it and the fix.
         RuntimeError: a run failed; names it.
     """
     from distprune.comparison import Evaluation

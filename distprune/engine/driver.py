@@ -68,24 +68,26 @@ RequirementsOf = Callable[[PruneConfig, Checkpoint, str], Requirements]
 PATIENCE = 30
 
 
-def prune(config: PruneConfig, progress: Progress | None = None, needs: RequirementsOf | None = None) -> RunRecord:
+def prune(
+    config: PruneConfig, progress: Progress | None = None, requirements: RequirementsOf | None = None
+) -> RunRecord:
     """Prune a model and publish the result at ``config.output``.
 
-    WorkFolder happens in ``OUTPUT.partial`` and becomes visible by one rename at the end. A run that ends before that leaves
-    there what was done, and the same call goes on with it.
+    Work happens in ``OUTPUT.partial`` and becomes visible by one rename at the end. A run that ends before that leaves
+    there what was done, and the same call resumes it.
 
     Args:
         config: the run.
         progress: what to tell how far it is; silent by default.
-        needs: tells what a worker needs, from the configuration, the model and the workers' device.
+        requirements: tells what a worker needs, from the configuration, the model and the workers' device.
 
     Raises:
         InputError: something about the input is wrong; the output path is untouched.
-        RunFailed: workers or storage gave out; the same call goes on.
+        RunFailed: workers or storage gave out; the same call resumes.
         KeyboardInterrupt: SIGINT or SIGTERM came; an InterruptedWhenDone, if the result was published by then.
     """
     if is_on_hub(config):
-        return prune_to_hub(config, lambda here: prune(here, progress, needs))
+        return prune_to_hub(config, lambda here: prune(here, progress, requirements))
     log, interruptions = RunLog(str(config.output)), []
     with sigterm_interrupts(), log.errors(), ExitStack() as at_last:
 
@@ -94,14 +96,18 @@ def prune(config: PruneConfig, progress: Progress | None = None, needs: Requirem
 
         record = finish_publishing(config, past_interruption)
         if record is None:
-            record = prune_job(check_job(config), progress or Progress(), log, needs, past_interruption)
+            record = prune_job(check_job(config), progress or Progress(), log, requirements, past_interruption)
     if interruptions:
         raise InterruptedWhenDone(record)
     return record
 
 
 def prune_job(
-    job: Job, progress: Progress, log: RunLog, needs: RequirementsOf | None, past_interruption: Callable[[], None]
+    job: Job,
+    progress: Progress,
+    log: RunLog,
+    requirements: RequirementsOf | None,
+    past_interruption: Callable[[], None],
 ) -> RunRecord:
     name, partial = str(job.config.output), partial_directory(job.config.output)
     with progress, failures_explained(partial), hold_lock(partial):
@@ -112,8 +118,8 @@ def prune_job(
                 progress.note(str(dtype))
             job = job.computed_in(dtype)
             config = job.config
-            if needs:
-                workers = workers.needing(needs(config, job.checkpoint, workers.device))
+            if requirements:
+                workers = workers.requiring(requirements(config, job.checkpoint, workers.device))
             with work_folder(job, workers, progress) as work, logged(work), log.errors():
                 log.run_began(config, resumed=work.resumed, dtype_reason=dtype.reason)
                 with Unfailing("metrics", lambda: RunMetrics(name)) as metrics:
@@ -260,7 +266,7 @@ def worker_pool(
     job: Job, workers: WorkerPlan, model: WeightAccess, progress: Progress, parts: PartFolder | None = None
 ) -> Iterator[WorkerPool]:
     """Inside, workers are up. Those that see the folder of parts write what they have finished there."""
-    pool = WorkerPool(RayRuntime(workers, job.config, model, parts), workers.count, progress, workers.needs)
+    pool = WorkerPool(RayRuntime(workers, job.config, model, parts), workers.count, progress, workers.requirements)
     try:
         if not pool.are_up(workers.least, PATIENCE):
             wanted = f"{workers.cpus:g} CPUs and {workers.gpus:g} GPUs free for "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig
 
 from distprune.families import Family
+from distprune.layers.empty import empty_weights
 from distprune.layers.names import LayerNames
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
@@ -17,7 +17,7 @@ def describe(family: Family, cls: type[nn.Module], config: PreTrainedConfig, ind
 
     What is not made as the family's names say, a linear-attention mixer or experts, is in the layer's ``rest``.
     """
-    with init_empty_weights():
+    with empty_weights():
         module = cls(config, index)
     shape = LayerShape(attention_shape(family, module, config), ffn_shape(family, module))
     return LayerNames(family, shape.attention).layer_from_state(module.state_dict(), shape)

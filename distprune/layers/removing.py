@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from accelerate import init_empty_weights
 from torch import nn
 
 from distprune.layers.parts import outputs_of
@@ -70,5 +69,6 @@ def can_be_built(architecture: Architecture, index: int, shape: LayerShape) -> b
 
 
 def _module(architecture: Architecture, index: int, shape: LayerShape) -> nn.Module:
-    with init_empty_weights():
-        return architecture.layer_class(index)(architecture.layer_config(index, shape), index)
+    from distprune.layers.module import empty_layer  # which imports what imports this module
+
+    return empty_layer(architecture, index, shape)

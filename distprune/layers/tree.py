@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from distprune.errors import InputError
+from distprune.layers.empty import empty_weights
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """The causal language model of a configuration, its parameters on the meta device. Buffers are real: rotary
     frequencies, scales."""
-    with init_empty_weights(include_buffers=False):
+    with empty_weights():
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention_kernel(config)).eval()
 
 

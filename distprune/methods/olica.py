@@ -33,6 +33,7 @@ from distprune.solvers import (
     most_and_least_important,
     most_important,
     orthogonal_output_rotation,
+    others,
     prediction_correlation,
     ridge,
     uncorrelated_rotation,
@@ -208,8 +209,7 @@ class Olica(Method):
         """
         ffn = given.layer.ffn
         weight, bias = ffn.down.weight, ffn.down.bias
-        gone = torch.ones(weight.shape[1], dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
-        dropped = gone.nonzero().flatten()
+        dropped = others(kept, weight.shape[1])
         if not len(dropped):
             factor = torch.zeros(rank, len(weight), device=weight.device)
             return LowRank(right=factor, left=factor.mT.contiguous())

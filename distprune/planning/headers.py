@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from distprune.checkpoint import (
     Checkpoint,
@@ -20,8 +20,7 @@ from distprune.checkpoint import (
     resolve_model,
 )
 from distprune.errors import InputError
-from distprune.families import Family, family_of, with_embedding
-from distprune.modeling import PrunedConfig
+from distprune.layers.architecture import Architecture
 from distprune.storage import is_url, location
 
 
@@ -41,26 +40,7 @@ def open_headers(source: str, revision: str | None = None, trust_remote_code: bo
         checkpoint = open_on_hub(find_on_hub(source, revision), trust_remote_code)
     else:
         checkpoint = Checkpoint.open(resolve_model(source, revision=revision), trust_remote_code)
-    return with_embedding(checkpoint, family_of(checkpoint.config))
-
-
-def dense_model(checkpoint: Checkpoint) -> tuple[Family, PrunedConfig]:
-    """The checkpoint's family and its unpruned geometry, which its tensors are seen to have.
-
-    A head that is stored beside a tied embedding is taken for its copy: whether it is takes both tensors' data.
-
-    Raises:
-        InputError: the family is not supported, or a tensor is missing, has another shape or is one too many.
-    """
-    family = family_of(checkpoint.config)
-    dense = family.dense_config(checkpoint.config)
-    checkpoint.check_shapes(family.tensor_shapes(dense))
-    if unknown := family.unknown_tensors(checkpoint.tensors, dense):
-        raise InputError(
-            f"{checkpoint.path}: holds tensor '{unknown[0]}', for which a {family.model_type} model with this "
-            f"config.json has no place ({len(unknown)} such tensors). Merge adapters and remove extra heads first."
-        )
-    return family, dense
+    return checkpoint
 
 
 def _gguf_headers(path: Path) -> Checkpoint:
@@ -80,9 +60,12 @@ def _gguf_headers(path: Path) -> Checkpoint:
     return Checkpoint(path, config, _imported_tensors(path, config))
 
 
-def _imported_tensors(path: Path, config: PretrainedConfig) -> Mapping[str, TensorInfo]:
-    family, dtype = family_of(config), torch.bfloat16
-    shapes = family.tensor_shapes(family.dense_config(config))
+def _imported_tensors(path: Path, config: PreTrainedConfig) -> Mapping[str, TensorInfo]:
+    architecture, dtype = Architecture(config), torch.bfloat16
+    shapes = architecture.outer_tensors()
+    for index in range(architecture.num_layers):
+        tensors = architecture.layer_tensors(index, architecture.dense_shape(index))
+        shapes |= {architecture.layer_prefix(index) + name: shape for name, shape in tensors.items()}
     return {
         name: TensorInfo(path, dtype, shape, math.prod(shape) * dtype.itemsize, 0) for name, shape in shapes.items()
     }

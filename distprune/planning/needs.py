@@ -8,7 +8,7 @@ from pathlib import Path
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.planning.cluster import Cluster
-from distprune.planning.memory import CUDA_CONTEXT, plan_memory
+from distprune.planning.memory import CUDA_CONTEXT, FRAGMENTATION, plan_memory
 from distprune.planning.scenario import make_scenario
 
 
@@ -25,4 +25,4 @@ def worker_needs(config: PruneConfig, checkpoint: Checkpoint, device: str) -> tu
     scenario = make_scenario(alone, checkpoint, Cluster(gpus=int(on_gpu)), "h100" if on_gpu else "cpu", {})
     given = alone.model_copy(update={"calibration": Path("calibration.arrow")})
     memory = plan_memory(replace(scenario, config=given))
-    return memory.worker_device + CUDA_CONTEXT if on_gpu else 0, memory.worker_resident - memory.store
+    return round(FRAGMENTATION * memory.worker_device) + CUDA_CONTEXT if on_gpu else 0, memory.worker_resident - memory.store

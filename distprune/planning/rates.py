@@ -10,31 +10,32 @@ from distprune.errors import InputError
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one worker: one GPU, or one thread of a CPU. Operations or bytes a second, and seconds where it says so."""
+    """Of one worker: one GPU, or some threads of a CPU. Operations or bytes a second, and seconds where it says so."""
 
-    forward: float  # FLOP/s of forward and backward passes in 16 bits
-    forward_float32: float  # FLOP/s of those in float32
-    products: float  # FLOP/s of Gram products, summed in float32
-    float32: float  # FLOP/s of solves in float32
-    float64: float  # FLOP/s of products and Cholesky factorizations in float64
-    eigen: float  # FLOP/s of symmetric eigendecompositions in float64, at 9n³ each
+    half: float  # FLOP/s of products of 16-bit numbers
+    float32: float  # FLOP/s of products and factorizations in float32
+    float64: float  # FLOP/s of the same in float64
+    eigen: float  # FLOP/s of decompositions into eigenvectors, at 9n³ each
     memory: float  # bytes/s of passes over arrays
-    link: float  # bytes/s between a GPU and its host, from ordinary memory
-    store: float  # bytes/s through Ray's object store, between nodes too
+    launch: float  # seconds that the smallest kernel takes
+    link: float  # bytes/s from a host's ordinary memory to its GPU
+    locked: float  # bytes/s from a GPU to its host's page-locked memory
+    store: float  # bytes/s through Ray's object store, on one node
+    network: float  # bytes/s between nodes
     read: float  # bytes/s from the checkpoint, for each node
     write: float  # bytes/s to the output's disk
     call_seconds: float  # what a task costs besides its work
     start_seconds: float  # until Ray and the workers are up
 
 
-#: Those of solves on an H100, its memory and its link were measured (scripts/gpu_check.sh); an A100's were not.
+#: Those of an H100 were measured (scripts/gpu_check.sh, on an H200, which computes as fast); an A100's were not. A CPU's are of one thread.
 RATES = {
-    "h100": Rates(4e14, 4e13, 4e14, 2.8e13, 1.4e13, 4.8e12, 2.7e12, 8e9, 2e9, 2e9, 1e9, 0.05, 40),
-    "a100": Rates(1.5e14, 1.5e13, 1.5e14, 1.5e13, 8e12, 2e12, 1e12, 8e9, 2e9, 2e9, 1e9, 0.05, 40),
-    "cpu": Rates(3.2e11, 1.1e11, 1.2e11, 1.2e11, 6e10, 5e10, 8e9, 1e10, 2e9, 1e9, 5e8, 0.02, 10),
+    "h100": Rates(6e14, 2.8e13, 2e13, 4.8e12, 2e12, 1e-5, 1e10, 5e10, 1e10, 2e9, 2e9, 1e9, 0.01, 40),
+    "a100": Rates(2e14, 1.5e13, 1e13, 2e12, 1e12, 1e-5, 1e10, 2.5e10, 1e10, 2e9, 2e9, 1e9, 0.01, 40),
+    "cpu": Rates(3.2e11, 1.2e11, 6e10, 5e10, 8e9, 2e-6, 1e10, 1e10, 5e9, 2e9, 1e9, 5e8, 0.02, 10),
 }
 #: Those that grow with a worker's threads.
-OF_THREADS = ("forward", "forward_float32", "products", "float32", "float64", "eigen", "memory")
+OF_THREADS = ("half", "float32", "float64", "eigen", "memory")
 
 
 def rates_of(hardware: str, threads: int, overrides: Mapping[str, float]) -> Rates:

@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass
 import torch
 
 from distprune.config import PruneConfig
-from distprune.families import family_of
+from distprune.engine.run.record import parameter_counts
 from distprune.hardware import AUTO, ComputeDtype, compute_dtype
 from distprune.planning import memory as constants
 from distprune.planning.cluster import Cluster
 from distprune.planning.headers import open_headers
 from distprune.planning.memory import MemoryPlan, plan_memory
-from distprune.planning.scenario import Scenario, make_scenario, parameter_counts
-from distprune.planning.solves import ITERATIONS
-from distprune.planning.stages import StagePlan, plan_stages
+from distprune.planning.scenario import Scenario, make_scenario, settled_dtype
+from distprune.planning.simulated_run import StagePlan, plan_stages
 from distprune.planning.verdict import Verdict, judge
 
 
@@ -81,7 +80,7 @@ def plan_run(
     """
     on_gpu = config.device == "cuda" or (config.device == "auto" and cluster.gpus)
     checkpoint = open_headers(config.model, config.revision, config.trust_remote_code)
-    dtype = planned_dtype(config, checkpoint.tensors[family_of(checkpoint.config).embedding].dtype, bool(on_gpu))
+    dtype = planned_dtype(config, settled_dtype(checkpoint), bool(on_gpu))
     settled = config.model_copy(update={"dtype": dtype.name})
     scenario = make_scenario(settled, checkpoint, cluster, hardware or ("h100" if on_gpu else "cpu"), rates or {})
     memory, stages = plan_memory(scenario), plan_stages(scenario)
@@ -100,7 +99,7 @@ def plan_run(
         block_length=scenario.block_length,
         samples=scenario.calibration.samples,
         sequence_length=scenario.calibration.length,
-        **parameter_counts(scenario),
+        **parameter_counts(scenario.architecture, list(scenario.shapes)),
         memory=memory,
         bytes_read=sum(stage.bytes_read for stage in stages),
         bytes_stored=sum(stage.bytes_stored for stage in stages),
@@ -124,19 +123,17 @@ def planned_dtype(config: PruneConfig, stored: torch.dtype, on_gpu: bool) -> Com
 def _assumptions(scenario: Scenario) -> dict[str, float]:
     """The worker's rates by their names, those of offloaded solves among them, and the constants of memory and of
     solves."""
-    on_gpu = scenario.placement.device == "cuda"
+    on_gpu = scenario.on_gpu
     base = constants.BASE_RESIDENT_CUDA if on_gpu else constants.BASE_RESIDENT
     context = {"cuda_context": constants.CUDA_CONTEXT} if on_gpu else {}
     rates = asdict(scenario.rates)
-    if scenario.offloads:
-        host = scenario.solve_rates
-        rates |= {"float64": host.float64, "eigen": host.eigen}
-        rates |= {"offloaded_float32": host.float32, "offloaded_memory": host.memory}
+    if scenario.on_gpu and scenario.config.offload:
+        host = scenario.clock.host
+        rates |= {f"offloaded_{name}": getattr(host, name) for name in ("float32", "float64", "eigen", "memory")}
     return {
         **rates,
         "worker_base_resident": base,
         "driver_base_resident": constants.BASE_RESIDENT,
         **context,
         "fragmentation": constants.FRAGMENTATION,
-        "qp_iterations": ITERATIONS,
     }

@@ -13,7 +13,7 @@ from distprune.solvers.qp.quadratic import QuadraticSolution, solve_box_qp
 from distprune.solvers.qp.relaxed_selection import relaxed_selection
 from distprune.solvers.ridge import prediction_correlation, ridge, ridge_towards
 from distprune.solvers.rotation import orthogonal_output_rotation, output_aware_rotation, uncorrelated_rotation
-from distprune.solvers.selection import channels_of, most_and_least_important, most_important
+from distprune.solvers.selection import channels_of, most_and_least_important, most_important, others
 
 __all__ = [
     "QuadraticSolution",
@@ -27,6 +27,7 @@ __all__ = [
     "most_and_least_important",
     "most_important",
     "orthogonal_output_rotation",
+    "others",
     "output_aware_rotation",
     "output_projections",
     "prediction_correlation",

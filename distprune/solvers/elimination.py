@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distprune.solvers.selection import channels_of, most_important
+from distprune.solvers.selection import channels_of, most_important, others
 
 
 def eliminate(
@@ -111,7 +111,7 @@ def removal_costs(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
 def without_others(weight: Tensor, inverse: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The weight's ``kept`` columns, updated for the loss of the others, the inverse of what is left of H, and by how
     much the error rises, ()."""
-    gone = torch.ones(len(inverse), dtype=torch.bool, device=kept.device).index_fill(0, kept, False).nonzero().flatten()
+    gone = others(kept, len(inverse))
     factor = torch.linalg.cholesky(inverse[gone[:, None], gone])
     coupling = torch.linalg.solve_triangular(factor, inverse[gone[:, None], kept], upper=False)
     lost = torch.linalg.solve_triangular(factor, weight[:, gone].mT, upper=False)

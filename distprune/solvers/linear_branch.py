@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distprune.solvers.selection import others
+
 
 def linear_branch(
     weight: Tensor, kept: Tensor, gram: Tensor, input_gram: Tensor, cross: Tensor, damping: float
@@ -33,7 +35,7 @@ def linear_branch(
     Raises:
         torch.linalg.LinAlgError: the moments are further from positive semidefinite than the damping makes up for.
     """
-    gone = torch.ones(len(gram), dtype=torch.bool, device=kept.device).index_fill(0, kept, False).nonzero().flatten()
+    gone = others(kept, len(gram))
     lost = weight[:, gone].double().mT
 
     known = gram[kept[:, None], kept].double()

@@ -23,6 +23,12 @@ def most_and_least_important(importance: Tensor, keep: int, keep_least: int) -> 
     return kept.sort().values
 
 
+def others(kept: Tensor, count: int) -> Tensor:
+    """The indices below ``count`` that are not among those ``kept``, (kept,), ascending."""
+    is_kept = torch.zeros(count, dtype=torch.uint8, device=kept.device).index_fill(0, kept, 1)
+    return torch.argsort(is_kept, stable=True)[: count - len(kept)]
+
+
 def channels_of(units: Tensor, width: int) -> Tensor:
     """The channels of the given units, each of which has ``width`` of them in a row, (units · width,)."""
     return (units.flatten()[:, None] * width + torch.arange(width, device=units.device)).flatten()

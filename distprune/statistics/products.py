@@ -14,8 +14,8 @@ from torch import Tensor
 #: Rows of a Gram matrix that are computed at once: few, so that little of what symmetry gives is computed. So many rows
 #: of any product go to the host at once.
 TILE = 256
-#: The same on CUDA, where products of fewer rows don't keep the GPU busy.
-CUDA_TILE = 2048
+#: The same on a GPU, where products of fewer rows don't keep the GPU busy.
+GPU_TILE = 2048
 
 
 def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
@@ -52,12 +52,12 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
 def tile_on(device: str) -> int:
     """Rows of a Gram matrix that are computed at once on a kind of device."""
-    return CUDA_TILE if device == "cuda" else TILE
+    return TILE if device == "cpu" else GPU_TILE
 
 
 def operand(x: Tensor) -> Tensor:
-    """Activations as products take them: in their own 16 bits on CUDA, else in float32."""
-    return x if x.is_cuda and x.dtype.itemsize == 2 else x.float()
+    """Activations as products take them: in their own 16 bits on a GPU, else in float32."""
+    return x if x.device.type != "cpu" and x.dtype.itemsize == 2 else x.float()
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -60,7 +60,7 @@ def test_parts_that_the_dense_layers_lack_are_no_change():
     model = tiny("deepseek_v3")
     dense = [model.dense_shape(index) for index in range(3)]
     assert [bool(shape.ffn) for shape in dense] == [True, True, False] and dense[0].attention is None
-    alike = [shape.ffn and shape.with_ffn(width=24) or shape for shape in dense]
+    alike = [shape.with_ffn(width=24) if shape.ffn else shape for shape in dense]
     assert is_stock(model, dense) and is_stock(model, alike)
     assert layout_of(model, [alike[0], dense[1], dense[2]]) == "heterogeneous"
     assert layout_of(model, [LayerShape(None, None), *dense[1:]]) == "free"

@@ -13,8 +13,8 @@ import pytest
 from distprune import prune
 from distprune.engine import RunRecord, driver
 from distprune.engine.scheduler import pool, run_dtype
-from distprune.engine.worker import weights
 from distprune.engine.scheduler.runtime import RayRuntime
+from distprune.engine.worker import weights
 from distprune.engine.worker.actor import Worker
 
 OPTIONS = {

@@ -15,10 +15,10 @@ from ray.exceptions import AuthenticationError
 
 from distprune import InputError
 from distprune.config import PruneConfig
-from distprune.engine.scheduler.ray_cluster import WorkerPlan, connected, plan_workers
-from distprune.engine.scheduler.pool import WorkerPool
-from distprune.engine.telemetry.progress import Progress
 from distprune.engine.run.signals import sigterm_interrupts
+from distprune.engine.scheduler.pool import WorkerPool
+from distprune.engine.scheduler.ray_cluster import WorkerPlan, connected, plan_workers
+from distprune.engine.telemetry.progress import Progress
 
 CPU_NODE, GPU_NODE = {"CPU": 8.0, "memory": 1e9}, {"CPU": 16.0, "GPU": 4.0}
 

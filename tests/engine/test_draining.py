@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from distprune.engine.scheduler.durations import Durations
-from distprune.engine.telemetry.log import RunLog, json_lines
-from distprune.engine.scheduler.pool import Call, Step, WorkerPool
-from distprune.engine.telemetry.progress import Progress, Together
 from distprune.engine.scheduler.nodes import Node
+from distprune.engine.scheduler.pool import Call, Step, WorkerPool
+from distprune.engine.telemetry.log import RunLog, json_lines
+from distprune.engine.telemetry.progress import Progress, Together
 from distprune.engine.worker.task import Task
 
 # ------------------------------------------------------------------ the pool, on a clock that jumps

@@ -13,10 +13,10 @@ from distprune import status
 from distprune.calibration import open_calibration
 from distprune.checkpoint import partial_directory
 from distprune.engine import load_record
-from distprune.engine.stages.dense_pass import PASSED, PROFILE
 from distprune.engine.run.journal import Journal, entry_of
 from distprune.engine.run.states import DENSE, GRADIENT
 from distprune.engine.run.status import stages_of
+from distprune.engine.stages.dense_pass import PASSED, PROFILE
 from distprune.methods import METHODS
 
 OPTIONS = {"method": "llm-pruner", "sparsity": 0.3, "propagation": 2, "max_shard_size": 60_000}
@@ -39,11 +39,11 @@ def test_any_number_of_workers_gives_the_same_bytes(by_one_worker, run, calls, d
 @pytest.mark.parametrize(
     ("stage", "steps", "repeated"),
     [
-        ("Dense pass", 2, {"open_forward": 2, "open_head": 1, "open_backward": 4}),
-        ("Gradient pass", 0, {"open_forward": 0, "open_head": 1, "open_backward": 4}),
-        ("Gradient pass", 1, {"open_forward": 0, "open_head": 0, "open_backward": 3}),
-        ("Gradient pass", 3, {"open_forward": 0, "open_head": 0, "open_backward": 1}),
-        ("Pruning", 0, {"open_forward": 0, "open_head": 0, "open_backward": 0}),
+        ("Dense pass", 2, {"open_forward": 2, "open_loss": 1, "open_backward": 4}),
+        ("Gradient pass", 0, {"open_forward": 0, "open_loss": 1, "open_backward": 4}),
+        ("Gradient pass", 1, {"open_forward": 0, "open_loss": 0, "open_backward": 3}),
+        ("Gradient pass", 3, {"open_forward": 0, "open_loss": 0, "open_backward": 1}),
+        ("Pruning", 0, {"open_forward": 0, "open_loss": 0, "open_backward": 0}),
     ],
 )
 def test_nothing_that_is_done_is_done_again(by_one_worker, run, calls, digests, tmp_path, stage, steps, repeated):

@@ -13,8 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from distprune import InputError, RunFailed, api, inspect, status
 from distprune.checkpoint import Checkpoint, lease, resolve_model
-from distprune.engine.scheduler import relay
-from distprune.engine.stages import pruning_pass
+from distprune.engine.scheduler import runtime
 from distprune.storage import copy, location, objects_in
 
 
@@ -94,8 +93,7 @@ class MortalStore:
 def test_a_driver_killed_at_any_change_of_an_object_store_resumes_to_the_same_bytes(
     prune_here, bucket, monkeypatch, digests, tmp_path
 ):
-    for module in (relay, pruning_pass):
-        monkeypatch.setattr(module, "write_behind", at_once)
+    monkeypatch.setattr(runtime, "write_behind", at_once)
     monkeypatch.setattr(lease, "EXPIRY", 0.0)
     monkeypatch.setattr(lease.time, "sleep", lambda _: None)
     prune_here(tmp_path / "pruned")

@@ -11,8 +11,8 @@ from dataclasses import replace
 import ray
 
 from distprune.config import PruneConfig
-from distprune.engine.scheduler.ray_cluster import WorkerPlan
 from distprune.engine.run.preflight import check_job
+from distprune.engine.scheduler.ray_cluster import WorkerPlan
 from distprune.engine.scheduler.runtime import RayRuntime
 from distprune.engine.worker.host_tensor import whole_of
 from distprune.engine.worker.weights import weight_access

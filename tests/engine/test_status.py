@@ -10,8 +10,8 @@ import pytest
 from distprune import InputError, status
 from distprune.checkpoint import partial_directory
 from distprune.engine.run.journal import Journal
-from distprune.engine.telemetry.progress import Progress
 from distprune.engine.run.work_folder import OUTLINE
+from distprune.engine.telemetry.progress import Progress
 
 OPTIONS = {"sparsity": 0.3, "propagation": 2, "distill": True}
 

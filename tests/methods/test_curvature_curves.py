@@ -9,9 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from distprune.backward import backward
-from distprune.decoder_layer import Linear
-from distprune.forward import LayerRunner
+from distprune.layers.parts import Linear
+from distprune.layers.sites import (
+    ATTENDED,
+    ATTENTION_INPUT,
+    ATTENTION_OUTPUT,
+    FFN_INPUT,
+    FFN_OUTPUT,
+    KEYS,
+    NEURONS,
+    QUERIES,
+    Site,
+)
 from distprune.methods import Profile, make_method
 from distprune.methods.curvature.curves import HONEST_DAMPING
 
@@ -22,16 +31,10 @@ def f64(tensor: Tensor) -> np.ndarray:
     return tensor.double().numpy()
 
 
-def profiled(this) -> tuple[Profile, dict[str, np.ndarray]]:
-    """The profile, and every tap of the same pass back through the layer, gradients among them, in float64."""
+def profiled(this) -> tuple[Profile, dict[Site, np.ndarray]]:
+    """The profile, and all that is seen in the same pass back through the layer, gradients among it, in float64."""
     method = make_method("curvature", {"damping": DAMPING, "branch_damping": BRANCH_DAMPING})
-    moments = [*method.dense_moments(this.layer.shape), *method.gradient_moments(this.layer.shape)]
-    profile = method.profile(this.layer, this.statistics(moments))
-    seen: list[dict[str, Tensor]] = []
-    runner = LayerRunner(this.config, torch.device("cpu"), torch.float32, micro_batch=8)
-    output = this.run(this.layer).clone()
-    backward(runner, this.layer, 0, this.hidden_states, output, observe=lambda taps: seen.append(dict(taps)))
-    return profile, {tap: f64(values) for tap, values in seen[0].items()}
+    return this.profile(method), {site: f64(values) for site, values in this.activations(gradients=True).items()}
 
 
 def gram(samples: np.ndarray, damping: float = 0.0) -> np.ndarray:
@@ -58,32 +61,32 @@ def assert_costs(found: Tensor, expected: list[float]) -> None:
 
 def test_an_ffn_costs_at_every_width_what_its_best_fit_loses(any_subject):
     profile, seen = profiled(any_subject)
-    metric, inputs = gram(seen["ffn_output_gradient"], DAMPING), gram(seen["ffn_neurons"], DAMPING)
+    metric, inputs = gram(seen[FFN_OUTPUT.gradient], DAMPING), gram(seen[NEURONS], DAMPING)
     order, widths = profile["neuron_order"].numpy(), profile["ffn_widths"].tolist()
     assert sorted(order) == list(range(40)) and widths[0] == 40 and widths[-1] == 0
-    expected = [cost_of_keeping(any_subject.layer.down, order[40 - width :], metric, inputs) for width in widths]
+    expected = [cost_of_keeping(any_subject.ffn.down, order[40 - width :], metric, inputs) for width in widths]
     assert_costs(profile["ffn_costs"], expected)
 
 
 def test_a_wide_ffn_is_priced_at_some_of_its_widths(subject):
-    this = subject(intermediate_size=150)
+    this = subject(width=150)
     profile, seen = profiled(this)
-    metric, inputs = gram(seen["ffn_output_gradient"], DAMPING), gram(seen["ffn_neurons"], DAMPING)
+    metric, inputs = gram(seen[FFN_OUTPUT.gradient], DAMPING), gram(seen[NEURONS], DAMPING)
     order, widths = profile["neuron_order"].numpy(), profile["ffn_widths"].tolist()
     assert widths[0] == 150 and widths[-1] == 0 and len(widths) < 75
-    expected = [cost_of_keeping(this.layer.down, order[150 - width :], metric, inputs) for width in widths]
+    expected = [cost_of_keeping(this.ffn.down, order[150 - width :], metric, inputs) for width in widths]
     assert_costs(profile["ffn_costs"], expected)
 
 
 def test_going_without_groups_costs_what_the_best_fit_of_the_others_loses(any_subject):
     profile, seen = profiled(any_subject)
-    groups, width = any_subject.layer.kv_heads, 8 * any_subject.layer.query_heads
-    metric, inputs = gram(seen["attention_output_gradient"], DAMPING), gram(seen["attention_values"], DAMPING)
+    groups, width = any_subject.attention.kv_heads, 8 * any_subject.attention.query_heads
+    metric, inputs = gram(seen[ATTENTION_OUTPUT.gradient], DAMPING), gram(seen[ATTENDED], DAMPING)
     columns = np.arange(width).reshape(groups, -1)
     order = profile["group_order"].numpy()
     assert sorted(order) == list(range(groups))
     expected = [
-        cost_of_keeping(any_subject.layer.output, np.sort(columns[order[gone:]].ravel()), metric, inputs)
+        cost_of_keeping(any_subject.attention.output, np.sort(columns[order[gone:]].ravel()), metric, inputs)
         for gone in range(groups + 1)
     ]
     assert_costs(profile["group_costs"], expected)
@@ -92,11 +95,11 @@ def test_going_without_groups_costs_what_the_best_fit_of_the_others_loses(any_su
 def test_fewer_value_neurons_cost_what_the_heads_lose_each_by_itself(any_subject):
     """The heads of a group share a rotation and the mean of their Gram matrices."""
     profile, seen = profiled(any_subject)
-    layer, metric = any_subject.layer, gram(seen["attention_output_gradient"], DAMPING)
-    values = np.split(seen["attention_values"], layer.query_heads, axis=1)
-    weights = np.split(f64(layer.output.weight), layer.query_heads, axis=1)
-    per_group = layer.query_heads // layer.kv_heads
-    for group in range(layer.kv_heads):
+    attention, metric = any_subject.attention, gram(seen[ATTENTION_OUTPUT.gradient], DAMPING)
+    values = np.split(seen[ATTENDED], attention.query_heads, axis=1)
+    weights = np.split(f64(attention.output.weight), attention.query_heads, axis=1)
+    per_group = attention.query_heads // attention.kv_heads
+    for group in range(attention.kv_heads):
         heads = range(group * per_group, (group + 1) * per_group)
         inputs = gram(np.concatenate([values[head] for head in heads]))
         rotation, expected = f64(profile["value_rotation"][group]), []
@@ -113,12 +116,12 @@ def test_fewer_value_neurons_cost_what_the_heads_lose_each_by_itself(any_subject
 
 def test_a_rotary_pair_costs_what_its_scaling_changes_the_loss_by_squared(any_subject):
     profile, seen = profiled(any_subject)
-    layer = any_subject.layer
-    per_head = (seen["queries"] * seen["query_gradient"]).reshape(
-        -1, layer.kv_heads, layer.query_heads // layer.kv_heads, 2, 4
+    attention = any_subject.attention
+    per_head = (seen[QUERIES] * seen[QUERIES.gradient]).reshape(
+        -1, attention.kv_heads, attention.query_heads // attention.kv_heads, 2, 4
     )
     power = (per_head.sum(axis=(2, 3)) ** 2).mean(axis=0)
-    for group in range(layer.kv_heads):
+    for group in range(attention.kv_heads):
         order = profile["pair_order"][group].numpy()
         assert order.tolist() == np.argsort(power[group]).tolist()
         assert_costs(profile["pair_costs"][group], [power[group][order[:gone]].sum() / 2 for gone in range(5)])
@@ -127,15 +130,15 @@ def test_a_rotary_pair_costs_what_its_scaling_changes_the_loss_by_squared(any_su
 @pytest.mark.parametrize(
     ("name", "inputs", "gradient"),
     [
-        ("query", "attention_input", "query_gradient"),
-        ("key", "attention_input", "key_gradient"),
-        ("output", "attention_values", "attention_output_gradient"),
+        ("query", ATTENTION_INPUT, QUERIES.gradient),
+        ("key", ATTENTION_INPUT, KEYS.gradient),
+        ("output", ATTENDED, ATTENTION_OUTPUT.gradient),
     ],
 )
 def test_a_factored_projection_costs_what_the_best_of_its_rank_loses(any_subject, name, inputs, gradient):
     """By Eckart and Young, on C^½ W H^½; and the factors of the profile lose no more."""
     profile, seen = profiled(any_subject)
-    weight = f64(getattr(any_subject.layer, name).weight)
+    weight = f64(getattr(any_subject.attention, name).weight)
     metric, inner = gram(seen[gradient], DAMPING), gram(seen[inputs], DAMPING)
     singular = np.linalg.svd(np.linalg.cholesky(metric).T @ weight @ np.linalg.cholesky(inner), compute_uv=False)
     costs, left, right = (profile[f"{name}_{part}"] for part in ("costs", "left", "right"))
@@ -150,11 +153,11 @@ def test_a_factored_projection_costs_what_the_best_of_its_rank_loses(any_subject
 
 def test_a_branch_saves_what_the_best_of_its_rank_beside_the_kept_neurons_does(any_subject):
     profile, seen = profiled(any_subject)
-    metric = gram(seen["ffn_output_gradient"], DAMPING)
+    metric = gram(seen[FFN_OUTPUT.gradient], DAMPING)
     honest = HONEST_DAMPING * BRANCH_DAMPING
-    neurons, inputs = gram(seen["ffn_neurons"], honest), gram(seen["ffn_input"], honest)
-    cross = seen["ffn_input"].T @ seen["ffn_neurons"] / len(seen["ffn_input"])
-    order, down = profile["neuron_order"].numpy(), f64(any_subject.layer.down.weight)
+    neurons, inputs = gram(seen[NEURONS], honest), gram(seen[FFN_INPUT], honest)
+    cross = seen[FFN_INPUT].T @ seen[NEURONS] / len(seen[FFN_INPUT])
+    order, down = profile["neuron_order"].numpy(), f64(any_subject.ffn.down.weight)
     assert profile["branch_widths"].tolist() == [30, 20, 10]
     for width, savings in zip(profile["branch_widths"].tolist(), profile["branch_savings"], strict=True):
         gone, kept = order[: 40 - width], order[40 - width :]
@@ -191,8 +194,24 @@ def test_the_same_statistics_give_the_same_profile(subject):
 
 def test_a_profile_takes_the_bytes_that_disk_space_is_planned_for(any_subject):
     profile, _ = profiled(any_subject)
-    method = make_method("curvature", {})
+    method, shape = make_method("curvature", {}), any_subject.layer.shape
     large = sum(tensor.nbytes for name, tensor in profile.items() if name.endswith(("_left", "_right", "_root")))
-    assert method.profile_bytes(any_subject.config.hidden_size, any_subject.layer.shape) == large
-    plain = make_method("curvature", {"factored": False, "calibrated": False})
-    assert plain.profile_bytes(64, any_subject.layer.shape) == 0
+    assert method.profile_bytes(24, shape) == large
+    assert make_method("curvature", {"factored": False, "calibrated": False}).profile_bytes(24, shape) == 0
+
+
+def test_an_ffn_without_a_gate_costs_what_its_best_fit_loses(gateless):
+    profile, seen = profiled(gateless)
+    metric, inputs = gram(seen[FFN_OUTPUT.gradient], DAMPING), gram(seen[NEURONS], DAMPING)
+    order, widths = profile["neuron_order"].numpy(), profile["ffn_widths"].tolist()
+    expected = [cost_of_keeping(gateless.ffn.down, order[40 - width :], metric, inputs) for width in widths]
+    assert_costs(profile["ffn_costs"], expected)
+
+
+@pytest.mark.parametrize("part", ["attention", "ffn"])
+def test_a_layer_without_a_part_has_the_curves_of_the_other(subject, part):
+    whole, method = subject(), make_method("curvature", {})
+    partial = whole.changed(**{part: None})
+    names = whole.profile(method).keys()
+    others = {name for name in names if ("ffn" in name or "neuron" in name or "branch" in name) == (part == "ffn")}
+    assert partial.profile(method).keys() == names - others

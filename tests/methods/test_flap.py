@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tiny_architectures import BIASES, tiny
 
-from distprune.budgets import Target, decoder_parameters
-from distprune.decoder_layer import Linear
+from distprune.budgets import Target, decoder_parameters, is_heterogeneous
 from distprune.errors import InputError
+from distprune.layers.architecture import Architecture
+from distprune.layers.parts import Linear
+from distprune.layers.shapes import LayerShape
+from distprune.layers.sites import ATTENDED, ATTENTION_OUTPUT, FFN_OUTPUT, NEURONS, Site
+from distprune.methods.even import with_heads
 from distprune.methods.flap import Flap, fluctuation
-from distprune.modeling import PrunedConfig, PrunedForCausalLM
 
 ALIGN = 8
-BIASES = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
 
 
-def profile_of(subject):
-    method = Flap()
-    return method.profile(subject.layer, subject.statistics(method.dense_moments(subject.layer.shape)))
-
-
-def prune(subject, planned, **options):
-    method = Flap(**options)
-    statistics = subject.statistics(method.pruning_moments(subject.layer.shape, planned))
-    pruned = method.prune(subject.layer, planned, statistics, profile_of(subject), subject.observe)
-    assert pruned.shape == planned
-    return pruned
-
-
-def smaller(subject, groups: int = 0, neurons: int = 0, compensation: bool = True):
+def smaller(subject, groups: int = 0, neurons: int = 0, compensation: bool = True) -> LayerShape:
     """The layer's shape without that many KV groups and neurons, and with the biases that make up for them."""
     dense = subject.layer.shape
-    kept, per_group = dense.kv_heads - groups, dense.query_heads // dense.kv_heads
-    return replace(
-        dense,
-        kv_heads=kept,
-        query_heads=kept * per_group,
-        ffn_width=dense.ffn_width - neurons,
-        output_bias=dense.output_bias or (compensation and groups > 0),
-        down_bias=dense.down_bias or compensation,
-    )
+    shape = with_heads(dense, dense.attention.kv_heads - groups, dense.attention.heads_per_group)
+    shape = shape.with_ffn(width=dense.ffn.width - neurons, down_bias=dense.ffn.down_bias or compensation)
+    return shape.with_attention(output_bias=dense.attention.output_bias or (compensation and groups > 0))
 
 
 def standard(scores: np.ndarray) -> np.ndarray:
@@ -52,43 +36,45 @@ def standard(scores: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------ scores
 
 
-@pytest.mark.parametrize(("role", "tap"), [("output", "attention_values"), ("down", "ffn_neurons")])
-def test_a_channel_fluctuates_by_its_variance_and_its_column(any_subject, role, tap):
-    projection, inputs = getattr(any_subject.layer, role), any_subject.activations()[tap].numpy()
+@pytest.mark.parametrize("site", [ATTENDED, NEURONS], ids=str)
+def test_a_channel_fluctuates_by_its_variance_and_its_column(any_subject, site):
+    projection = any_subject.attention.output if site == ATTENDED else any_subject.ffn.down
+    inputs = any_subject.activations()[site].numpy()
     statistics = any_subject.statistics(Flap().dense_moments(any_subject.layer.shape))
     expected = inputs.var(axis=0) * np.linalg.norm(projection.weight.double().numpy(), axis=0) ** 2
-    np.testing.assert_allclose(fluctuation(projection, statistics, tap), expected, rtol=1e-4)
+    np.testing.assert_allclose(fluctuation(projection, statistics, site), expected, rtol=1e-4)
+
+
+def metric(subject, projection: Linear, site: Site) -> np.ndarray:
+    inputs = subject.activations()[site].numpy()
+    return inputs.var(axis=0, ddof=1) * (projection.weight.double().numpy() ** 2).sum(axis=0)
 
 
 def test_scores_are_standardized_over_channels_and_averaged_over_a_groups_heads(any_subject):
-    layer, taps = any_subject.layer, any_subject.activations()
-
-    def metric(projection: Linear, tap: str) -> np.ndarray:
-        return taps[tap].numpy().var(axis=0, ddof=1) * (projection.weight.double().numpy() ** 2).sum(axis=0)
-
-    channels = standard(metric(layer.output, "attention_values") ** 2)
-    groups = [part.mean() for part in np.split(channels, layer.kv_heads)]
-    found = profile_of(any_subject)
+    channels = standard(metric(any_subject, any_subject.attention.output, ATTENDED) ** 2)
+    groups = [part.mean() for part in np.split(channels, any_subject.attention.kv_heads)]
+    found = any_subject.profile(Flap())
     np.testing.assert_allclose(found["groups"], groups, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(found["neurons"], standard(metric(layer.down, "ffn_neurons")), rtol=1e-3, atol=1e-4)
+    neurons = standard(metric(any_subject, any_subject.ffn.down, NEURONS))
+    np.testing.assert_allclose(found["neurons"], neurons, rtol=1e-3, atol=1e-4)
 
 
 def test_the_units_of_the_highest_scores_stay(any_subject):
-    layer, profile = any_subject.layer, profile_of(any_subject)
-    pruned = prune(any_subject, smaller(any_subject, groups=min(1, layer.kv_heads - 1), neurons=17))
+    attention, ffn, profile = any_subject.attention, any_subject.ffn, any_subject.profile(Flap())
+    pruned = any_subject.prune(Flap(), smaller(any_subject, groups=min(1, attention.kv_heads - 1), neurons=17))
     neurons = np.sort(np.argsort(profile["neurons"].numpy())[17:])
-    for role in ("gate", "up"):
-        assert torch.equal(getattr(pruned, role).weight, getattr(layer, role).weight[neurons])
-    assert torch.equal(pruned.down.weight, layer.down.weight[:, neurons])
-    groups = np.sort(np.argsort(profile["groups"].numpy())[layer.kv_heads - pruned.kv_heads :])
-    values = layer.value.weight.unflatten(0, (layer.kv_heads, -1))[groups].flatten(0, 1)
-    assert torch.equal(pruned.value.weight, values)
+    for before, after in zip(ffn.inputs, pruned.ffn.inputs, strict=True):
+        assert torch.equal(after.weight, before.weight[neurons])
+    assert torch.equal(pruned.ffn.down.weight, ffn.down.weight[:, neurons])
+    groups = np.sort(np.argsort(profile["groups"].numpy())[attention.kv_heads - pruned.attention.kv_heads :])
+    values = attention.value.weight.unflatten(0, (attention.kv_heads, -1))[groups].flatten(0, 1)
+    assert torch.equal(pruned.attention.value.weight, values)
 
 
 def test_scores_of_a_silent_module_are_numbers(subject):
     this = subject(biases=False)
-    silent = replace(this, layer=replace(this.layer, gate=Linear(torch.zeros_like(this.layer.gate.weight))))
-    assert torch.equal(profile_of(silent)["neurons"], torch.zeros(40))
+    silent = this.changed(ffn=replace(this.ffn, gate=Linear(torch.zeros_like(this.ffn.gate.weight))))
+    assert torch.equal(silent.profile(Flap())["neurons"], torch.zeros(40))
 
 
 # ------------------------------------------------------------------ biases
@@ -99,17 +85,26 @@ def test_scores_of_a_silent_module_are_numbers(subject):
 @pytest.mark.parametrize("compensation", [True, False])
 def test_compensation_keeps_the_mean_of_attentions_output(subject, biases, query_heads, kv_heads, compensation):
     this = subject(query_heads=query_heads, kv_heads=kv_heads, biases=biases)
-    pruned = prune(this, smaller(this, kv_heads - 1, 10, compensation), compensation=compensation)
-    means = [this.activations(layer)["attention_output"].mean(dim=0) for layer in (this.layer, pruned)]
-    assert torch.allclose(*means, rtol=1e-5, atol=1e-6) == compensation
+    planned = smaller(this, kv_heads - 1, 10, compensation)
+    assert keeps_mean(this, ATTENTION_OUTPUT, planned, compensation) == compensation
+
+
+def keeps_mean(this, site: Site, planned: LayerShape, compensation: bool) -> bool:
+    pruned = this.prune(Flap(compensation=compensation), planned)
+    means = [this.activations(layer)[site].mean(dim=0) for layer in (this.layer, pruned)]
+    return torch.allclose(*means, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("compensation", [True, False])
 def test_compensation_keeps_the_mean_of_the_ffns_output(any_subject, compensation):
-    pruned = prune(any_subject, smaller(any_subject, 0, 25, compensation), compensation=compensation)
-    means = [any_subject.activations(layer)["ffn_output"].mean(dim=0) for layer in (any_subject.layer, pruned)]
-    assert torch.allclose(*means, rtol=1e-5, atol=1e-6) == compensation
-    assert torch.equal(pruned.output.weight, any_subject.layer.output.weight)
+    planned = smaller(any_subject, 0, 25, compensation)
+    assert keeps_mean(any_subject, FFN_OUTPUT, planned, compensation) == compensation
+    assert any_subject.prune(Flap(compensation=compensation), planned).attention is any_subject.attention
+
+
+def test_compensation_keeps_the_mean_of_an_ffn_without_a_gate(gateless):
+    """Nothing else in the layer lies between the neurons' mean and the output's."""
+    assert keeps_mean(gateless, FFN_OUTPUT, smaller(gateless, 0, 25), True)
 
 
 def test_constant_neurons_go_first_and_leave_no_trace(subject):
@@ -119,53 +114,43 @@ def test_constant_neurons_go_first_and_leave_no_trace(subject):
     def without_input(projection: Linear) -> Linear:
         return Linear(projection.weight.clone().index_fill_(0, torch.arange(constant), 0.0), projection.bias)
 
-    layer = replace(this.layer, gate=without_input(this.layer.gate), up=without_input(this.layer.up))
-    these = replace(this, layer=layer)
-    pruned = prune(these, smaller(these, neurons=constant))
-    assert torch.equal(pruned.gate.weight, layer.gate.weight[constant:])
-    assert not torch.allclose(pruned.down.bias, layer.down.bias)
-    torch.testing.assert_close(these.run(pruned), these.run(layer))
+    ffn = replace(this.ffn, gate=without_input(this.ffn.gate), up=without_input(this.ffn.up))
+    these = this.changed(ffn=ffn)
+    pruned = these.prune(Flap(), smaller(these, neurons=constant))
+    assert torch.equal(pruned.ffn.gate.weight, ffn.gate.weight[constant:])
+    assert not torch.allclose(pruned.ffn.down.bias, ffn.down.bias)
+    torch.testing.assert_close(these.run(pruned), these.run(these.layer))
 
 
 def test_a_layer_that_loses_nothing_is_unchanged(any_subject):
-    layer = any_subject.layer
-    assert (
-        Flap().prune(layer, layer.shape, any_subject.statistics([]), profile_of(any_subject), any_subject.observe)
-        is layer
-    )
+    pruned = any_subject.prune(Flap(), any_subject.layer.shape)
+    assert pruned.attention is any_subject.attention and pruned.ffn is any_subject.ffn
 
 
 # ------------------------------------------------------------------ the budget
 
 
-def config_of(layers: int = 6, **changes) -> PrunedConfig:
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 160,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 8,
-        "vocab_size": 16,
-    }
-    return PrunedConfig(**sizes | changes, num_hidden_layers=layers)
+def model_of(layers: int = 6, **changes) -> Architecture:
+    sizes = {"hidden_size": 32, "intermediate_size": 160, "num_attention_heads": 8, "num_key_value_heads": 4}
+    return tiny(**sizes | {"vocab_size": 16} | changes, num_hidden_layers=layers)
 
 
-def random_profiles(config: PrunedConfig, seed: int = 0, lift: float = 0.0) -> list[dict[str, torch.Tensor]]:
+def random_profiles(model: Architecture, seed: int = 0, lift: float = 0.0) -> list[dict[str, torch.Tensor]]:
     """Scores from normal distributions, those of the groups raised by ``lift``."""
     generator = torch.Generator().manual_seed(seed)
     return [
         {
-            "groups": torch.randn(config.num_key_value_heads, generator=generator) + lift,
-            "neurons": torch.randn(config.intermediate_size, generator=generator),
+            "groups": torch.randn(4, generator=generator) + lift,
+            "neurons": torch.randn(160, generator=generator),
         }
-        for _ in range(config.num_hidden_layers)
+        for _ in range(model.num_layers)
     ]
 
 
-def units_below_one_threshold(config, profiles, excess: int) -> tuple[list[int], list[int]]:
+def units_below_one_threshold(model, profiles, excess: int) -> tuple[list[int], list[int]]:
     """Groups and neurons left of every layer when the lowest units of all layers go, one after the other."""
-    per_group = 32 * (16 + 8 + 8 + 16) + config.attention_bias * (16 + 8 + 8)
-    per_neuron = 3 * 32 + config.mlp_bias * 2
+    per_group = 32 * (16 + 8 + 8 + 16) + model.config.attention_bias * (16 + 8 + 8)
+    per_neuron = 3 * 32 + model.config.mlp_bias * 2
     units = []
     for index, profile in enumerate(profiles):
         for module, cost, least in (("groups", per_group, 1), ("neurons", per_neuron, ALIGN)):
@@ -183,16 +168,16 @@ def units_below_one_threshold(config, profiles, excess: int) -> tuple[list[int],
 @pytest.mark.parametrize("biases", [{}, BIASES], ids=["no biases", "biases"])
 @pytest.mark.parametrize("seed", range(4))
 def test_one_threshold_over_all_layers_divides_the_budget(biases, seed):
-    config = config_of(**biases)
-    profiles, target = random_profiles(config, seed), Target(config, 0.4)
+    model = model_of(**biases)
+    profiles, target = random_profiles(model, seed), Target(model, 0.4)
     added = 0 if biases else 6 * 2 * 32
-    groups, neurons = units_below_one_threshold(config, profiles, target.dense + added - target.remaining)
+    groups, neurons = units_below_one_threshold(model, profiles, target.dense + added - target.remaining)
     plan = Flap().plan(target, profiles, ALIGN)
-    assert [shape.kv_heads for shape in plan] == groups
+    assert [shape.attention.kv_heads for shape in plan] == groups
     assert len(set(groups)) > 1
-    scale = sum(shape.ffn_width for shape in plan) / sum(neurons)
+    scale = sum(shape.ffn.width for shape in plan) / sum(neurons)
     for shape, count in zip(plan, neurons, strict=True):
-        assert abs(shape.ffn_width - scale * count) <= ALIGN
+        assert abs(shape.ffn.width - scale * count) <= ALIGN
 
 
 @pytest.mark.parametrize("biases", [{}, BIASES], ids=["no biases", "biases"])
@@ -200,36 +185,53 @@ def test_one_threshold_over_all_layers_divides_the_budget(biases, seed):
 @pytest.mark.parametrize("sparsity", [0.02, 0.1, 0.3, 0.5, 0.7])
 @pytest.mark.parametrize("lift", [-9.0, 0.0, 9.0], ids=["groups first", "either", "neurons first"])
 def test_the_plan_meets_the_target_with_all_biases_counted(biases, compensation, sparsity, lift):
-    config = config_of(**biases)
-    target = Target(config, sparsity)
-    plan = Flap(compensation=compensation).plan(target, random_profiles(config, lift=lift), ALIGN)
-    assert all(shape.ffn_width % ALIGN == 0 and 1 <= shape.kv_heads <= 4 for shape in plan)
-    assert all(shape.query_heads == 2 * shape.kv_heads for shape in plan)
+    model = model_of(**biases)
+    target = Target(model, sparsity)
+    plan = Flap(compensation=compensation).plan(target, random_profiles(model, lift=lift), ALIGN)
+    assert all(shape.ffn.width % ALIGN == 0 and 1 <= shape.attention.kv_heads <= 4 for shape in plan)
+    assert all(shape.attention.heads_per_group == 2 for shape in plan)
+    assert abs(decoder_parameters(model, plan) - target.remaining) <= ALIGN * (3 * 32 + 2)
+    for shape in plan:
+        lost = compensation and shape.attention.kv_heads < 4
+        assert shape.attention.output_bias == (bool(biases) or lost)
+        assert shape.ffn.down_bias == (bool(biases) or compensation)
+    assert is_heterogeneous(model, plan) == (bool(biases) or not compensation)
 
-    model = PrunedForCausalLM(config_of(**biases, layer_shapes=[asdict(shape) for shape in plan]))
-    left = sum(parameter.numel() for parameter in model.model.layers.parameters())
-    assert left == decoder_parameters(config, plan)
-    assert abs(left - target.remaining) <= ALIGN * (3 * 32 + 2)
-    for shape, layer in zip(plan, model.model.layers, strict=True):
-        lost = compensation and shape.kv_heads < 4
-        assert (layer.self_attn.o_proj.bias is not None) == (bool(biases) or lost)
-        assert (layer.mlp.down_proj.bias is not None) == (bool(biases) or compensation)
+
+def test_a_layout_that_can_not_say_the_biases_is_refused_with_what_helps():
+    free = Target(model_of(), 0.3, layout="heterogeneous")
+    with pytest.raises(InputError, match=r"--layout heterogeneous: method flap adds biases.*compensation=false"):
+        Flap().check_target(free, ALIGN)
+    Flap(compensation=False).check_target(free, ALIGN)
+    Flap().check_target(Target(model_of(**BIASES), 0.3, layout="heterogeneous"), ALIGN)
+
+
+def test_heads_that_may_not_go_stay_and_the_neurons_pay():
+    model = tiny("gpt_neox", num_hidden_layers=6)
+    target, generator = Target(model, 0.3), torch.Generator().manual_seed(0)
+    profiles = [
+        {"groups": torch.randn(4, generator=generator) - 9, "neurons": torch.randn(96, generator=generator)}
+        for _ in range(6)
+    ]
+    plan = Flap().plan(target, profiles, ALIGN)
+    assert {shape.attention for shape in plan} == {model.dense_shape(0).attention}
+    assert abs(decoder_parameters(model, plan) - target.remaining) <= ALIGN * (2 * 32 + 1)
 
 
 def test_embeddings_that_count_are_paid_for():
-    config = config_of(vocab_size=200)
-    target = Target(config, 0.3, count_embeddings=True)
-    plan = Flap().plan(target, random_profiles(config), ALIGN)
-    assert abs(decoder_parameters(config, plan) - target.remaining) <= ALIGN * (3 * 32 + 2)
+    model = model_of(vocab_size=200)
+    target = Target(model, 0.3, count_embeddings=True)
+    plan = Flap().plan(target, random_profiles(model), ALIGN)
+    assert abs(decoder_parameters(model, plan) - target.remaining) <= ALIGN * (3 * 32 + 2)
 
 
 def test_at_sparsity_zero_nothing_goes():
-    config = config_of()
-    assert Flap().plan(Target(config, 0.0), random_profiles(config), ALIGN) == [config.dense_shape()] * 6
+    model = model_of()
+    assert Flap().plan(Target(model, 0.0), random_profiles(model), ALIGN) == [model.dense_shape(0)] * 6
 
 
 def test_a_target_below_the_smallest_layers_is_refused_before_any_profile():
-    config = config_of(intermediate_size=16)
+    model = model_of(intermediate_size=16)
     with pytest.raises(InputError, match=r"sparsity 0\.9"):
-        Flap().check_target(Target(config, 0.9), ALIGN)
-    Flap().check_target(Target(config, 0.5), ALIGN)
+        Flap().check_target(Target(model, 0.9), ALIGN)
+    Flap().check_target(Target(model, 0.5), ALIGN)

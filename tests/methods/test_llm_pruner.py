@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
+from tiny_architectures import tiny
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from distprune import InputError
 from distprune.budgets import Target, decoder_parameters
-from distprune.forward import LayerRunner
+from distprune.errors import InputError
+from distprune.layers.runner import LayerRunner
+from distprune.layers.shapes import LayerShape
+from distprune.methods.even import with_heads
 from distprune.methods.llm_pruner import LLMPruner
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
-from distprune.modeling import LayerShape, PrunedConfig, PrunedForCausalLM
-from distprune.statistics import LayerStatistics
 
 
 def importance_of_units(module: nn.Module, kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +26,7 @@ def importance_of_units(module: nn.Module, kv_heads: int) -> tuple[np.ndarray, n
         weight = projection.weight
         return np.abs(weight.detach().double().numpy() * weight.grad.double().numpy())
 
-    attention, ffn = module.self_attn, module.mlp
+    attention = module.self_attn
     groups = sum(
         np.array([part.sum() for part in np.split(worth(projection), kv_heads, axis=axis)])
         for projection, axis in (
@@ -36,49 +36,59 @@ def importance_of_units(module: nn.Module, kv_heads: int) -> tuple[np.ndarray, n
             (attention.o_proj, 1),
         )
     )
-    neurons = worth(ffn.gate_proj).sum(axis=1) + worth(ffn.up_proj).sum(axis=1) + worth(ffn.down_proj).sum(axis=0)
-    return groups, neurons
+    return groups, importance_of_neurons(module.mlp, worth)
 
 
-@pytest.fixture
-def profiled(any_subject):
-    """A layer, its profile, and a module that holds the same loss's gradients: half the output's squared norm."""
-    this, method = any_subject, LLMPruner()
-    statistics = this.statistics(method.gradient_moments(this.layer.shape))
-    runner = LayerRunner(this.config, torch.device("cpu"), torch.float32, 3)
+def importance_of_neurons(ffn: nn.Module, worth) -> np.ndarray:
+    *inputs, down = [module for module in ffn.children() if isinstance(module, nn.Linear)]
+    return sum(worth(projection).sum(axis=1) for projection in inputs) + worth(down).sum(axis=0)
+
+
+def with_gradients(this) -> nn.Module:
+    """A module of the layer that holds the gradients of half its output's squared norm."""
+    runner = LayerRunner(this.model, torch.device("cpu"), torch.float32, 3)
     module = runner.build(this.layer, 0, torch.float32)
+    for parameter in module.parameters():
+        parameter.requires_grad_()
     (runner.forward(module, 0, this.hidden_states).square().sum() / 2).backward()
-    return this, method, method.profile(this.layer, statistics), module
+    return module
 
 
-def test_a_unit_is_worth_what_its_weights_are(profiled):
-    this, _, profile, module = profiled
-    groups, neurons = importance_of_units(module, this.layer.kv_heads)
+def test_a_unit_is_worth_what_its_weights_are(any_subject):
+    profile = any_subject.profile(LLMPruner())
+    groups, neurons = importance_of_units(with_gradients(any_subject), any_subject.attention.kv_heads)
     np.testing.assert_allclose(profile["groups"], groups, rtol=1e-3)
     np.testing.assert_allclose(profile["neurons"], neurons, rtol=1e-3)
 
 
-def test_the_best_units_stay_and_stay_as_they_are(profiled):
-    this, method, profile, module = profiled
-    layer = this.layer
-    groups, neurons = importance_of_units(module, layer.kv_heads)
-    left, heads_each = max(1, layer.kv_heads - 1), layer.query_heads // layer.kv_heads
+def test_neurons_without_a_gate_are_worth_what_their_two_vectors_are(gateless):
+    profile = gateless.profile(LLMPruner())
+    groups, neurons = importance_of_units(with_gradients(gateless), gateless.attention.kv_heads)
+    np.testing.assert_allclose(profile["groups"], groups, rtol=1e-3)
+    np.testing.assert_allclose(profile["neurons"], neurons, rtol=1e-3)
+
+
+def test_the_best_units_stay_and_stay_as_they_are(any_subject):
+    attention, method = any_subject.attention, LLMPruner()
+    groups, neurons = importance_of_units(with_gradients(any_subject), attention.kv_heads)
+    left, heads_each = max(1, attention.kv_heads - 1), attention.query_heads // attention.kv_heads
     best = lambda scores, keep: torch.from_numpy(np.sort(np.argsort(scores)[-keep:]))  # noqa: E731
-    expected = keep_neurons(keep_heads(layer, heads_of_groups(best(groups, left), heads_each)), best(neurons, 24))
-    planned = replace(layer.shape, kv_heads=left, query_heads=left * heads_each, ffn_width=24)
-    assert method.pruning_moments(layer.shape, planned) == ()
-    pruned = method.prune(layer, planned, LayerStatistics(()), profile, this.observe)
-    assert pruned.shape == planned
-    assert torch.equal(this.run(pruned), this.run(expected))
+    heads = heads_of_groups(best(groups, left), heads_each)
+    expected = any_subject.run_with(
+        attention=keep_heads(attention, heads), ffn=keep_neurons(any_subject.ffn, best(neurons, 24))
+    )
+    planned = with_heads(any_subject.layer.shape, left, heads_each).with_ffn(width=24)
+    assert method.pruning_moments(any_subject.layer.shape, planned) == ()
+    assert torch.equal(any_subject.run(any_subject.prune(method, planned)), expected)
 
 
 def test_what_is_worth_little_changes_the_loss_little():
     """The sense of it all: to first order, the loss without a neuron differs by no more than its importance."""
     torch.manual_seed(0)
-    config = PrunedConfig(
+    config = LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8
     )
-    model, tokens = PrunedForCausalLM(config).eval(), torch.randint(40, (6, 10))
+    model, tokens = AutoModelForCausalLM.from_config(config).eval(), torch.randint(40, (6, 10))
 
     def loss() -> torch.Tensor:
         return cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
@@ -100,7 +110,7 @@ def test_what_is_worth_little_changes_the_loss_little():
 
 def target(layers: int, sparsity: float) -> Target:
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
-    return Target(PrunedConfig(num_hidden_layers=layers, vocab_size=100, **sizes), sparsity)
+    return Target(tiny(num_hidden_layers=layers, vocab_size=100, **sizes), sparsity)
 
 
 def whole_layers(plan: list[LayerShape], dense: list[LayerShape]) -> list[int]:
@@ -113,9 +123,9 @@ def test_the_first_and_last_layers_stay_whole_and_the_others_lose_alike(sparsity
     plan = LLMPruner().plan(goal, (), align=8)
     assert whole_layers(plan, goal.dense_shapes) == [0, 1, 2, 3, 30, 31]
     pruned = plan[4:30]
-    assert len({shape.kv_heads for shape in pruned}) == 1
-    assert max(shape.ffn_width for shape in pruned) - min(shape.ffn_width for shape in pruned) <= 8
-    assert abs(decoder_parameters(goal.config, plan) - goal.remaining) <= 3 * 8 * 64
+    assert len({shape.attention.kv_heads for shape in pruned}) == 1
+    assert max(shape.ffn.width for shape in pruned) - min(shape.ffn.width for shape in pruned) <= 8
+    assert abs(decoder_parameters(goal.model, plan) - goal.remaining) <= 3 * 8 * 64
 
 
 def test_all_layers_lose_where_none_is_to_stay_whole():

@@ -6,11 +6,12 @@ import pytest
 
 from distprune.errors import InputError
 from distprune.methods import METHODS, make_method
+from distprune.methods.olica import Olica
 
 
 def test_a_method_is_made_with_the_given_options_and_its_own_defaults():
     method = make_method("olica", {"k": 2.0})
-    assert isinstance(method, METHODS["olica"])
+    assert type(method) is METHODS["olica"] is Olica
     assert (method.k, method.percdamp) == (2.0, 0.5)
 
 

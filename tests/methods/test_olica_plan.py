@@ -8,24 +8,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_architectures import tiny
 
-from distprune.budgets import Target, decoder_parameters, layer_parameters
+from distprune.budgets import Target, decoder_parameters, ffn_amount, layer_parameters
 from distprune.errors import InputError
-from distprune.methods import Olica
-from distprune.methods.olica import kept_rank
-from distprune.modeling import PrunedConfig
+from distprune.layers.architecture import Architecture
+from distprune.methods.olica import Olica, kept_rank
 
 
-def llama(layers: int = 8, **changes) -> PrunedConfig:
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 32,
-    }
-    return PrunedConfig(**sizes | changes, num_hidden_layers=layers)
+def llama(layers: int = 8, **changes) -> Architecture:
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "vocab_size": 32}
+    return tiny(**sizes | changes, num_hidden_layers=layers)
 
 
 def profiles(linearity: list[float]) -> list[dict[str, torch.Tensor]]:
@@ -68,43 +61,44 @@ def test_kept_rank_is_a_multiple_of_the_alignment_or_full(out, inp, sparsity, al
 @pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.3, 0.4, 0.5])
 @pytest.mark.parametrize("align", [1, 4, 8])
 def test_the_plan_meets_its_target_within_one_alignment_step(sparsity, align):
-    config = llama()
-    target = Target(config, sparsity)
+    model = llama()
+    target = Target(model, sparsity)
     planned = Olica().plan(target, profiles(RISING), align)
-    step = 3 * align * config.hidden_size
-    assert abs(decoder_parameters(config, planned) - target.remaining) <= step / 2
+    step = 3 * align * model.hidden_size
+    assert abs(decoder_parameters(model, planned) - target.remaining) <= step / 2
 
 
 def test_the_plan_holds_the_published_shares():
     planned = Olica().plan(Target(llama(head_dim=20), 0.4), profiles(RISING), align=1)
-    assert {shape.value_dim for shape in planned} == {16}  # 0.8 · 20
-    assert {shape.query_rank for shape in planned} == {8}  # ⌈0.2 · 80 · 64 / (80 + 64)⌉
-    assert {shape.key_rank for shape in planned} == {5}  # ⌈0.2 · 40 · 64 / (40 + 64)⌉
-    assert {shape.calibration_rank for shape in planned} == {2, None}  # 0.03 · 64
+    assert {shape.attention.value_dim for shape in planned} == {16}  # 0.8 · 20
+    assert {shape.attention.query_rank for shape in planned} == {8}  # ⌈0.2 · 80 · 64 / (80 + 64)⌉
+    assert {shape.attention.key_rank for shape in planned} == {5}  # ⌈0.2 · 40 · 64 / (40 + 64)⌉
+    assert {shape.ffn.branch_rank for shape in planned} == {2, None}  # 0.03 · 64
 
 
 def test_forty_percent_is_on_the_published_side_of_the_kink_for_any_model():
     """A count of parameters rounded up must not turn 0.8 of queries and keys to 0.6."""
     for width in range(100, 140):
-        config = llama(layers=1, intermediate_size=width)
-        planned = Olica(calibrated_layers=0).plan(Target(config, 0.4), profiles([0.0]), align=1)
-        assert planned[0].query_rank == ceil(0.2 * 64 * 64 / 128), width
+        model = llama(layers=1, intermediate_size=width)
+        planned = Olica(calibrated_layers=0).plan(Target(model, 0.4), profiles([0.0]), align=1)
+        assert planned[0].attention.query_rank == ceil(0.2 * 64 * 64 / 128), width
 
 
 def test_count_embeddings_takes_more_from_every_module():
-    config = llama(vocab_size=2000)
+    model = llama(vocab_size=2000)
     plain, counted = (
-        Olica().plan(Target(config, 0.2, count_embeddings=count), profiles(RISING), align=1)[-1]
+        Olica().plan(Target(model, 0.2, count_embeddings=count), profiles(RISING), align=1)[-1]
         for count in (False, True)
     )
-    for name in ("value_dim", "query_rank", "key_rank", "ffn_width"):
-        assert getattr(counted, name) < getattr(plain, name)
+    for name in ("value_dim", "query_rank", "key_rank"):
+        assert getattr(counted.attention, name) < getattr(plain.attention, name)
+    assert counted.ffn.width < plain.ffn.width
 
 
 def calibrated(method: Olica, linearity: list[float]) -> list[int]:
-    config = llama(layers=len(linearity))
-    planned = method.plan(Target(config, 0.2), profiles(linearity), align=1)
-    return [index for index, shape in enumerate(planned) if shape.calibration_rank]
+    model = llama(layers=len(linearity))
+    planned = method.plan(Target(model, 0.2), profiles(linearity), align=1)
+    return [index for index, shape in enumerate(planned) if shape.ffn.branch_rank]
 
 
 def test_the_ffns_that_a_linear_map_explains_best_are_calibrated():
@@ -117,21 +111,21 @@ def test_the_last_layer_is_never_calibrated():
 
 
 def test_without_calibrated_layers_there_is_no_branch_and_no_need_of_linearity():
-    config, method = llama(), Olica(calibrated_layers=0)
-    planned = method.plan(Target(config, 0.2), [{}] * 8, align=1)
-    assert {shape.calibration_rank for shape in planned} == {None}
+    model, method = llama(), Olica(calibrated_layers=0)
+    planned = method.plan(Target(model, 0.2), [{}] * 8, align=1)
+    assert {shape.ffn.branch_rank for shape in planned} == {None}
 
 
 def test_the_calibration_rank_is_a_fraction_of_the_hidden_size():
     method = Olica(calibration_rank_ratio=0.25)
     planned = method.plan(Target(llama(), 0.2), profiles(RISING), align=8)
-    assert planned[0].calibration_rank is None and planned[6].calibration_rank == 16
+    assert planned[0].ffn.branch_rank is None and planned[6].ffn.branch_rank == 16
 
 
 def test_a_plan_of_sparsity_zero_is_the_dense_model():
-    config = llama()
-    dense = [config.layer_shape(index) for index in range(8)]
-    assert Olica().plan(Target(config, 0.0), profiles(RISING), align=8) == dense
+    model = llama()
+    dense = [model.dense_shape(index) for index in range(8)]
+    assert Olica().plan(Target(model, 0.0), profiles(RISING), align=8) == dense
 
 
 @pytest.mark.parametrize(
@@ -156,7 +150,27 @@ def test_a_target_within_reach_is_not_refused():
 
 def test_every_layer_of_one_plan_costs_about_the_same():
     """The budget is uniform: layers differ by one step of FFN neurons and the calibration branch at most."""
-    config = llama()
-    planned = Olica().plan(Target(config, 0.3), profiles(RISING), align=8)
-    costs = [layer_parameters(config, index, shape) for index, shape in enumerate(planned)]
+    model = llama()
+    planned = Olica().plan(Target(model, 0.3), profiles(RISING), align=8)
+    costs = [layer_parameters(model, index, shape) for index, shape in enumerate(planned)]
     assert max(costs) - min(costs) <= 3 * 8 * 64 + 2 * 8 * 64
+
+
+def test_attention_that_can_not_become_smaller_stays_and_the_ffns_pay():
+    """DeepSeek's attention is of a kind that is not known, and its last layer has no FFN that is."""
+    model = tiny("deepseek_v3", num_hidden_layers=4, first_k_dense_replace=3)
+    ffns = sum(ffn_amount("parameters", model, index, model.dense_shape(index).ffn) for index in range(3))
+    target, method = Target(model, 0.4 * ffns / Target(model, 0).dense), Olica(calibrated_layers=2)
+    linearity = profiles([0.3, 0.9, 0.5])
+    method.check_target(target, 1)
+    planned = method.plan(target, [*linearity, {}], align=1)
+    assert planned[3] == model.dense_shape(3) and all(shape.attention is None for shape in planned)
+    assert [shape.ffn.branch_rank is not None for shape in planned[:3]] == [False, True, True]
+    assert abs(decoder_parameters(model, planned) - target.remaining) <= 3 * 24 / 2
+
+
+def test_where_no_branch_can_stand_there_is_none():
+    model = tiny("opt")
+    assert not model.removable(0).branch
+    planned = Olica().plan(Target(model, 0.2), profiles([0.3, 0.9, 0.5]), align=1)
+    assert {shape.ffn.branch_rank for shape in planned} == {None}

@@ -8,30 +8,20 @@ from math import log
 import numpy as np
 import pytest
 import torch
+from tiny_architectures import tiny
 
-from distprune.budgets import Target, decoder_parameters, layer_parameters
-from distprune.decoder_layer import state_of
+from distprune.budgets import Target, decoder_parameters, is_heterogeneous, layer_parameters
 from distprune.errors import InputError
+from distprune.layers.architecture import Architecture
+from distprune.layers.parts import map_tensors
+from distprune.layers.sites import ATTENDED, NEURONS
+from distprune.methods.even import with_heads
 from distprune.methods.slimgpt import SlimGPT, incremental_sparsities
-from distprune.methods.units import with_heads
-from distprune.modeling import PrunedConfig
 
 
-def llama(layers: int = 10, **changes) -> PrunedConfig:
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 192,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 8,
-        "vocab_size": 16,
-    }
-    return PrunedConfig(**sizes | changes, num_hidden_layers=layers)
-
-
-def prune(subject, method: SlimGPT, planned):
-    statistics = subject.statistics(method.pruning_moments(subject.layer.shape, planned))
-    return method.prune(subject.layer, planned, statistics, {}, subject.observe)
+def llama(layers: int = 10, **changes) -> Architecture:
+    sizes = {"hidden_size": 32, "intermediate_size": 192, "num_attention_heads": 8, "num_key_value_heads": 4}
+    return tiny(**sizes | {"vocab_size": 16} | changes, num_hidden_layers=layers)
 
 
 def surgeon(weight: torch.Tensor, x: torch.Tensor, width: int, keep: int, damping: float):
@@ -56,66 +46,68 @@ def surgeon(weight: torch.Tensor, x: torch.Tensor, width: int, keep: int, dampin
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(4, 4), (8, 4), (6, 3)])
 def test_groups_leave_one_by_one_at_the_least_error_and_the_rest_is_refitted(subject, query_heads, kv_heads):
     this, method = subject(query_heads=query_heads, kv_heads=kv_heads), SlimGPT()
-    layer, per_group = this.layer, query_heads // kv_heads
-    values = this.activations()["attention_values"]
-    groups, weight = surgeon(layer.output.weight, values, 8 * per_group, 2, method.damping)
+    dense, per_group = this.attention, query_heads // kv_heads
+    groups, weight = surgeon(dense.output.weight, this.activations()[ATTENDED], 8 * per_group, 2, method.damping)
 
-    pruned = prune(this, method, with_heads(layer.shape, 2, per_group))
-    assert pruned.shape == with_heads(layer.shape, 2, per_group)
+    pruned = this.prune(method, with_heads(this.layer.shape, 2, per_group))
     for role, width in (("query", 8 * per_group), ("key", 8), ("value", 8)):
-        before, after = getattr(layer, role), getattr(pruned, role)
+        before, after = getattr(dense, role), getattr(pruned.attention, role)
         assert torch.equal(after.weight, before.weight.unflatten(0, (-1, width))[groups].flatten(0, 1))
         assert torch.equal(after.bias, before.bias.unflatten(0, (-1, width))[groups].flatten())
-    np.testing.assert_allclose(pruned.output.weight, weight, rtol=1e-3, atol=1e-5)
-    assert torch.equal(pruned.output.bias, layer.output.bias)
-    assert all(getattr(pruned, role) is getattr(layer, role) for role in ("gate", "up", "down"))
+    np.testing.assert_allclose(pruned.attention.output.weight, weight, rtol=1e-3, atol=1e-5)
+    assert torch.equal(pruned.attention.output.bias, dense.output.bias)
+    assert pruned.ffn is this.ffn
+
+
+def assert_refitted(this) -> None:
+    """That neurons leave one by one at the least error."""
+    ffn, method = this.ffn, SlimGPT(largest_batch=1, smallest_batch=1, damping=0.1)
+    neurons, weight = surgeon(ffn.down.weight, this.activations()[NEURONS], 1, 25, method.damping)
+    pruned = this.prune(method, this.layer.shape.with_ffn(width=25))
+    for before, after in zip(ffn.inputs, pruned.ffn.inputs, strict=True):
+        assert torch.equal(after.weight, before.weight[neurons])
+    np.testing.assert_allclose(pruned.ffn.down.weight, weight, rtol=1e-3, atol=1e-5)
+    assert pruned.ffn.down.bias is ffn.down.bias
+    assert pruned.attention is this.attention
 
 
 def test_neurons_leave_at_the_least_error_and_the_rest_is_refitted(any_subject):
-    layer, method = any_subject.layer, SlimGPT(largest_batch=1, smallest_batch=1, damping=0.1)
-    activations = any_subject.activations()["ffn_neurons"]
-    neurons, weight = surgeon(layer.down.weight, activations, 1, 25, method.damping)
-    pruned = prune(any_subject, method, replace(layer.shape, ffn_width=25))
-    assert torch.equal(pruned.gate.weight, layer.gate.weight[neurons])
-    assert torch.equal(pruned.up.weight, layer.up.weight[neurons])
-    np.testing.assert_allclose(pruned.down.weight, weight, rtol=1e-3, atol=1e-5)
-    assert pruned.down.bias is layer.down.bias
-    assert all(getattr(pruned, role) is getattr(layer, role) for role in ("query", "key", "value", "output"))
+    assert_refitted(any_subject)
+
+
+def test_neurons_without_a_gate_leave_so_too(gateless):
+    assert_refitted(gateless)
 
 
 def test_the_refit_makes_the_layer_nearer_to_the_dense_one(subject):
     this, method = subject(biases=False), SlimGPT(smallest_batch=4)
-    planned = replace(with_heads(this.layer.shape, 1, 2), ffn_width=24)
-    pruned = prune(this, method, planned)
-    assert pruned.shape == planned
-    rows = this.layer.gate.weight.tolist()
-    neurons = [rows.index(row) for row in pruned.gate.weight.tolist()]
-    first = int(torch.equal(pruned.key.weight, this.layer.key.weight[8:]))
-    sliced = replace(
-        pruned,
-        output=replace(pruned.output, weight=this.layer.output.weight[:, 16 * first : 16 * first + 16]),
-        down=replace(pruned.down, weight=this.layer.down.weight[:, neurons]),
+    pruned = this.prune(method, with_heads(this.layer.shape, 1, 2).with_ffn(width=24))
+    rows = this.ffn.gate.weight.tolist()
+    neurons = [rows.index(row) for row in pruned.ffn.gate.weight.tolist()]
+    first = int(torch.equal(pruned.attention.key.weight, this.attention.key.weight[8:]))
+    columns = this.attention.output.weight[:, 16 * first : 16 * first + 16]
+    sliced = this.run_with(
+        attention=replace(pruned.attention, output=replace(pruned.attention.output, weight=columns)),
+        ffn=replace(pruned.ffn, down=replace(pruned.ffn.down, weight=this.ffn.down.weight[:, neurons])),
     )
     dense = this.run(this.layer)
-    assert (this.run(pruned) - dense).norm() < 0.9 * (this.run(sliced) - dense).norm()
+    assert (this.run(pruned) - dense).norm() < 0.9 * (sliced - dense).norm()
 
 
 def test_a_layer_planned_as_it_is_needs_no_moments_and_stays_as_it_is(subject):
     this, method = subject(), SlimGPT()
     shape = this.layer.shape
     assert not method.pruning_moments(shape, shape)
-    assert prune(this, method, shape) is this.layer
+    pruned = this.prune(method, shape)
+    assert pruned.attention is this.attention and pruned.ffn is this.ffn
 
 
 def test_a_silent_layer_is_pruned_without_dividing_by_zero(subject):
     """Calibration text on which attention and FFN read nothing but zeros."""
     this = subject(biases=False)
-    norms = {name: torch.zeros_like(getattr(this.layer, name)) for name in ("attention_norm", "ffn_norm")}
-    silent = replace(this, layer=replace(this.layer, **norms))
-    planned = replace(with_heads(this.layer.shape, 1, 2), ffn_width=24)
-    pruned = prune(silent, SlimGPT(), planned)
-    assert pruned.shape == planned
-    assert all(tensor.isfinite().all() for tensor in state_of(pruned).values())
+    silent = replace(this, layer=replace(this.layer, rest=map_tensors(this.layer.rest, torch.zeros_like)))
+    pruned = silent.prune(SlimGPT(), with_heads(this.layer.shape, 1, 2).with_ffn(width=24))
+    assert all(tensor.isfinite().all() for tensor in this.model.names(0).state_of(pruned).values())
 
 
 @pytest.mark.parametrize("sparsity", [0.05, 0.3, 0.5, 0.8, 0.99])
@@ -135,40 +127,41 @@ def test_sparsities_grow_with_the_logarithm_of_the_depth_about_their_mean(sparsi
 @pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.5, 0.6])
 @pytest.mark.parametrize("options", [{}, {"first_layer": 0.5}, {"first_layer": 1.0}])
 def test_the_plan_meets_its_target_and_its_layers_follow_the_sparsities(sparsity, options):
-    config = llama()
-    target, method = Target(config, sparsity), SlimGPT(**options)
+    model = llama()
+    target, method = Target(model, sparsity), SlimGPT(**options)
     plan = method.plan(target, (), 8)
     step = 8 * 3 * 32
-    assert abs(decoder_parameters(config, plan) - target.remaining) <= step / 2
-    assert all(shape.ffn_width % 8 == 0 and shape.query_heads == 2 * shape.kv_heads for shape in plan)
+    assert abs(decoder_parameters(model, plan) - target.remaining) <= step / 2
+    assert is_heterogeneous(model, plan)
+    assert all(shape.ffn.width % 8 == 0 and shape.attention.heads_per_group == 2 for shape in plan)
 
-    whole = [layer_parameters(config, index, config.layer_shape(index)) for index in range(10)]
-    reached = [1 - layer_parameters(config, index, shape) / whole[index] for index, shape in enumerate(plan)]
+    whole = [layer_parameters(model, index, model.dense_shape(index)) for index in range(10)]
+    reached = [1 - layer_parameters(model, index, shape) / whole[index] for index, shape in enumerate(plan)]
     expected = incremental_sparsities(sparsity, 10, method.first_layer)
     np.testing.assert_allclose(reached, expected, atol=2 * step / whole[0])
 
 
 def test_by_default_the_first_layer_keeps_everything_and_the_last_loses_most():
-    config = llama()
-    plan = SlimGPT().plan(Target(config, 0.3), (), 8)
-    assert plan[0] == config.layer_shape(0)
-    assert plan[-1].kv_heads < 4 and plan[-1].ffn_width == min(shape.ffn_width for shape in plan)
+    model = llama()
+    plan = SlimGPT().plan(Target(model, 0.3), (), 8)
+    assert plan[0] == model.dense_shape(0)
+    assert plan[-1].attention.kv_heads < 4 and plan[-1].ffn.width == min(shape.ffn.width for shape in plan)
 
 
 def test_embeddings_that_count_cost_more_groups():
     target = Target(llama(vocab_size=1500), 0.3, count_embeddings=True)
     plan = SlimGPT(first_layer=1.0).plan(target, (), 8)
     assert 1 - target.decoder_sparsity < 0.625 < 1 - target.sparsity
-    assert {shape.kv_heads for shape in plan} == {2}
+    assert {shape.attention.kv_heads for shape in plan} == {2}
 
 
 def test_a_plan_of_sparsity_zero_is_the_dense_model():
-    config = llama()
-    assert SlimGPT().plan(Target(config, 0.0), (), 8) == [config.layer_shape(0)] * 10
+    model = llama()
+    assert SlimGPT().plan(Target(model, 0.0), (), 8) == [model.dense_shape(0)] * 10
 
 
 def test_a_target_out_of_reach_is_refused_before_any_weight_is_read():
-    config = llama(num_key_value_heads=1, intermediate_size=32)
+    model = llama(num_key_value_heads=1, intermediate_size=32)
     with pytest.raises(InputError, match=r"sparsity 0\.8 can't be reached"):
-        SlimGPT().check_target(Target(config, 0.8), 8)
-    SlimGPT().check_target(Target(config, 0.3), 8)
+        SlimGPT().check_target(Target(model, 0.8), 8)
+    SlimGPT().check_target(Target(model, 0.3), 8)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons, with_heads
+from distprune.layers.sites import ATTENDED, NEURONS
+from distprune.methods.even import with_heads
+from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
 from distprune.methods.wanda_sp import WandaSp
 
 
@@ -23,30 +25,29 @@ def largest(scores: np.ndarray, keep: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(3, 3), (6, 3), (8, 4)])
 def test_the_units_of_the_highest_scores_stay_and_stay_as_they_are(subject, query_heads, kv_heads):
-    this, method = subject(query_heads=query_heads, kv_heads=kv_heads), WandaSp()
-    layer, taps = this.layer, this.activations()
-    of_output = wanda(layer.output.weight, taps["attention_values"])
+    this = subject(query_heads=query_heads, kv_heads=kv_heads)
+    seen = this.activations()
+    of_output = wanda(this.attention.output.weight, seen[ATTENDED])
     groups = largest(np.array([part.sum() for part in np.split(of_output, kv_heads, axis=1)]), kv_heads - 1)
-    neurons = largest(wanda(layer.down.weight, taps["ffn_neurons"]).sum(axis=0), 24)
-    expected = keep_neurons(keep_heads(layer, heads_of_groups(groups, query_heads // kv_heads)), neurons)
+    neurons = largest(wanda(this.ffn.down.weight, seen[NEURONS]).sum(axis=0), 24)
+    heads = heads_of_groups(groups, query_heads // kv_heads)
+    expected = this.run_with(attention=keep_heads(this.attention, heads), ffn=keep_neurons(this.ffn, neurons))
+    planned = with_heads(this.layer.shape, kv_heads - 1, query_heads // kv_heads).with_ffn(width=24)
+    assert torch.equal(this.run(this.prune(WandaSp(), planned)), expected)
 
-    planned = replace(with_heads(layer.shape, kv_heads - 1, query_heads // kv_heads), ffn_width=24)
-    statistics = this.statistics(method.pruning_moments(layer.shape, planned))
-    pruned = method.prune(layer, planned, statistics, {}, this.observe)
-    assert pruned.shape == planned
-    assert torch.equal(this.run(pruned), this.run(expected))
+
+def test_neurons_without_a_gate_are_scored_alike(gateless):
+    neurons = largest(wanda(gateless.ffn.down.weight, gateless.activations()[NEURONS]).sum(axis=0), 24)
+    pruned = gateless.prune(WandaSp(), gateless.layer.shape.with_ffn(width=24))
+    assert torch.equal(gateless.run(pruned), gateless.run_with(ffn=keep_neurons(gateless.ffn, neurons)))
 
 
 def test_a_neuron_of_small_weights_is_kept_for_its_large_activations(subject):
     this, method = subject(biases=False), WandaSp()
-    layer = this.layer
+    ffn = this.ffn
     # The same function: what the up projection gains, the down projection loses.
     scale = torch.ones(40).index_fill(0, torch.arange(0, 40, 2), 100)
-    up = replace(layer.up, weight=layer.up.weight * scale[:, None])
-    rescaled = replace(layer, up=up, down=replace(layer.down, weight=layer.down.weight / scale))
-    planned = replace(layer.shape, ffn_width=24)
-    kept = []
-    for dense in (layer, rescaled):
-        statistics = this.statistics(method.pruning_moments(layer.shape, planned), dense)
-        kept.append(method.prune(dense, planned, statistics, {}, this.observe).gate.weight)
-    assert torch.equal(*kept)
+    up = replace(ffn.up, weight=ffn.up.weight * scale[:, None])
+    rescaled = this.changed(ffn=replace(ffn, up=up, down=replace(ffn.down, weight=ffn.down.weight / scale)))
+    planned = this.layer.shape.with_ffn(width=24)
+    assert torch.equal(*(each.prune(method, planned).ffn.gate.weight for each in (this, rescaled)))

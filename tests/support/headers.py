@@ -6,19 +6,23 @@ import json
 import math
 from pathlib import Path
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
-from distprune.families import family_of
+from distprune.layers.tree import build_on_meta
 
 
-def write_headers(folder: Path, **geometry) -> Path:
-    """A Llama in bfloat16, a shard a layer, in whose files there is a hole where the weights would be."""
-    config = LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16", **geometry)
+def write_headers(folder: Path, config: PreTrainedConfig | None = None, **geometry) -> Path:
+    """A model in bfloat16, a Llama of that geometry by default, a shard a layer, in whose files there is a hole where
+    the weights would be."""
+    config = config or LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16", **geometry)
     config.save_pretrained(folder)
-    family, shards = family_of(config), {}
-    for name, shape in family.tensor_shapes(family.dense_config(config)).items():
+    model, shards = build_on_meta(config), {}
+    head = f"{next(name for name, part in model.named_modules() if part is model.get_output_embeddings())}.weight"
+    for name, tensor in model.state_dict().items():
+        if config.tie_word_embeddings and name == head:
+            continue
         number = name.split(".")[2] if ".layers." in name else name.split(".")[-2]
-        shards.setdefault(f"model-{number}.safetensors", {})[name] = shape
+        shards.setdefault(f"model-{number}.safetensors", {})[name] = tuple(tensor.shape)
     for file, shapes in shards.items():
         write_shard(folder / file, shapes)
     weight_map = {name: file for file, shapes in shards.items() for name in shapes}
@@ -27,6 +31,7 @@ def write_headers(folder: Path, **geometry) -> Path:
 
 
 def write_shard(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A shard in bfloat16 of tensors of those shapes."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * math.prod(shape)

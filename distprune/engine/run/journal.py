@@ -1,4 +1,4 @@
-"""What a run has done so far, on disk: whoever starts the same run again goes on from there.
+"""What a run has done so far, on disk: whoever starts the same run again resumes there.
 
 An entry is a report in JSON and, for some, tensors beside it. The report is written last, so an entry is there wholly
 or not at all.
@@ -35,13 +35,13 @@ class Journal:
         self.folder = folder
 
     def begin(self, identity: Mapping[str, Any]) -> bool:
-        """Begin a run, or go on with it.
+        """Begin a run, or resume it.
 
         Args:
-            identity: what the run makes and what of; only the same run may go on.
+            identity: what the run makes and what of; only the same run may be resumed.
 
         Returns:
-            Whether the run goes on.
+            Whether the run is resumed.
 
         Raises:
             InputError: another run was begun here.

@@ -46,7 +46,7 @@ class RunRecord:
         dtype: that of forward passes.
         predicted_loss, gap: what the plan says of itself, see :class:`distprune.methods.Plan`; None of most methods.
         notes: what the run says of itself: where it took the model for something else than its configuration says.
-        left_alone: parameters that no pruning changes since distprune doesn't know what they do, by what they belong to.
+        left_alone: parameters of what distprune doesn't know, which no pruning changes, by what they belong to.
         left_alone_share: the fraction of all stored parameters that these are.
     """
 

@@ -49,7 +49,7 @@ class WorkFolder:
         self.log = folder / "log.jsonl"
 
     def begin(self, identity: Mapping[str, Any], outline: Outline) -> bool:
-        """Begin the run with that identity, or go on with it. Returns whether it goes on.
+        """Begin the run with that identity, or resume it. Returns whether it is resumed.
 
         Raises:
             InputError: another run has left something here.

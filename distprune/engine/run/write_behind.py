@@ -1,4 +1,4 @@
-"""Files written while the driver goes on, one after the other in the order in which they were handed over.
+"""Files written while the driver continues, one after the other in the order in which they came.
 
 Workers wait for the driver whenever it waits for a disk; and what the journal says is true in whatever order it is
 written down, as long as that is the order in which things happened.

@@ -48,14 +48,14 @@ def this_node(device: str) -> Node:
 
 
 class Nodes:
-    """The sites of a run's workers, of which each needs so much.
+    """The nodes of a run's workers, of which each needs so much.
 
     Ray places workers by the number of GPUs, not by their size. So a worker tells its GPU's size when it is up; where
     that is too small, the worker goes, and its node is avoided when Ray is asked for another.
     """
 
-    def __init__(self, needs: Requirements):
-        self._needs = needs
+    def __init__(self, requirements: Requirements):
+        self._requirements = requirements
         self._refused: dict[str, Node] = {}
         self._workers: Counter[str] = Counter()
 
@@ -64,39 +64,39 @@ class Nodes:
         """Ray's ids of nodes whose GPUs are too small."""
         return self._refused.keys()
 
-    def suits(self, site: Node) -> bool:
+    def suits(self, node: Node) -> bool:
         """Whether a worker can work there; if not, the node is refused from now on."""
-        if site.device_memory is None or site.device_memory >= self._needs.device:
+        if node.device_memory is None or node.device_memory >= self._requirements.device:
             return True
-        self._refused[site.node_id] = site
+        self._refused[node.node_id] = node
         return False
 
-    def refusal(self, site: Node) -> str:
-        return f"{site.node} is passed over: {describe(site)}, and a worker needs {gib(self._needs.device)}"
+    def refusal(self, node: Node) -> str:
+        return f"{node.node} is passed over: {describe(node)}, and a worker needs {gib(self._requirements.device)}"
 
     def nowhere(self) -> InputError:
         """What to raise where no node is left."""
-        found = "; ".join(f"{site.node}: {describe(site)}" for site in self._refused.values())
+        found = "; ".join(f"{node.node}: {describe(node)}" for node in self._refused.values())
         return InputError(
-            f"no GPU of the Ray cluster has the {gib(self._needs.device)} that the workers on it need: {found}. Give a "
-            "smaller --micro-batch, a larger --gpus-per-worker where workers share a GPU, or --workers MIN:MAX where "
-            "larger GPUs are to join; distprune plan tells what fits."
+            f"no GPU of the Ray cluster has the {gib(self._requirements.device)} that the workers on it need: {found}. "
+            "Give a smaller --micro-batch, a larger --gpus-per-worker where workers share a GPU, or --workers "
+            "MIN:MAX where larger GPUs are to join; distprune plan tells what fits."
         )
 
-    def crowding(self, site: Node) -> str | None:
-        """Note that a worker is at a site. Returns a warning when the site's memory begins to be too small for all."""
-        before, count = self._workers[site.node_id], self._workers[site.node_id] + 1
-        self._workers[site.node_id] = count
-        if not before * self._needs.resident <= site.host_memory < count * self._needs.resident:
+    def crowding(self, node: Node) -> str | None:
+        """Note that a worker is at a node. Returns a warning when the node's memory begins to be too small for all."""
+        before, count = self._workers[node.node_id], self._workers[node.node_id] + 1
+        self._workers[node.node_id] = count
+        if not before * self._requirements.resident <= node.host_memory < count * self._requirements.resident:
             return None
         return (
-            f"{site.node}: {count} workers may need {gib(count * self._needs.resident)} of memory, and it has "
-            f"{gib(site.host_memory)}. Take fewer --workers if some are lost."
+            f"{node.node}: {count} workers may need {gib(count * self._requirements.resident)} of memory, and it has "
+            f"{gib(node.host_memory)}. Take fewer --workers if some are lost."
         )
 
 
-def describe(site: Node) -> str:
-    return f"{site.device} of {gib(site.device_memory or 0)}"
+def describe(node: Node) -> str:
+    return f"{node.device} of {gib(node.device_memory or 0)}"
 
 
 def gib(size: float) -> str:

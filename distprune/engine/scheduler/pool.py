@@ -18,9 +18,11 @@ import itertools
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+from distprune.engine.run.write_behind import Add
 from distprune.engine.scheduler.draining import Draining
 from distprune.engine.scheduler.durations import Durations
 from distprune.engine.scheduler.nodes import Nodes, Requirements
@@ -118,10 +120,14 @@ class WorkerPool:
     """Workers take queued calls as they fall idle; a worker counts from the moment it is up, so none is waited for."""
 
     def __init__(
-        self, runtime: RayRuntime, count: int, progress: Progress | None = None, needs: Requirements | None = None
+        self,
+        runtime: RayRuntime,
+        count: int,
+        progress: Progress | None = None,
+        requirements: Requirements | None = None,
     ):
         self._runtime = runtime
-        self._registry = WorkerRegistry(runtime, Nodes(needs or Requirements()), progress or Progress())
+        self._registry = WorkerRegistry(runtime, Nodes(requirements or Requirements()), progress or Progress())
         self._orders = itertools.count()
         self._queue: list[Call] = []
         self._in_flight: dict[Any, InFlight] = {}
@@ -178,6 +184,10 @@ class WorkerPool:
     def get(self, put: Sequence[Any]) -> list[Any]:
         """Values that were put."""
         return self._runtime.get(put)
+
+    def write_behind(self) -> AbstractContextManager[Add]:
+        """What takes writes while this goes on, one at a time; see :func:`~distprune.engine.run.write_behind`."""
+        return self._runtime.write_behind()
 
     def run(self) -> None:
         """Wait for all calls, in no fixed order, and for those that are submitted meanwhile.
@@ -237,7 +247,7 @@ class WorkerPool:
             self._dispatch()
 
     def _leave(self, attempt: Attempt) -> None:
-        """A worker ends its part in a call; so do others that wait to go on with it, once it is done."""
+        """A worker ends its part in a call; so do others that wait for its next step, once it is done."""
         attempt.call.copies -= 1
         self._prefetched.pop(attempt.worker, None)
         self._employ(attempt.worker)

@@ -72,7 +72,7 @@ def shut_down() -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a cluster can't be joined, and the mend."""
+    """Why a cluster can't be joined, and the fix."""
     causes, cause = [], error
     while cause is not None:
         causes.append(cause)
@@ -104,12 +104,12 @@ class WorkerPlan:
     cpus: float
     gpus: float
     least: int = 1
-    needs: Requirements = field(default_factory=Requirements)
+    requirements: Requirements = field(default_factory=Requirements)
 
-    def needing(self, needs: Requirements) -> WorkerPlan:
-        """The same for workers with such needs, of which several may share a GPU."""
+    def requiring(self, requirements: Requirements) -> WorkerPlan:
+        """The same for workers with such requirements, of which several may share a GPU."""
         share = min(self.gpus, 1.0) or 1.0
-        return replace(self, needs=replace(needs, device=round(needs.device / share)))
+        return replace(self, requirements=replace(requirements, device=round(requirements.device / share)))
 
 
 def plan_workers(config: PruneConfig, nodes: Sequence[Mapping[str, float]], layers: int) -> WorkerPlan:

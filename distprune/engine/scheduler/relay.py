@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from distprune.engine.run.write_behind import write_behind
 from distprune.engine.scheduler.pool import Call, WorkerPool
 from distprune.engine.worker.host_tensor import HostTensor
 from distprune.engine.worker.task import Task
@@ -71,7 +70,7 @@ class Relay(ABC):
 
     def carry_through(self) -> None:
         """Wait until all stations are closed. What :meth:`reached` and :meth:`closed` write is written behind."""
-        with write_behind() as self._write:
+        with self.pool.write_behind() as self._write:
             self.pool.run()
 
     def begin(self, first: int, samples: HostTensor) -> None:

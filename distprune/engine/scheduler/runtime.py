@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from math import inf
 from typing import Any
 
@@ -24,6 +25,7 @@ from ray.util.client import ray as client
 
 from distprune.checkpoint import PartFolder
 from distprune.config import PruneConfig
+from distprune.engine.run.write_behind import Add, write_behind
 from distprune.engine.scheduler.nodes import Node
 from distprune.engine.scheduler.ray_cluster import WorkerPlan, count_fitting
 from distprune.engine.worker.actor import PART_FOLDER, Worker
@@ -113,6 +115,10 @@ class RayRuntime:
             ray.cancel(ready)
         for worker in workers:
             ray.kill(worker)
+
+    def write_behind(self) -> AbstractContextManager[Add]:
+        """Files are written in a thread of their own."""
+        return write_behind()
 
     def now(self) -> float:
         """Seconds on a clock that only goes forward."""

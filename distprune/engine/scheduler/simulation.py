@@ -1,13 +1,14 @@
 """A cluster that exists in numbers alone: the engine's own scheduler, on a clock that jumps from event to event.
 
-The pool and the stages are those of a real run. Only what :mod:`distprune.engine.scheduler.runtime` does is replaced: calls take
-the seconds that were measured for them, and give nothing but what the stages look at.
+The pool and the stages are those of a real run. Only what :mod:`distprune.engine.scheduler.runtime` does is
+replaced: calls take the seconds that were measured for them, and give nothing but what the stages look at.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import singledispatchmethod
 from math import inf
@@ -20,6 +21,7 @@ from distprune.checkpoint import WrittenFile
 from distprune.config import PruneConfig
 from distprune.engine.run.journal import Journal
 from distprune.engine.run.preflight import MERGED_AT_ONCE
+from distprune.engine.run.write_behind import Add
 from distprune.engine.scheduler.nodes import Node
 from distprune.engine.scheduler.pool import WorkerPool
 from distprune.engine.stages.checking import Check
@@ -218,6 +220,11 @@ class SimulatedRuntime:
     def stop(self, workers: Sequence[SimulatedWorker], starting: Sequence[Result]) -> None:
         pass
 
+    @contextmanager
+    def write_behind(self) -> Iterator[Add]:
+        """Yields what writes at once: a disk has its own time, which is reckoned where something is written."""
+        yield lambda write: write()
+
     def now(self) -> float:
         return self.clock
 
@@ -285,7 +292,7 @@ class SimulatedRuntime:
 
 
 class MemoryJournal:
-    """A journal of a run that nobody goes on with."""
+    """A journal of a run that nobody resumes."""
 
     def __init__(self):
         self._entries: dict[str, Mapping[str, Tensor]] = {}

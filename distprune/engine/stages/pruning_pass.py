@@ -8,7 +8,6 @@ from typing import Any
 
 from distprune.engine.run.journal import entry_of
 from distprune.engine.run.states import DENSE, MOMENTS, PRUNED, load_states, save_states
-from distprune.engine.run.write_behind import write_behind
 from distprune.engine.stages.context import RunContext
 from distprune.engine.worker.host_tensor import HostTensor, pack_all
 from distprune.engine.worker.layer_worker import Finished
@@ -47,7 +46,7 @@ class PruningPass:
             index = next((index for index in block if index not in done), None)
             if index is not None:
                 self._begin(index, is_first=index == start)
-        with write_behind() as self._write:
+        with self.pool.write_behind() as self._write:
             self.pool.run()
 
     def _begin(self, index: int, is_first: bool) -> None:

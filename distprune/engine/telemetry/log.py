@@ -1,7 +1,7 @@
 """What happened in a run and when: records of the standard logging, one JSON object a line.
 
 They go to the logger "distprune.run", to which anyone may add handlers, and, with the package's other records, to a
-file in the run's work folder, which a run that goes on appends to, and which becomes a part of the result.
+file in the run's work folder, which a resumed run appends to, and which becomes a part of the result.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def opened_layer(worker: LayerWorker, index: int, pieces: int) -> OpenTeacher | 
 
 @dataclass(frozen=True)
 class OpenDense(Task):
-    """Begin with a layer of the dense model, which :class:`Forward` goes on with and :class:`Leave` ends."""
+    """Begin with a layer of the dense model, which :class:`Forward` continues and :class:`Leave` ends."""
 
     index: int
 
@@ -84,7 +84,7 @@ class OpenDense(Task):
 class OpenStudent(Task):
     """Begin with a pruned layer and what it has learnt.
 
-    For its forward pass it goes on as a dense one does, for its backward pass with :class:`Learn`, which
+    For its forward pass it continues as a dense one does, for its backward pass with :class:`Learn`, which
     :class:`StepOptimizer` ends.
     """
 
@@ -131,7 +131,7 @@ class Leave(Task):
 
 @dataclass(frozen=True)
 class OpenEnd(Task):
-    """Begin at the model's end; :class:`Diverge` goes on with it, :class:`CloseEnd` ends it."""
+    """Begin at the model's end; :class:`Diverge` continues, :class:`CloseEnd` ends it."""
 
     def run(self, worker: LayerWorker) -> None:
         worker.close()

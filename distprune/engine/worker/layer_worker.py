@@ -1,4 +1,4 @@
-"""What the tasks on one worker share: a device, the open model, and what a task has begun and another goes on with."""
+"""What the tasks on one worker share: a device, the open model, and what a task has begun and another continues."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Opened = TypeVar("Opened")
 
 
 class ForgottenError(Exception):
-    """A worker is asked to go on with what it never began: it is a new process in the place of a lost one."""
+    """A worker is asked to continue what it never began: it is a new process in the place of a lost one."""
 
 
 class Folder(Protocol):
@@ -42,8 +42,8 @@ class Finished:
 
     Attributes:
         written: its tensors by their names on disk, or the file that a worker has written them to.
-        rotary_pairs: those that each KV group has kept, (g, p/2); None where all are there. No tensor of the result says
-            so: its configuration does.
+        rotary_pairs: those that each KV group has kept, (g, p/2); None where all are there. No tensor of the result
+            says so: its configuration does.
     """
 
     written: Mapping[str, Tensor] | WrittenFile
@@ -140,10 +140,11 @@ class LayerWorker:
         ids, places = tokens.long().unique(return_inverse=True)
         rows = self.model.read_rows(self.architecture.embedding_name, ids)
         self.runner.shell.fill(self._small_tensors)
-        return torch.cat([self.runner.shell.embed(rows, batch) for batch in places.split(self.config.micro_batch)])
+        batches = places.split(self.config.micro_batch)
+        return torch.cat([self.runner.shell.embed(rows, batch).cpu() for batch in batches])
 
     def loss_head(self, runner: LayerRunner) -> LossHead:
-        """What follows the last layer, in the dtype for gradients. Whoever asked for it drops it by :meth:`drop_head`."""
+        """What follows the last layer, in the dtype for gradients, until :meth:`drop_head`."""
         head = self.model.read_outer([self.architecture.head_name])
         runner.shell.fill(self._small_tensors | head, runner.gradient_dtype)
         return LossHead(runner)

@@ -117,7 +117,7 @@ class Advance(Task):
 
 @dataclass(frozen=True)
 class OpenForward(Task):
-    """Begin the dense pass of a layer, which :class:`Sweep` goes on with and :class:`CloseLayer` ends."""
+    """Begin the dense pass of a layer, which :class:`Sweep` continues and :class:`CloseLayer` ends."""
 
     index: int
 
@@ -179,7 +179,7 @@ class CloseLayer(Task):
 
 @dataclass(frozen=True)
 class OpenLoss(Task):
-    """Begin the gradient pass at the model's end; :class:`LossGradient` goes on with it, :class:`CloseLoss` ends it."""
+    """Begin the gradient pass at the model's end; :class:`LossGradient` continues, :class:`CloseLoss` ends it."""
 
     def run(self, worker: LayerWorker) -> None:
         worker.close()
@@ -221,7 +221,7 @@ class CloseLoss(Task):
 
 @dataclass(frozen=True)
 class OpenBackward(Task):
-    """Begin the gradient pass of a layer, which :class:`Backward` goes on with and :class:`CloseLayer` ends."""
+    """Begin the gradient pass of a layer, which :class:`Backward` continues and :class:`CloseLayer` ends."""
 
     index: int
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distprune.solvers.expected import rows_where
+
 
 @dataclass(frozen=True)
 class BudgetedBox:
@@ -34,7 +36,7 @@ class BudgetedBox:
     def project(self, points: Tensor) -> Tensor:
         """The nearest point of each row's set, (rows, n)."""
         nearest = points.clamp(self.lower, self.upper)
-        over = (nearest @ self.cost > self.limit).nonzero().squeeze(1)
+        over = rows_where(nearest @ self.cost > self.limit, expected=len(points))
         if len(over):
             nearest[over] = self.rows(over)._project_to_the_limit(points[over])
         return nearest

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distprune.errors import InputError
+from distprune.solvers.expected import rows_where, until_converged
 from distprune.solvers.qp.anderson import AndersonAcceleration
 from distprune.solvers.qp.budgeted_box import BudgetedBox
 
@@ -16,6 +17,8 @@ from distprune.solvers.qp.budgeted_box import BudgetedBox
 PENALTY = 0.2
 RELAXATION = 1.6
 MEMORY = 5
+#: What a program takes that chooses units of a language model, of at most ``max_iterations``.
+EXPECTED_ITERATIONS = 100
 CHECK_EVERY = 10
 ROWS_AT_ONCE = 1024  # bounds the acceleration's memory: 2 · MEMORY · ROWS_AT_ONCE · n numbers
 
@@ -80,11 +83,12 @@ def solve_box_qp(
     lower, upper = (torch.as_tensor(bound, **like).expand_as(linear) for bound in (lower, upper))
     scale, program = _in_unit_diagonal_coordinates(hessian, linear, lower, upper, budget, dtype)
 
-    if start is None:
+    if starts_anywhere := start is None:
         start = torch.zeros_like(linear)
     begin = program.feasible.project(start.to(dtype) / scale)
     x, iterations = begin.clone(), 0
-    unsolved = (program.kkt_residual(begin) > tolerance).nonzero().squeeze(1)
+    # A start is mostly given that is the solution, unless a bound is in its way.
+    unsolved = rows_where(program.kkt_residual(begin) > tolerance, expected=len(linear) if starts_anywhere else 0)
     if len(unsolved):
         factor = _factor(program.hessian)
         for rows in unsolved.split(ROWS_AT_ONCE):
@@ -180,7 +184,7 @@ def _split(
     rows = torch.arange(len(start), device=start.device)
     # The multiplier that would make the start a solution: a warm start needs no other.
     iterates = AndersonAcceleration(start - program.gradient(start) / PENALTY, MEMORY)
-    for iteration in range(1, max_iterations + 1):
+    for iteration in until_converged(max_iterations, EXPECTED_ITERATIONS, CHECK_EVERY, start):
         z = program.feasible.project(iterates.point)
         target = program.linear + PENALTY * (2 * z - iterates.point)
         x = torch.cholesky_solve(target.mT, factor).mT

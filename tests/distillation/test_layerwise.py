@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -13,37 +12,49 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from distprune.config import DistillConfig
-from distprune.decoder_layer import DecoderLayer, LayerShape, LowRank, layer_from_state, state_of
 from distprune.distillation.layerwise import Batch, distill, relative_error, split, warmup_and_cosine
-from distprune.forward import LayerRunner
-from distprune.modeling import PrunedConfig, PrunedDecoderLayer
+from distprune.layers.architecture import Architecture
+from distprune.layers.parts import DecoderLayer
+from distprune.layers.runner import LayerRunner
+from distprune.layers.shapes import LayerShape
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-CONFIG = PrunedConfig(**SIZES, num_hidden_layers=1, vocab_size=16)
 SAMPLES, LENGTH = 24, 6
-NARROW = replace(CONFIG.dense_shape(), ffn_width=24)
-FACTORED = replace(NARROW, value_dim=4, query_rank=8, key_rank=8, calibration_rank=4)
+
+
+def architecture_of(layers: int) -> Architecture:
+    return Architecture(LlamaConfig(**SIZES, num_hidden_layers=layers, vocab_size=16))
+
+
+MODEL = architecture_of(1)
+DENSE = MODEL.dense_shape(0)
+NARROW = DENSE.with_ffn(width=24)
+FACTORED = NARROW.with_attention(value_dim=4, query_rank=8, key_rank=8).with_ffn(branch_rank=4)
 
 
 def random_layer(shape: LayerShape, seed: int, dtype: torch.dtype = torch.float32) -> DecoderLayer:
-    module = PrunedDecoderLayer(CONFIG, 0, shape)
     generator = torch.Generator().manual_seed(seed)
     state = {
-        name: torch.randn(tensor.shape, generator=generator) * 0.2 + (name.endswith("layernorm.weight"))
-        for name, tensor in module.state_dict().items()
+        name: torch.randn(dims, generator=generator) * 0.2 + (name.endswith("layernorm.weight"))
+        for name, dims in MODEL.layer_tensors(0, shape).items()
     }
-    return layer_from_state({name: tensor.to(dtype) for name, tensor in state.items()}, shape)
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    return MODEL.names(0).layer_from_state(state, shape)
 
 
-def make_runner(dtype: torch.dtype = torch.float32) -> LayerRunner:
-    return LayerRunner(CONFIG, torch.device("cpu"), dtype, micro_batch=5)
+def state_of(layer: DecoderLayer) -> dict[str, torch.Tensor]:
+    return MODEL.names(0).state_of(layer)
+
+
+def make_runner(dtype: torch.dtype = torch.float32, layers: int = 1) -> LayerRunner:
+    return LayerRunner(architecture_of(layers), torch.device("cpu"), dtype, micro_batch=5)
 
 
 @pytest.fixture(scope="module")
 def hidden_states() -> tuple[torch.Tensor, torch.Tensor]:
     """What goes into a dense layer and what comes out."""
     inputs = torch.randn(SAMPLES, LENGTH, 32, generator=torch.Generator().manual_seed(0))
-    return inputs, make_runner().run(random_layer(CONFIG.dense_shape(), 1), 0, inputs).clone()
+    return inputs, make_runner().run(random_layer(DENSE, 1), 0, inputs).clone()
 
 
 def alone(hidden_states: tuple[torch.Tensor, torch.Tensor]) -> Batch:
@@ -68,7 +79,7 @@ def differing(one: DecoderLayer, other: DecoderLayer) -> set[str]:
 def test_a_full_layer_trains_as_the_decoder_layer_of_transformers_does_by_hand(hidden_states, epochs):
     options = DistillConfig(epochs=epochs, learning_rate=1e-2, batch=4, held_out=0.25, seed=3)
     pruned = random_layer(NARROW, 2)
-    found, lesson = distill(pruned, 0, [], alone(hidden_states), make_runner(), options)
+    found, report = distill(pruned, 0, [], alone(hidden_states), make_runner(), options)
 
     config = LlamaConfig(**SIZES | {"intermediate_size": 24}, attn_implementation="sdpa", rms_norm_eps=1e-6)
     module = LlamaDecoderLayer(config, 0)
@@ -100,26 +111,24 @@ def test_a_full_layer_trains_as_the_decoder_layer_of_transformers_does_by_hand(h
     with torch.no_grad():
         after = loss(held_out).item()
 
-    assert lesson.kept and after < before
-    np.testing.assert_allclose([lesson.held_out_before, lesson.held_out_after], [before, after], rtol=1e-4)
-    np.testing.assert_allclose(lesson.training, losses, rtol=1e-3)
+    assert report.kept and after < before
+    np.testing.assert_allclose([report.held_out_before, report.held_out_after], [before, after], rtol=1e-4)
+    np.testing.assert_allclose(report.training, losses, rtol=1e-3)
     for name, tensor in module.state_dict().items():
         torch.testing.assert_close(state_of(found)[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_dense_layers_that_follow_judge_the_output_and_stay_as_they_are(hidden_states):
     """The loss is the error of the layer's output, and of what the next layers make of it."""
-    runner = LayerRunner(
-        PrunedConfig(**SIZES, num_hidden_layers=3, vocab_size=16), torch.device("cpu"), torch.float32, 5
-    )
-    pruned, following = random_layer(NARROW, 2), [random_layer(CONFIG.dense_shape(), seed) for seed in (3, 4)]
+    runner = make_runner(layers=3)
+    pruned, following = random_layer(NARROW, 2), [random_layer(DENSE, seed) for seed in (3, 4)]
     copies = copy.deepcopy(following)
     options = DistillConfig(learning_rate=1e-2, epochs=4)
     ahead = hidden_states[1]
     for index, layer in enumerate(following, 1):
         ahead = runner.run(layer, index, ahead)
-    learnt, lesson = distill(pruned, 0, following, Batch(*hidden_states, ahead.clone()), runner, options)
-    assert lesson.kept and not any(differing(*pair) for pair in zip(following, copies, strict=True))
+    learnt, report = distill(pruned, 0, following, Batch(*hidden_states, ahead.clone()), runner, options)
+    assert report.kept and not any(differing(*pair) for pair in zip(following, copies, strict=True))
 
     inputs, targets = (states[split(SAMPLES, options)[1]] for states in hidden_states)
 
@@ -131,44 +140,42 @@ def test_dense_layers_that_follow_judge_the_output_and_stay_as_they_are(hidden_s
         outputs, wanted = outputs.double().numpy(), wanted.double().numpy()
         return first + float((((outputs - wanted) ** 2).sum(axis=-1) / (wanted**2).sum(axis=-1)).mean())
 
-    found = [lesson.held_out_before, lesson.held_out_after]
+    found = [report.held_out_before, report.held_out_after]
     np.testing.assert_allclose(found, [both_errors(pruned), both_errors(learnt)], rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_factors_and_calibration_branch_learn_too(hidden_states, dtype):
+def test_factors_and_linear_branch_learn_too(hidden_states, dtype):
     pruned = random_layer(FACTORED, 2, dtype)
     options = DistillConfig(epochs=8, learning_rate=1e-2)
-    learnt, lesson = distill(pruned, 0, [], alone(hidden_states), make_runner(dtype), options)
+    learnt, report = distill(pruned, 0, [], alone(hidden_states), make_runner(dtype), options)
     assert learnt.shape == FACTORED
     assert {tensor.dtype for tensor in state_of(learnt).values()} == {dtype}
     assert differing(pruned, learnt) == set(state_of(pruned))
     held_out = split(SAMPLES, options)[1]
     before, after = (error(layer, *(x[held_out] for x in hidden_states)) for layer in (pruned, learnt))
     assert after < 0.8 * before
-    assert lesson.held_out_after == pytest.approx(after, rel=0.05 if dtype == torch.bfloat16 else 1e-4)
+    assert report.held_out_after == pytest.approx(after, rel=0.05 if dtype == torch.bfloat16 else 1e-4)
 
 
 def test_a_layer_that_does_not_get_better_on_held_out_samples_stays_as_it_was(hidden_states):
     pruned = random_layer(NARROW, 2)
-    layer, lesson = distill(pruned, 0, [], alone(hidden_states), make_runner(), DistillConfig(learning_rate=100.0))
-    assert lesson.held_out_after > lesson.held_out_before and not lesson.kept
+    layer, report = distill(pruned, 0, [], alone(hidden_states), make_runner(), DistillConfig(learning_rate=100.0))
+    assert report.held_out_after > report.held_out_before and not report.kept
     assert layer is pruned
 
 
 def test_low_rank_updates_change_no_weight_by_more_than_their_rank(hidden_states):
     pruned = random_layer(FACTORED, 2)
     options = DistillConfig(train="lora", rank=2, epochs=4, learning_rate=1e-2)
-    learnt, lesson = distill(pruned, 0, [], alone(hidden_states), make_runner(), options)
-    assert lesson.kept
+    learnt, report = distill(pruned, 0, [], alone(hidden_states), make_runner(), options)
+    assert report.kept
     assert "input_layernorm.weight" not in differing(pruned, learnt)
-    for role in [field.name for field in fields(pruned)]:
-        before, after = getattr(pruned, role), getattr(learnt, role)
-        if not hasattr(before, "bias"):
-            continue
-        for name in ("right", "left") if isinstance(before, LowRank) else ("weight",):
-            change = (getattr(after, name) - getattr(before, name)).double().numpy()
-            assert np.linalg.matrix_rank(change, tol=1e-5) == 2, (role, name)
+    for name in differing(pruned, learnt):
+        change = (state_of(learnt)[name] - state_of(pruned)[name]).double().numpy()
+        assert np.linalg.matrix_rank(change, tol=1e-5) == 2, name
+    matrices = {name for name, tensor in state_of(pruned).items() if tensor.dim() == 2}
+    assert differing(pruned, learnt) == matrices
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(hidden_states):

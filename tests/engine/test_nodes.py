@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 
 from distprune import InputError
+from distprune.engine.scheduler.nodes import GIB, Node, Nodes, Requirements
 from distprune.engine.scheduler.ray_cluster import WorkerPlan
 from distprune.engine.scheduler.worker_registry import WorkerRegistry
 from distprune.engine.telemetry.progress import Progress
-from distprune.engine.scheduler.nodes import GIB, Requirements, Node, Nodes
 
 SMALL = Node("alpha", "a1", "NVIDIA L4", 24 * GIB, 64 * GIB)
 LARGE = Node("beta", "b2", "NVIDIA H100", 80 * GIB, 512 * GIB)
@@ -84,7 +84,7 @@ def test_where_every_gpu_is_too_small_the_input_is_bad():
 
 def test_workers_that_share_a_gpu_need_it_to_be_as_much_larger():
     def needed(gpus: float) -> Requirements:
-        return WorkerPlan(1, "cuda", 1, gpus).needing(NEEDS).needs
+        return WorkerPlan(1, "cuda", 1, gpus).requiring(NEEDS).requirements
 
     assert needed(1) == needed(2) == needed(0) == NEEDS
     assert needed(0.5) == Requirements(80 * GIB, 20 * GIB)

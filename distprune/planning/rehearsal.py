@@ -1,0 +1,361 @@
+"""The tasks of a run, done on tensors without values: what each takes, for every kind of layer.
+
+A task that runs layers over samples is done with two micro-batches and with three. So what it takes with any number of
+them is known, since every further one takes as much as the third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from distprune.config import PruneConfig
+from distprune.engine.worker.check_tasks import CheckLayer, CheckOuter
+from distprune.engine.worker.dense_model import DenseModel
+from distprune.engine.worker.distill_task import Distill
+from distprune.engine.worker.end_to_end_tasks import (
+    CloseEnd,
+    Diverge,
+    FoldIn,
+    Forward,
+    Learn,
+    OpenDense,
+    OpenEnd,
+    OpenStudent,
+    StepOptimizer,
+)
+from distprune.engine.worker.layer_worker import LayerWorker
+from distprune.engine.worker.pass_tasks import (
+    Advance,
+    Backward,
+    CloseLayer,
+    CloseLoss,
+    Embed,
+    LossGradient,
+    OpenBackward,
+    OpenForward,
+    OpenLoss,
+    Sweep,
+)
+from distprune.engine.worker.prune_task import Prune
+from distprune.engine.worker.task import Task
+from distprune.layers.loss import TOKENS_AT_ONCE
+from distprune.layers.parts import DecoderLayer
+from distprune.layers.shapes import LayerShape
+from distprune.methods import make_method
+from distprune.planning.counting import Counting, Counts
+from distprune.planning.fused_attention import FusedAttention
+from distprune.planning.imagined_gpu import imagined_gpu
+from distprune.planning.valueless_checkpoint import ValuelessCheckpoint
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one task took, and the bytes that it gave."""
+
+    counts: Counts
+    given: int
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a task takes with some samples and with more; of one that gets no samples both are the same.
+
+    Attributes:
+        less, more: what it took.
+        sizes: with how many samples each.
+    """
+
+    less: Done
+    more: Done
+    sizes: tuple[float, float] = (1, 2)
+
+    def on(self, samples: float, figure: Callable[[Done], float]) -> float:
+        """A figure of the task with so many samples."""
+        first, second = figure(self.less), figure(self.more)
+        small, large = self.sizes
+        return first + (samples - small) / (large - small) * (second - first)
+
+
+#: What tasks of a layer take, by their classes.
+Takes = Mapping[type[Task], Rehearsed]
+
+
+@dataclass
+class Rehearsal:
+    """The tasks of one run, each done when it is first asked for.
+
+    Attributes:
+        config: the run, its dtype settled.
+        model: of which the checkpoint's headers are known.
+        shapes: what the layers are pruned to.
+        device: "cuda" or "cpu".
+        samples, length: of a micro-batch.
+        lesson_length: of what distillation learns from.
+    """
+
+    config: PruneConfig
+    model: DenseModel
+    shapes: list[LayerShape]
+    device: str
+    samples: int
+    length: int
+    lesson_length: int | None = None
+    _taken: dict[Hashable, Takes] = field(default_factory=dict)
+    #: Inside, tensors that are made have no values.
+    _values: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+
+    # ---------------------------------------------------------------- what is asked
+
+    def layer(self, index: int) -> Takes:
+        """What checking, the passes and pruning take of a layer."""
+        return self._once(("layer", self.group(index)), lambda: self._layer(self._representative(index)))
+
+    def learning(self, index: int) -> Takes:
+        """What distillation takes of a layer; nothing where there is none."""
+        if self.config.distill is None:
+            return {}
+        return self._once(("learning", self.group(index)), lambda: self._learning(self._representative(index)))
+
+    def ends(self) -> Takes:
+        """What comes before the first layer and after the last."""
+        return self._once("ends", self._ends)
+
+    def group(self, index: int) -> Hashable:
+        """Equal for layers of which one stands for the others."""
+        begins_block = index % self._block_length == 0 and bool(self._carries)
+        return self.model.architecture.kind(index), begins_block, rough(self.shapes[index], self._dense_shape(index))
+
+    def _representative(self, index: int) -> int:
+        """A layer of the same group, which others come after."""
+        like = [other for other in range(len(self.shapes)) if self.group(other) == self.group(index)]
+        return like[len(like) // 2]
+
+    def _once(self, key: Hashable, rehearse: Callable[[], Takes]) -> Takes:
+        if key not in self._taken:
+            with self._values, FusedAttention():
+                self._taken[key] = rehearse()
+        return self._taken[key]
+
+    # ---------------------------------------------------------------- a worker
+
+    @cached_property
+    def worker(self) -> LayerWorker:
+        """Does the tasks. What it makes once and keeps, masks and positions, is not counted."""
+        device = torch.device("cpu") if self.device == "cpu" else imagined_gpu()
+        model = replace(self.model, checkpoint=ValuelessCheckpoint(self.model.checkpoint))
+        worker = LayerWorker(self.config.model_copy(update={"device": self.device}), model, device)
+        runner = worker.runner
+        runner.shell.fill(worker._small_tensors)
+        for dtype in {runner.dtype, runner.gradient_dtype}:
+            runner.shell.calls(self.samples, self.length, dtype)
+        return worker
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """The samples of two micro-batches and of three: while a second one runs, something of the first lives on."""
+        return 2 * self.samples, 3 * self.samples
+
+    @property
+    def _block_length(self) -> int:
+        return self.config.block_length(len(self.shapes))
+
+    @cached_property
+    def _carries(self) -> bool:
+        method = make_method(self.config.method, self.config.options)
+        return any(method.carried_moments(shape) for shape in self.model.architecture.dense_shapes)
+
+    def _dense_shape(self, index: int) -> LayerShape:
+        return self.model.architecture.dense_shape(index)
+
+    @contextmanager
+    def _counting(self) -> Iterator[Callable[[Task], tuple[Done, Any]]]:
+        """Yields what does a task, and tells what it took and what it gave."""
+        worker, counting = self.worker, Counting()
+        worker.model.checkpoint.counting = counting
+
+        def do(task: Task) -> tuple[Done, Any]:
+            with counting:
+                results = task.run(worker)
+                size = sum(leaf.nbytes for leaf in tree_leaves(values_of(results)) if isinstance(leaf, Tensor))
+            return Done(counting.take(), size), results
+
+        yield do
+        worker.close()
+        worker.model.checkpoint.counting = None
+
+    def states(self, batches: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Hidden states of so many micro-batches."""
+        hidden_size = self.model.architecture.hidden_size
+        return torch.empty(batches * self.samples, self.length, hidden_size, dtype=dtype or self.worker.runner.dtype)
+
+    # ---------------------------------------------------------------- rehearsals
+
+    def _layer(self, index: int) -> Takes:
+        taken: dict[type[Task], Rehearsed] = {}
+        with self._counting() as do:
+            taken[CheckLayer] = same(do(CheckLayer(index))[0])
+        forward, remembered = self._passed(OpenForward(index), lambda n, b: Sweep(index, n, self.states(b)))
+        taken |= forward
+        profile, carried = remembered
+        if self.worker.has_gradient_pass:
+            gradient = self.worker.runner.gradient_dtype
+            backward, (profile, _) = self._passed(
+                OpenBackward(index), lambda n, b: Backward(index, n, self.states(b), self.states(b, gradient))
+            )
+            taken[CloseAfterForward] = forward[CloseLayer]
+            taken |= backward
+        taken[Advance] = self._twice(lambda batches: Advance(index, self.states(batches)))
+        planned, propagates = self.shapes[index], self._block_length > 1
+        taken[Prune] = self._twice(lambda b: Prune(index, self.states(b), planned, profile, carried, propagates))
+        return taken
+
+    def _passed(self, opening: Task, passing: Callable[[int, int], Task]) -> tuple[Takes, Any]:
+        """What a layer takes that is opened, passed by samples and closed; and what closing it gave."""
+        index = opening.layer
+        with self._counting() as do:
+            taken = {type(opening): same(do(opening)[0])}
+            # The first micro-batch finds totals that are not there yet.
+            pieces = [do(passing(number, batches))[0] for number, batches in enumerate((1, 2, 3))]
+            taken[type(passing(0, 1))] = Rehearsed(pieces[1], pieces[2], self._sizes)
+            closed, results = do(CloseLayer(index, len(pieces)))
+        return taken | {CloseLayer: same(closed)}, results
+
+    def _twice(self, task: Callable[[int], Task]) -> Rehearsed:
+        done = []
+        for batches in (2, 3):
+            with self._counting() as do:
+                done.append(do(task(batches))[0])
+        return Rehearsed(*done, self._sizes)
+
+    def _pairs(self, index: int, shape: LayerShape) -> Tensor | None:
+        """Rotary pairs that a pruned layer may have kept; None where it has all."""
+        attention = shape.attention
+        if attention is None or not self.model.architecture.names(index).narrows_pairs(attention):
+            return None
+        return torch.arange(attention.query_key_dim // 2).expand(attention.kv_heads, -1)
+
+    def _learning(self, index: int) -> Takes:
+        """What it takes a pruned layer to learn."""
+        options, shape = self.config.distill, self.shapes[index]
+        student = self.model.architecture.names(index).layer_from_state(
+            {
+                name: torch.empty(dims, dtype=self.model.checkpoint.tensors[self.model.layer_names(index)[name]].dtype)
+                if name in self.model.layer_names(index)
+                else torch.empty(dims, dtype=self.worker.runner.dtype)
+                for name, dims in self.model.architecture.layer_tensors(index, shape).items()
+            },
+            shape,
+            self._pairs(index, shape),
+        )
+        if options.objective == "logits":
+            return self._end_to_end(index, student)
+        sizes = options.batch + 1, 2 * options.batch + 2
+        done = []
+        for samples in sizes:
+            states = self._lessons(samples)
+            with self._counting() as do:
+                done.append(do(Distill(index, student, states, states, states))[0])
+        return {Distill: Rehearsed(*done, sizes)}
+
+    def _end_to_end(self, index: int, student: DecoderLayer) -> Takes:
+        batch = self.config.distill.micro_batch(self.samples)
+        small, large = self._lessons(batch), self._lessons(2 * batch)
+        sizes, taken = (batch, 2 * batch), {}
+        with self._counting() as do:
+            taken[OpenDense] = same(do(OpenDense(index))[0])
+            taken[Forward] = Rehearsed(
+                *(do(Forward(index, number, states))[0] for number, states in enumerate((small, large))), sizes
+            )
+        with self._counting() as do:
+            taken[OpenStudent] = same(do(OpenStudent(index, student, {}))[0])
+            taken[ForwardOfStudent] = Rehearsed(
+                *(do(Forward(index, number, states))[0] for number, states in enumerate((small, large))), sizes
+            )
+        with self._counting() as do:
+            do(OpenStudent(index, student, {}))
+            learnt = [do(Learn(index, n, states, states))[0] for n, states in enumerate((small, small, large))]
+            taken[Learn] = Rehearsed(learnt[1], learnt[2], sizes)
+            stepped, parameters = do(StepOptimizer(index, 3, 1e-4))
+            taken[StepOptimizer] = same(stepped)
+            taken[FoldIn] = same(do(FoldIn(index, student, parameters))[0])
+        return taken
+
+    def _lessons(self, samples: int) -> Tensor:
+        hidden_size, dtype = self.model.architecture.hidden_size, self.worker.runner.dtype
+        return torch.empty(samples, self.lesson_length, hidden_size, dtype=dtype)
+
+    def _ends(self) -> Takes:
+        with self._counting() as do:
+            taken: dict[type[Task], Rehearsed] = {CheckOuter: same(do(CheckOuter())[0])}
+        tokens = [torch.empty(batches * self.samples, self.length, dtype=torch.int32) for batches in (0, 1, 2, 3)]
+        taken[Embed] = self._twice(lambda batches: Embed(tokens[batches]))
+        if self.worker.has_gradient_pass:
+            with self._counting() as do:
+                taken[OpenLoss] = same(do(OpenLoss())[0])
+                taken[LossGradient] = Rehearsed(
+                    *(do(self._loss_gradient(runs))[0] for runs in (2, 3)),
+                    (2 * TOKENS_AT_ONCE / self.length, 3 * TOKENS_AT_ONCE / self.length),
+                )
+                taken[CloseLoss] = same(do(CloseLoss())[0])
+        if self.config.distill is not None and self.config.distill.objective == "logits":
+            with self._counting() as do:
+                taken[OpenEnd] = same(do(OpenEnd())[0])
+                states = [self._lessons(1)[:, : runs * TOKENS_AT_ONCE] for runs in (1, 2)]
+                sizes = TOKENS_AT_ONCE / self.lesson_length, 2 * TOKENS_AT_ONCE / self.lesson_length
+                taken[Diverge] = Rehearsed(*(do(Diverge(some, some))[0] for some in states), sizes)
+                taken[CloseEnd] = same(do(CloseEnd())[0])
+        return taken
+
+
+    def _loss_gradient(self, runs: int) -> LossGradient:
+        """The task for a sample of so many runs of tokens whose logits exist at once."""
+        states = torch.empty(1, runs * TOKENS_AT_ONCE, self.model.architecture.hidden_size, dtype=self.worker.runner.dtype)
+        return LossGradient(states, torch.empty(states.shape[:2], dtype=torch.int32))
+
+
+class ForwardOfStudent(Forward):
+    """A pruned layer's forward pass in end-to-end distillation, and not a dense one's."""
+
+
+class CloseAfterForward(CloseLayer):
+    """The end of a layer's dense pass where a gradient pass follows, which gives the profile."""
+
+
+def same(done: Done) -> Rehearsed:
+    """What a task takes that gets no samples."""
+    return Rehearsed(done, done)
+
+
+def values_of(result: Any) -> Any:
+    """What a task gives, with layers and finished ones as their tensors."""
+    if isinstance(result, tuple):
+        return tuple(map(values_of, result))
+    if isinstance(result, DecoderLayer):
+        return list(result.tensors())
+    return getattr(result, "written", result)
+
+
+def rough(shape: LayerShape, dense: LayerShape) -> Hashable:
+    """Equal for shapes of which one layer stands for the other: their widths differ by few percent of the dense ones."""
+
+    def steps(part: Any, full: Any) -> Hashable:
+        if part is None:
+            return None
+        return tuple(
+            round(STEPS * value / getattr(full, name)) if getattr(full, name) not in (None, False, True) else value
+            for name, value in vars(part).items()
+        )
+
+    return steps(shape.attention, dense.attention), steps(shape.ffn, dense.ffn)
+
+
+STEPS = 32
