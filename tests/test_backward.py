@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from distprune.backward import ALL_TAPS, GRADIENT_TAPS, backward, gradients_tapped
+from distprune.forward import TAPS, LayerRunner
+from distprune.loss import LossHead, of_head
 from gradients import GRADIENTS, assert_same, by_transformers, layer_by_layer
 from transformers import AutoModelForCausalLM
 
-from distprune.backward import ALL_TAPS, GRADIENT_TAPS, backward, gradients_tapped
 from distprune.families import family_of
-from distprune.forward import TAPS, LayerRunner
-from distprune.loss import LossHead, of_head
 
 CASES = {
     "llama": ("llama", {}),

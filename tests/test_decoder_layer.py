@@ -8,7 +8,6 @@ from itertools import cycle
 import numpy as np
 import pytest
 import torch
-
 from distprune.decoder_layer import (
     DecoderLayer,
     LayerShape,
@@ -19,6 +18,7 @@ from distprune.decoder_layer import (
     state_of,
     stored_like,
 )
+
 from distprune.modeling import ROTARY_PAIRS, PrunedConfig, PrunedDecoderLayer
 
 SHAPES = {

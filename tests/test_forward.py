@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from distprune.decoder_layer import DecoderLayer, LowRank, state_of
+from distprune.forward import TAPS, LayerRunner, tapped
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from distprune.decoder_layer import DecoderLayer, LowRank, state_of
 from distprune.families import family_of
-from distprune.forward import TAPS, LayerRunner, tapped
 from distprune.methods.units import without_attention, without_ffn
 from distprune.modeling import PrunedConfig
 
