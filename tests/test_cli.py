@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 from distprune import api
 from distprune.calibration import CalibrationMetadata, open_calibration, write_calibration
 from distprune.cli import app
+from distprune.cli.application import COMMANDS
 from distprune.config import END_TO_END, DistillConfig, PruneConfig
 
 GIB = 2**30
@@ -197,7 +198,7 @@ def test_a_missing_calibration_set_is_refused(assert_refused, tmp_path):
         (["--method", "olica", "--option", "k=-1"], ["option 'k' of method olica", "greater than or equal to 0"]),
         (["--method", "olica", "--option", "k=many"], ["option 'k' of method olica", "number"]),
         (["--option", "k"], ["--option k: write NAME=VALUE"]),
-        (["--option", "k=[1"], ["--option k=[1: '[1' is no value"]),
+        (["--option", "k=[1"], ["--option k=[1: '[1' is not a YAML value"]),
         (["--propagation", 0], ["option 'propagation' is '0'", "from 1, or 'full'"]),
         (["--propagation", "some"], ["option 'propagation' is 'some'", "from 1, or 'full'"]),
         (["--propagation", "²"], ["option 'propagation' is '²'", "from 1, or 'full'"]),
@@ -374,6 +375,100 @@ def test_help_tells_the_defaults_that_the_configuration_has(command):
     assert told == {name: str(plain[name]) for name in told}
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_each_command_has_the_file_of_its_name_and_a_help(distprune, command):
+    name = command.__name__
+    assert command.__module__ == f"distprune.cli.{name}_command"
+    shown = distprune(name, "--help")
+    assert (shown.exit_code, shown.stdout.split()[1:3]) == (0, ["distprune", name])
+    first_words = command.__doc__.split()[:6]
+    assert " ".join(first_words) in " ".join(shown.stdout.split())
+
+
+IN_PROCESS = """
+import sys
+from distprune.cli import main
+
+sys.argv = ["distprune", "prune", "--help"]
+try:
+    main()
+except SystemExit:
+    slow = sorted({"ray", "torch", "transformers"} & sys.modules.keys())
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    print(slow, is_progress_bar_enabled(), file=sys.stderr)
+"""
+
+
+def test_help_waits_for_no_slow_import_and_transformers_shows_no_progress_bars():
+    done = subprocess.run([sys.executable, "-c", IN_PROCESS], capture_output=True, text=True, check=True)
+    assert "Prune a model on Ray" in done.stdout
+    assert done.stderr == "[] False\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "layout"),
+    [
+        ((), "free"),
+        (("--layout", "free"), "free"),
+        (("--layout", "per-layer"), "free"),
+        (("--layout", "heterogeneous"), "heterogeneous"),
+        (("--layout", "stock"), "stock"),
+    ],
+)
+def test_the_layout_reaches_the_run_and_per_layer_means_free(distprune, monkeypatch, arguments, layout):
+    seen = []
+    monkeypatch.setattr("distprune.engine.prune", lambda config, *_: seen.append(config) or sys.exit(0))
+    assert distprune("prune", "m", "-o", "o", *arguments).exit_code == 0
+    assert [config.layout for config in seen] == [layout]
+
+
+def test_an_unknown_layout_is_refused(distprune):
+    result = distprune("prune", "m", "-o", "o", "--layout", "dense")
+    assert result.exit_code == 2
+    assert "option 'layout' is 'dense'" in result.stderr and "'heterogeneous'" in result.stderr
+
+
+def test_export_writes_the_file_as_it_is_asked_to_and_tells_its_size(distprune, dense_path, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    output = tmp_path / "model.gguf"
+    result = distprune("export", dense_path, output, "--dtype", "f32", "--pre", "smollm")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{output}: {output.stat().st_size / 1e9:.2f} GB\n"
+    read = gguf.GGUFReader(output)
+    assert {tensor.tensor_type.name for tensor in read.tensors} == {"F32"}
+    assert read.fields["tokenizer.ggml.pre"].contents() == "smollm"
+
+
+def test_export_of_a_folder_that_is_no_checkpoint_is_refused(distprune, tmp_path):
+    result = distprune("export", tmp_path / "none", tmp_path / "model.gguf")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "none is not a folder" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_export_without_the_gguf_package_is_refused(distprune, monkeypatch, tmp_path):
+    monkeypatch.setattr("distprune.cli.export_command.find_spec", lambda name: None)
+    result = distprune("export", tmp_path, tmp_path / "model.gguf")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "needs the gguf package" in result.stderr
+
+
+def test_convert_of_a_checkpoint_that_is_no_earlier_version_s_is_refused(distprune, dense_path, tmp_path):
+    result = distprune("convert", dense_path, tmp_path / "new")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "nothing to convert" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_convert_tells_what_it_wrote(distprune, monkeypatch):
+    asked = []
+    monkeypatch.setattr("distprune.export.convert.convert", lambda *folders: asked.append(folders))
+    result = distprune("convert", "old", "new")
+    assert (result.exit_code, result.stdout) == (0, "new: converted from old\n")
+    assert asked == [(Path("old"), Path("new"))]
+
+
 # ------------------------------------------------------------------ names, streams and signals
 
 
@@ -419,7 +514,7 @@ def test_a_run_ends_well_whatever_its_name_and_although_its_report_cannot_be_wri
 
 SIGNALLED = """
 import atexit, os, signal, sys
-from distprune import cli
+from distprune import api, cli
 from distprune.engine import driver
 
 def signal_and(act):
@@ -434,7 +529,7 @@ match sys.argv.pop():
     case "leaving":
         atexit.register(signal_and(lambda: None))
     case "beginning":
-        cli.api.prune = signal_and(cli.api.prune)
+        api.prune = signal_and(api.prune)
 cli.main()
 """
 

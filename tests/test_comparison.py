@@ -157,7 +157,7 @@ def test_own_samples_are_drawn_once_and_stay_with_the_results_that_are_kept(comp
     own = {"calibration": None, "samples": 4, "sequence_length": 12, "seed": 5}
     keep = tmp_path / "kept"
     comparison(methods=["oops", "olica"], sparsities=[0.125], keep=keep, **own)
-    assert [method for method, _ in calls].count("own_samples") == 1
+    assert [kind for kind, _ in calls].count("write_own_samples") == 1
     assert sorted(os.listdir(keep)) == ["calibration.arrow", "olica-12.5", "oops-12.5"]
 
     alone, _ = run(method="oops", sparsity=0.125, **own)
@@ -386,7 +386,7 @@ def test_a_failing_run_leaves_the_rows_before_it(command, fail_at, scratch, erro
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sparsity", "0.2,some"], "--sparsity: 'some' is no number; write them as in 0.2,0.3."),
+        (["--sparsity", "0.2,some"], "--sparsity: 'some' is not a number; write them as in 0.2,0.3."),
         (["--option", "selection=score"], "--option selection=score: write METHOD.NAME=VALUE."),
         (["--option", "oops.selection"], "--option oops.selection: write METHOD.NAME=VALUE."),
         (["--option", "oops=0.5"], "--option oops=0.5: write METHOD.NAME=VALUE."),

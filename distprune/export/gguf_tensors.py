@@ -96,7 +96,7 @@ def write_tensors(writer: GGUFWriter, file: Path, tensors: list[GgufTensor]) -> 
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in tensors:
-        data = tensor.read().to(torch.float32).numpy()
+        data = tensor.read().float().numpy()
         with np.errstate(over="ignore"):
             stored = data.astype(tensor.dtype)
         if not np.isfinite(stored).all():

@@ -34,7 +34,8 @@ def language_config(config: PreTrainedConfig) -> tuple[PreTrainedConfig, bool]:
     if text is config:
         return config, False
     text = copy.deepcopy(text)
-    text.tie_word_embeddings = config.tie_word_embeddings
+    if hasattr(config, "tie_word_embeddings"):
+        text.tie_word_embeddings = config.tie_word_embeddings
     text.dtype = text.dtype or config.dtype
     text.name_or_path = config.name_or_path
     return text, True
@@ -72,8 +73,9 @@ def language_part(whole: PreTrainedModel, language: PreTrainedModel) -> dict[str
 
 def _places(whole: PreTrainedModel, language: PreTrainedModel) -> Iterator[tuple[str, str]]:
     """The prefixes of the names in the decoder, and in the head, in the one and in the other."""
-    for part in ("get_decoder", "get_output_embeddings"):
-        there, here = (getattr(model, part)() for model in (whole, language))
+    decoder = whole.get_decoder()  # of any depth: a class of the language model's, or a part of it
+    same = next((each for each in language.modules() if type(each) is type(decoder)), None)
+    for there, here in ((decoder, same), (whole.get_output_embeddings(), language.get_output_embeddings())):
         if there is not None and here is not None:
             yield _prefix_of(there, whole), _prefix_of(here, language)
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from distprune.errors import InputError
-from distprune.families import Family, family_of
+from distprune.families import TABLES, Family, family_of
 from distprune.layers.describing import describe, full_attention
 from distprune.layers.names import LayerNames
-from distprune.layers.parts import DecoderLayer
+from distprune.layers.parts import Attention, DecoderLayer
 from distprune.layers.removing import find_removable
 from distprune.layers.resized import resize_attention, resize_ffn
 from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape, Removable
@@ -68,9 +68,11 @@ class Architecture:
         self._dense = [self._describe(index) for index in range(len(layers))]
         self._removable: dict[Hashable, Removable] = {}
         if all(dense.layer.attention is None and dense.layer.ffn is None for dense in self._dense):
+            classes = ", ".join(sorted({layer_class.__name__ for layer_class in self._classes}))
             raise InputError(
-                f"model_type '{self.config.model_type}': distprune knows no part of its layers ({', '.join(sorted({cls.__name__ for cls in self._classes}))}), since they carry none of "
-                "the names that it looks for. docs/families.md says how to add a family."
+                f"model_type '{self.config.model_type}': distprune knows no part of its layers ({classes}), since they "
+                f"carry none of the names that it looks for: the common ones, and those of {', '.join(TABLES)}. "
+                "docs/families.md says how to add a family."
             )
 
     # ---------------------------------------------------------------- the model
@@ -100,7 +102,8 @@ class Architecture:
     @property
     def dtype(self) -> torch.dtype:
         """What the configuration says that weights are stored in."""
-        return self.config.dtype or torch.float32
+        dtype = self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
     # ---------------------------------------------------------------- layers
 
@@ -159,39 +162,42 @@ class Architecture:
 
     def config_changes(self, index: int, shape: LayerShape) -> dict[str, int]:
         """What a layer's configuration says otherwise than the model's, if the layer has that shape."""
-        family, dense, changes = self.family, self.dense_shape(index), {}
-        if shape.attention is not None and shape.attention.query_heads != dense.attention.query_heads:
-            changes[family.heads] = shape.attention.query_heads
-        if shape.attention is not None and shape.attention.kv_heads != dense.attention.kv_heads:
-            changes[family.kv_heads] = shape.attention.kv_heads
-        if family.heads in changes or family.kv_heads in changes:
-            changes[family.head_dim] = self.names(index).full.query_key_dim
-        if shape.ffn is not None and shape.ffn.width != dense.ffn.width:
-            changes[family.width] = shape.ffn.width
-        return changes
+        family, dense = self.family, self.dense_shape(index)
+        said: dict[str | None, int] = {}
+        if shape.attention is not None and dense.attention is not None:
+            heads = {family.heads: shape.attention.query_heads, family.kv_heads: shape.attention.kv_heads}
+            before = {family.heads: dense.attention.query_heads, family.kv_heads: dense.attention.kv_heads}
+            said |= {name: count for name, count in heads.items() if count != before[name]}
+            full = self.names(index).full
+            if said and full is not None:
+                said[family.head_dim] = full.query_key_dim  # else some classes make it anew from the number of heads
+        if shape.ffn is not None and dense.ffn is not None and shape.ffn.width != dense.ffn.width:
+            said[family.width] = shape.ffn.width
+        return {name: value for name, value in said.items() if name is not None}
 
     def layer_from_state(self, index: int, state: Mapping[str, Tensor]) -> DecoderLayer:
         """A layer of the model from its module's state."""
         dense = self._dense[index]
-        pairs = dense.layer.attention and dense.layer.attention.rotary_pairs
+        pairs = None if dense.layer.attention is None else dense.layer.attention.rotary_pairs
         return dense.names.layer_from_state(state, dense.layer.shape, pairs)
 
     # ---------------------------------------------------------------- tensors
 
     def attention_tensors(self, index: int, shape: AttentionShape | None) -> dict[str, Dims]:
         """Names within the layer and dimensions of the tensors of an attention of that shape, its norms included."""
-        if shape is None:
-            return {}
         dense, names = self._dense[index].layer, self.names(index)
+        if shape is None or dense.attention is None:
+            return {}
         inside = {name: tensor for name, tensor in dense.rest.items() if names.is_in_attention(name)}
         resized = resize_attention(dense.attention, shape)
         return dims_of(names.state_of(DecoderLayer(resized, None, inside)))
 
     def ffn_tensors(self, index: int, shape: FeedForwardShape | None) -> dict[str, Dims]:
         """The same of a feed-forward network."""
-        if shape is None:
+        dense = self._dense[index].layer.ffn
+        if shape is None or dense is None:
             return {}
-        resized = resize_ffn(self._dense[index].layer.ffn, shape)
+        resized = resize_ffn(dense, shape)
         return dims_of(self.names(index).state_of(DecoderLayer(None, resized)))
 
     def rest_tensors(self, index: int) -> dict[str, Dims]:
@@ -271,14 +277,14 @@ def pruned_layer(config: PreTrainedConfig, index: int) -> Mapping[str, Any] | No
 def as_pruned(base: DecoderLayer, said: Mapping[str, Any]) -> DecoderLayer:
     """A layer of the shape that a pruned model's configuration says."""
     attention, ffn = base.attention, base.ffn
-    if "attention" in said:
+    if attention is not None and "attention" in said:
         attention = said["attention"] and _attention_as_pruned(attention, said["attention"])
-    if "ffn" in said:
+    if ffn is not None and "ffn" in said:
         ffn = said["ffn"] and resize_ffn(ffn, FeedForwardShape(**said["ffn"]))
     return replace(base, attention=attention, ffn=ffn)
 
 
-def _attention_as_pruned(attention, said: Mapping[str, Any]):
+def _attention_as_pruned(attention: Attention, said: Mapping[str, Any]) -> Attention:
     said = dict(said)
     pairs = said.pop("rotary_pairs", None)
     resized = resize_attention(attention, AttentionShape(**said))

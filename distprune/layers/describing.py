@@ -32,7 +32,7 @@ def attention_shape(family: Family, module: nn.Module, config: PreTrainedConfig)
     """The shape of a layer's attention; None where it is of a kind that is not known."""
     attention = getattr(module, family.attention, None)
     inputs = [family.qkv.name] if family.qkv else [family.query, family.key, family.value]
-    if not are_linear(attention, *inputs, family.output):
+    if attention is None or not are_linear(attention, *inputs, family.output):
         return None
     heads = getattr(config, family.heads)
     groups = (getattr(config, family.kv_heads, None) if family.kv_heads else None) or heads

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from distprune.families import Family, Fused
 from distprune.layers.architecture import Architecture, pruned_layer
@@ -121,7 +122,9 @@ class Place:
     def __init__(self, module: nn.Module, of: str, select: Select = lambda activation: activation):
         self._module, self._of, self._select = module, of, select
 
-    def watch(self, site: Site, forward: bool, backward: bool, keep: Callable[[Site, Tensor], None]):
+    def watch(self, site: Site, forward: bool, backward: bool, keep: Callable[[Site, Tensor], None]) -> RemovableHandle:
+        """See every activation, and what reaches it backwards, until the handle is removed."""
+
         def see(activation: Tensor) -> None:
             if backward:
                 activation.register_hook(lambda gradient: keep(site.gradient, self._flat(gradient)))
@@ -142,14 +145,14 @@ def places(module: nn.Module, family: Family, shape: LayerShape) -> dict[Site, P
     if shape.attention is not None:
         found |= _attention_places(getattr(module, family.attention), family, shape.attention)
     if shape.ffn is not None:
-        found |= _ffn_places(module if family.ffn is None else getattr(module, family.ffn), family, shape)
+        found |= _ffn_places(module if family.ffn is None else getattr(module, family.ffn), family, shape.ffn.width)
     return found
 
 
 def _attention_places(attention: nn.Module, family: Family, shape: AttentionShape) -> dict[Site, Place]:
     fused = family.qkv if family.qkv is not None and family.qkv.name in attention._modules else None
     if fused is not None:
-        whole = attention._modules[fused.name]
+        whole = attention.get_submodule(fused.name)
         widths = (
             shape.query_heads * shape.query_key_dim,
             shape.kv_heads * shape.query_key_dim,
@@ -173,13 +176,12 @@ def _attention_places(attention: nn.Module, family: Family, shape: AttentionShap
     }
 
 
-def _ffn_places(ffn: nn.Module, family: Family, shape: LayerShape) -> dict[Site, Place]:
+def _ffn_places(ffn: nn.Module, family: Family, width: int) -> dict[Site, Place]:
     has_module, down = family.ffn is not None, getattr(ffn, family.down)
     fused = family.gate_up
     first = getattr(ffn, fused.name if fused else family.up)
     found = {FFN_INPUT: Place(ffn if has_module else first, "input")}
     if fused:
-        width = shape.ffn.width
         found[GATE], found[UP] = (Place(first, "output", select) for select in selections((width, width), fused, 1))
     else:
         if family.gate is not None:

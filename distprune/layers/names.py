@@ -1,8 +1,8 @@
 """What the tensors of a layer's parts are called in the layer's module, dense or pruned.
 
 A projection that is one matrix of its full width keeps its name. What stands in for one that pruning has changed lies
-beside it, in one of three places: ``left`` and ``right`` hold the factors of a product, and ``narrow`` a matrix that has
-lost rotary pairs or value neurons. See :mod:`distprune.modeling.pruned_projections` for why.
+beside it, in one of three places: ``left`` and ``right`` hold the factors of a product, and ``narrow`` a matrix that
+has lost rotary pairs or value neurons. See :mod:`distprune.modeling.pruned_projections` for why.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LayerNames:
         """The inverse of :meth:`state_of`, for a layer of ``shape``."""
         state = dict(state)
         attention = None if shape.attention is None else self._attention(state, shape.attention, rotary_pairs)
-        ffn = None if shape.ffn is None else self._ffn(state, shape.ffn.is_gated)
+        ffn = None if shape.ffn is None else self._ffn(state)
         return DecoderLayer(attention, ffn, state)
 
     def is_in_attention(self, name: str) -> bool:
@@ -81,55 +81,64 @@ class LayerNames:
         if family.qkv is None:
             return {**_states(parent, pieces), **output}
         if self.keeps_qkv(shape):
-            fused = join_heads([piece for piece, _ in pieces.values()], shape.kv_heads if family.qkv.by_head else None)
+            fused = join_heads(
+                [matrix(piece) for piece, _ in pieces.values()], shape.kv_heads if family.qkv.by_head else None
+            )
             return {**_state(parent, family.qkv.name, fused), **output}
         return {**_states(parent, {name: (piece, True) for name, (piece, _) in pieces.items()}), **output}
 
     def _attention(self, state: dict[str, Tensor], shape: AttentionShape, pairs: Tensor | None) -> Attention:
         family, parent = self.family, self.family.attention
         if family.qkv is not None and self.keeps_qkv(shape):
+            query: Projection
+            key: Projection
             sizes = [
                 shape.query_heads * shape.query_key_dim,
                 *(shape.kv_heads * w for w in (shape.query_key_dim, shape.value_dim)),
             ]
-            fused = _take(state, parent, family.qkv.name)
+            fused = _take_matrix(state, parent, family.qkv.name)
             query, key, value = split_heads(fused, sizes, shape.kv_heads if family.qkv.by_head else None)
         else:
-            query, key, value = (_take(state, parent, name) for name in (family.query, family.key, family.value))
+            query, key = (_take(state, parent, name) for name in (family.query, family.key))
+            value = _take_matrix(state, parent, family.value)
         output = _take(state, parent, family.output)
         return Attention(shape.query_heads, shape.kv_heads, query, key, value, output, pairs)
 
     def _ffn_state(self, ffn: FeedForward) -> dict[str, Tensor]:
         family, parent = self.family, self.family.ffn
         state = _state(parent, family.down, ffn.down)
-        if family.gate_up is not None:
+        if family.gate_up is not None and ffn.gate is not None:
             state |= _state(parent, family.gate_up.name, join_heads([ffn.gate, ffn.up]))
         else:
             state |= _state(parent, family.up, ffn.up)
-            if ffn.gate is not None:
+            if family.gate is not None and ffn.gate is not None:
                 state |= _state(parent, family.gate, ffn.gate)
         return state | _state(parent, BRANCH, ffn.branch) if ffn.branch is not None else state
 
-    def _ffn(self, state: dict[str, Tensor], is_gated: bool) -> FeedForward:
+    def _ffn(self, state: dict[str, Tensor]) -> FeedForward:
         family, parent = self.family, self.family.ffn
+        gate = None
         if family.gate_up is not None:
-            fused = _take(state, parent, family.gate_up.name)
+            fused = _take_matrix(state, parent, family.gate_up.name)
             gate, up = split_heads(fused, [outputs_of(fused) // 2] * 2)
         else:
-            gate, up = _take(state, parent, family.gate) if is_gated else None, _take(state, parent, family.up)
+            up = _take_matrix(state, parent, family.up)
+            if family.gate is not None:
+                gate = _take_matrix(state, parent, family.gate)
         has_branch = f"{_path(parent, RIGHT, BRANCH)}.weight" in state
         branch = _take(state, parent, BRANCH) if has_branch else None
-        return FeedForward(gate, up, _take(state, parent, family.down), branch)
+        assert branch is None or isinstance(branch, LowRank)
+        return FeedForward(gate, up, _take_matrix(state, parent, family.down), branch)
 
     # ---------------------------------------------------------------- which projections stand in for others
 
     def narrows_pairs(self, shape: AttentionShape) -> bool:
         """Whether queries and keys are narrower than the layer's class makes them."""
-        return shape.query_key_dim < self.full.query_key_dim
+        return self.full is not None and shape.query_key_dim < self.full.query_key_dim
 
     def narrows_values(self, shape: AttentionShape) -> bool:
         """Whether values are narrower than the layer's class makes them."""
-        return shape.value_dim < self.full.value_dim
+        return self.full is not None and shape.value_dim < self.full.value_dim
 
     def keeps_qkv(self, shape: AttentionShape) -> bool:
         """Whether queries, keys and values are still one projection, where the family has one."""
@@ -169,6 +178,17 @@ def _take(state: dict[str, Tensor], parent: str | None, name: str) -> Projection
     return Linear(state.pop(f"{path}.weight"), state.pop(f"{path}.bias", None))
 
 
+def _take_matrix(state: dict[str, Tensor], parent: str | None, name: str) -> Linear:
+    return matrix(_take(state, parent, name))
+
+
+def matrix(projection: Projection) -> Linear:
+    """A projection that is known to be one matrix."""
+    if not isinstance(projection, Linear):
+        raise TypeError("the projection is a product of two factors")
+    return projection
+
+
 # ---------------------------------------------------------------- projections that are one matrix
 
 
@@ -180,8 +200,8 @@ def join_heads(pieces: list[Linear], groups: int | None = None) -> Linear:
             return torch.cat(tensors)
         return torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
 
-    has_bias = pieces[0].bias is not None
-    return Linear(joined([p.weight for p in pieces]), joined([p.bias for p in pieces]) if has_bias else None)
+    biases = [piece.bias for piece in pieces if piece.bias is not None]
+    return Linear(joined([piece.weight for piece in pieces]), joined(biases) if biases else None)
 
 
 def split_heads(fused: Linear, sizes: list[int], groups: int | None = None) -> list[Linear]:

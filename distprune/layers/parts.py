@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -113,25 +113,30 @@ class DecoderLayer:
 
     @property
     def shape(self) -> LayerShape:
-        return LayerShape(self.attention and self.attention.shape, self.ffn and self.ffn.shape)
+        attention = None if self.attention is None else self.attention.shape
+        return LayerShape(attention, None if self.ffn is None else self.ffn.shape)
 
-    def to(self, *args, **kwargs) -> DecoderLayer:
+    def to(self, *args: Any, **kwargs: Any) -> DecoderLayer:
         """The same layer with every tensor moved or cast as ``torch.Tensor.to`` does; indices are only moved."""
         return map_tensors(self, lambda tensor: _to(tensor, *args, **kwargs))
 
 
 def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
     """A layer, or a part of one, with every tensor changed."""
+    return cast(T, _mapped(value, change))
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return {name: map_tensors(each, change) for name, each in value.items()}
-    if is_dataclass(value):
-        return replace(value, **{own.name: map_tensors(getattr(value, own.name), change) for own in fields(value)})
+        return {name: _mapped(each, change) for name, each in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{own.name: _mapped(getattr(value, own.name), change) for own in fields(value)})
     return value
 
 
-def _to(tensor: Tensor, *args, **kwargs) -> Tensor:
+def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if tensor.is_floating_point():
         return tensor.to(*args, **kwargs)
     device = tensor.new_empty(0).to(*args, **kwargs).device

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from distprune.layers.empty import empty_weights
 from distprune.layers.parts import outputs_of
@@ -20,9 +21,9 @@ HEAD_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm
 def find_removable(architecture: Architecture, index: int) -> Removable:
     """What may go, found out by building the layer's class on the meta device."""
     family, layer = architecture.family, architecture.dense_layer(index)
-    found = {}
+    found: dict[str, bool] = {}
     if layer.attention is not None:
-        shape = layer.shape.attention
+        shape = layer.attention.shape
         beside = {
             name.removeprefix(family.attention + ".") for name in layer.rest if name.startswith(family.attention + ".")
         }
@@ -50,8 +51,10 @@ def find_removable(architecture: Architecture, index: int) -> Removable:
 
 
 def can_have_fewer_heads(architecture: Architecture, index: int) -> bool:
-    shape = architecture.dense_shape(index)
-    if architecture.family.head_dim is None or architecture.family.kv_heads is None or shape.attention.query_heads == 1:
+    family, shape = architecture.family, architecture.dense_shape(index)
+    if family.head_dim is None or family.kv_heads is None:
+        return False
+    if shape.attention is None or shape.attention.query_heads == 1:
         return False
     return can_be_built(architecture, index, shape.with_attention(query_heads=1, kv_heads=1))
 
@@ -62,10 +65,10 @@ def can_be_built(architecture: Architecture, index: int, shape: LayerShape) -> b
         module = _module(architecture, index, shape)
     except (ValueError, RuntimeError, AssertionError, TypeError, ZeroDivisionError):
         return False
-    tensors = architecture.layer_tensors(index, replace(shape))
+    tensors = architecture.layer_tensors(index, shape)
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()} == tensors
 
 
-def _module(architecture: Architecture, index: int, shape: LayerShape):
+def _module(architecture: Architecture, index: int, shape: LayerShape) -> nn.Module:
     with empty_weights():
         return architecture.layer_class(index)(architecture.layer_config(index, shape), index)

@@ -25,7 +25,7 @@ def resize_attention(attention: Attention, shape: AttentionShape) -> Attention:
         shape.kv_heads,
         query=projection(attention.query, shape.query_heads * query_width, hidden, shape.query_rank),
         key=projection(attention.key, shape.kv_heads * shape.query_key_dim, hidden, shape.key_rank),
-        value=projection(attention.value, shape.kv_heads * shape.value_dim, hidden),
+        value=matrix(attention.value, shape.kv_heads * shape.value_dim, hidden),
         output=with_bias(
             projection(attention.output, hidden, shape.query_heads * shape.value_dim, shape.output_rank),
             shape.output_bias,
@@ -37,11 +37,11 @@ def resize_attention(attention: Attention, shape: AttentionShape) -> Attention:
 def resize_ffn(ffn: FeedForward, shape: FeedForwardShape) -> FeedForward:
     """The feed-forward network in another shape; a network has a gate or not, whatever the shape."""
     hidden, rank = inputs_of(ffn.up), shape.branch_rank
-    down = projection(ffn.down, hidden, shape.width)
+    down = matrix(ffn.down, hidden, shape.width)
     return FeedForward(
-        gate=None if ffn.gate is None else projection(ffn.gate, shape.width, hidden),
-        up=projection(ffn.up, shape.width, hidden),
-        down=with_bias(down, shape.down_bias),
+        gate=None if ffn.gate is None else matrix(ffn.gate, shape.width, hidden),
+        up=matrix(ffn.up, shape.width, hidden),
+        down=replace(down, bias=added_bias(down, shape.down_bias)),
         branch=None
         if rank is None
         else LowRank(empty_like(ffn.up.weight, rank, hidden), empty_like(ffn.up.weight, hidden, rank)),
@@ -53,6 +53,11 @@ def inputs_of(linear: Projection) -> int:
     return (linear.weight if isinstance(linear, Linear) else linear.right).shape[1]
 
 
+def matrix(like: Linear, outputs: int, inputs: int) -> Linear:
+    bias = None if like.bias is None else empty_like(like.bias, outputs)
+    return Linear(empty_like(like.weight, outputs, inputs), bias)
+
+
 def projection(like: Projection, outputs: int, inputs: int, rank: int | None = None) -> Projection:
     weight = like.weight if isinstance(like, Linear) else like.left
     bias = None if like.bias is None else empty_like(like.bias, outputs)
@@ -62,10 +67,15 @@ def projection(like: Projection, outputs: int, inputs: int, rank: int | None = N
 
 
 def with_bias(linear: Projection, wanted: bool) -> Projection:
+    return replace(linear, bias=added_bias(linear, wanted))
+
+
+def added_bias(linear: Projection, wanted: bool) -> Tensor | None:
+    """The projection's bias, or one that it is to get."""
     if not wanted or linear.bias is not None:
-        return linear
+        return linear.bias
     weight = linear.weight if isinstance(linear, Linear) else linear.left
-    return replace(linear, bias=empty_like(weight, len(weight)))
+    return empty_like(weight, len(weight))
 
 
 def empty_like(tensor: Tensor, *dims: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 
 import torch
@@ -73,7 +73,7 @@ class LayerRunner:
         """
         module = self.build(layer, index, self.dtype)
         output = self.empty_like(hidden_states)
-        with self._tapped(module, layer, sites) if observe else ExitStack() as activations:
+        with self._tapped(module, layer, sites if observe else ()) as activations:
             for start in range(0, len(hidden_states), self.micro_batch):
                 batch = slice(start, start + self.micro_batch)
                 given = self.forward(module, index, hidden_states[batch].to(self.device, self.dtype))
@@ -153,5 +153,7 @@ class LayerRunner:
         output = module(hidden_states, *call.arguments, **call.keywords)
         return output[0] if isinstance(output, tuple) else output
 
-    def _tapped(self, module: nn.Module, layer: DecoderLayer, sites: Collection[Site], *, ends_pass: bool = False):
+    def _tapped(
+        self, module: nn.Module, layer: DecoderLayer, sites: Collection[Site], *, ends_pass: bool = False
+    ) -> AbstractContextManager[dict[Site, Tensor]]:
         return tapped(module, self.architecture.family, layer.shape, sites, ends_pass=ends_pass)

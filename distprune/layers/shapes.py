@@ -34,7 +34,7 @@ class AttentionShape:
     output_rank: int | None = None
     output_bias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_numbers(self)
         if self.query_heads % self.kv_heads:
             raise ValueError(f"query_heads ({self.query_heads}) must be a multiple of kv_heads ({self.kv_heads}).")
@@ -64,7 +64,7 @@ class FeedForwardShape:
     down_bias: bool = False
     is_gated: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_numbers(self)
 
 
@@ -81,12 +81,12 @@ class LayerShape:
     ffn: FeedForwardShape | None
 
     def with_attention(self, **changes: Any) -> LayerShape:
-        """The shape with some of its attention's fields changed."""
-        return replace(self, attention=replace(self.attention, **changes))
+        """The shape with some of its attention's fields changed; the shape itself where it has no attention."""
+        return self if self.attention is None else replace(self, attention=replace(self.attention, **changes))
 
     def with_ffn(self, **changes: Any) -> LayerShape:
-        """The shape with some of its feed-forward network's fields changed."""
-        return replace(self, ffn=replace(self.ffn, **changes))
+        """The shape with some of its feed-forward network's fields changed; the shape itself where it has none."""
+        return self if self.ffn is None else replace(self, ffn=replace(self.ffn, **changes))
 
     def to_json(self) -> dict[str, Any]:
         """The shape as JSON can hold it, for :meth:`from_json`."""

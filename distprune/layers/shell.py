@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,11 +39,10 @@ class _Stub(nn.Module):
         for name, value in vars(layer).items():
             if not name.startswith("_") and name != "training" and not isinstance(value, (nn.Module, Tensor)):
                 setattr(self, name, value)
-        object.__setattr__(self, "shell", shell)
-        self.index = index
+        self._called = partial(shell.layer_called, index)
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        return self.shell.layer_called(self.index, hidden_states, Call(arguments, keywords))
+        return self._called(hidden_states, Call(arguments, keywords))
 
 
 class Shell:
@@ -58,6 +58,7 @@ class Shell:
         self._architecture, self.device, self.dtype = architecture, device, dtype
         self.model = build_on_meta(architecture.config)
         layers = self.model.get_submodule(architecture.layers_path)
+        assert isinstance(layers, nn.ModuleList)
         self._layers = len(layers)
         for index, layer in enumerate(layers):
             layers[index] = _Stub(layer, self, index)
@@ -135,6 +136,7 @@ class Shell:
         """
         self.fill({self._architecture.embedding_name: rows})
         self._run_to(0, input_ids=places.to(self.device))
+        assert self._first is not None
         return self._first
 
     def logits(self, hidden_states: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -18,7 +20,8 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 def attention_kernel(config: PreTrainedConfig) -> str:
     """The kernel that layers run with: PyTorch's fused one, where the family's attention is one that it can do."""
-    return "sdpa" if AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa else "eager"
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def find_layers(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList]:
@@ -31,6 +34,6 @@ def find_layers(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList]
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return path, module
     raise InputError(
-        f"model_type '{model.config.model_type}': found no list of {count} decoder layers in {type(model).__name__}, so "
-        "it can't be run one layer at a time. docs/families.md says how to add a family."
+        f"model_type '{model.config.model_type}': found no list of {count} decoder layers in {type(model).__name__}, "
+        "so it can't be run one layer at a time. docs/families.md says how to add a family."
     )

@@ -154,7 +154,7 @@ class Oops(Method):
         Returns:
             The shape with the heads that stay, and how many neurons it may keep.
         """
-        shape, options = target.dense_shapes[index], []
+        shape, options = target.dense_shape(index), []
         budget = (1 - sparsity) * target.layer_amount(index, shape)
         if not target.removable(index).neurons:
             fitting = [option for option in self._attention_options(target, index, profile)
@@ -172,7 +172,7 @@ class Oops(Method):
 
     def _attention_options(self, target: Target, index: int, profile: Profile) -> Iterator[tuple[LayerShape, float]]:
         """What attention may become, and the energy that is lost by it."""
-        shape, smallest = target.dense_shapes[index], self._smallest(target, index)
+        shape, smallest = target.dense_shape(index), self._smallest(target, index)
         if smallest == shape:
             yield shape, 0.0
             return
@@ -185,7 +185,7 @@ class Oops(Method):
 
     def _smallest(self, target: Target, index: int) -> LayerShape:
         """The shape with as few heads as the method may leave."""
-        shape = target.dense_shapes[index]
+        shape = target.dense_shape(index)
         if not (self.attention and target.removable(index).heads):
             return shape
         return with_heads(shape, 1, 1 if self.query_heads else shape.attention.heads_per_group)

@@ -103,7 +103,7 @@ class SlimGPT(Method):
 
     def solve_work(self, problem: Problem) -> SolveWork:
         """The inverse of a Gram matrix, from which columns leave; never more than two such matrices."""
-        work, planned = weights_gone_over(problem), problem.planned or problem.dense
+        work, planned = replace(weights_gone_over(problem), workspace=0.0), problem.planned or problem.dense
         before, after = (site_widths(problem.hidden_size, shape) for shape in (problem.dense, planned))
         for site in filter(problem.has_gram, (ATTENDED, NEURONS)):
             width, kept = before[site], after[site]

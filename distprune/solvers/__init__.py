@@ -1,6 +1,5 @@
 """Linear algebra on tensors. No Ray, no files, no transformers."""
 
-from distprune.solvers.box_ridge import box_ridge
 from distprune.solvers.elimination import eliminate, elimination_path
 from distprune.solvers.linear_branch import linear_branch
 from distprune.solvers.low_rank import (
@@ -9,8 +8,9 @@ from distprune.solvers.low_rank import (
     output_projections,
     truncation_errors,
 )
-from distprune.solvers.quadratic import QuadraticSolution, solve_box_qp
-from distprune.solvers.relaxed_selection import relaxed_selection
+from distprune.solvers.qp.box_ridge import box_ridge
+from distprune.solvers.qp.quadratic import QuadraticSolution, solve_box_qp
+from distprune.solvers.qp.relaxed_selection import relaxed_selection
 from distprune.solvers.ridge import prediction_correlation, ridge, ridge_towards
 from distprune.solvers.rotation import orthogonal_output_rotation, output_aware_rotation, uncorrelated_rotation
 from distprune.solvers.selection import channels_of, most_and_least_important, most_important, others

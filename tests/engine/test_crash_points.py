@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from distprune.checkpoint import durable
-from distprune.engine import driver, relay, stages
+from distprune.engine.scheduler import relay
+from distprune.engine.stages import pruning_pass
+from distprune.engine import driver
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
@@ -100,7 +102,7 @@ LOGITS = {"objective": "logits", "batch": 2, "epochs": 3}
 def test_a_driver_killed_at_any_change_of_a_file_resumes_to_the_same_bytes(
     prune_here, digests, monkeypatch, tmp_path, changes
 ):
-    for module in (relay, stages):
+    for module in (relay, pruning_pass):
         monkeypatch.setattr(module, "write_behind", at_once)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # the machine does not fail, and disks may be slow
     prune_here = partial(prune_here, **changes)

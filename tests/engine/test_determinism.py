@@ -10,7 +10,7 @@ import time
 import pytest
 from interruptions import first_of
 
-from distprune.engine import pool
+from distprune.engine.scheduler import pool
 from distprune.errors import WorkersLost
 
 
@@ -33,7 +33,7 @@ def test_propagation_changes_the_result_which_has_several_shards(by_one_worker):
 def test_any_number_of_workers_gives_the_same_bytes(by_one_worker, run, calls, digests, workers, propagation):
     folder, record = run(sparsity=0.3, max_shard_size=60_000, workers=workers, propagation=propagation)
     assert digests(folder) == by_one_worker[propagation]
-    assert len({worker for method, worker in calls if method == "prune"}) == workers == record.workers
+    assert len({worker for kind, worker in calls if kind == "prune"}) == workers == record.workers
 
 
 @pytest.mark.parametrize("method", ["oops", "curvature"])
@@ -59,11 +59,11 @@ def test_distillation_gives_the_same_bytes_by_any_number_of_workers(
 ):
     folder, _ = run(workers=workers, **DISTILLED)
     assert digests(folder) == distilled_by_one_worker
-    assert len({worker for method, worker in calls if method == "distill"}) == workers
+    assert len({worker for kind, worker in calls if kind == "distill"}) == workers
 
 
 def test_losing_workers_in_the_middle_of_calls_gives_the_same_bytes(by_one_worker, run, lose, digests):
-    chosen = {("profile", 1), ("prune", 2)}
+    chosen = {("close_layer", 1), ("prune", 2)}
     lost = lose(first_of(chosen))
     folder, _ = run(sparsity=0.3, max_shard_size=60_000, workers=2)
     assert [call.losses for call in lost] == [1, 1]
@@ -73,7 +73,7 @@ def test_losing_workers_in_the_middle_of_calls_gives_the_same_bytes(by_one_worke
 def test_losing_workers_in_the_gradient_pass_gives_the_same_bytes(run, lose, digests):
     options = {"method": "llm-pruner", "sparsity": 0.3}
     expected = digests(run(**options)[0])
-    lost = lose(first_of({("losses",), ("backward", 1), ("profile", 3)}))
+    lost = lose(first_of({("close_loss", None), ("backward", 1), ("close_layer", 3)}))
     folder, _ = run(workers=2, **options)
     assert [call.losses for call in lost] == [1, 1, 1, 1]  # a profile ends the dense pass of a layer too
     assert digests(folder) == expected
@@ -95,12 +95,12 @@ def test_a_call_that_hangs_is_taken_over_and_gives_the_same_bytes(
     monkeypatch.setattr(pool, "LOOK_EVERY", 0.2)
     start, started = pool.WorkerPool._start, []
 
-    def hang_once(self, share):
-        if (share.step.method, *share.step.arguments[:1]) == hanging:
+    def hang_once(self, attempt):
+        if (attempt.task.kind(), attempt.task.layer) == hanging:
             if not started:
-                share.worker.__ray_call__.remote(lambda _: time.sleep(300))
-            started.append(share.worker)
-        start(self, share)
+                attempt.worker.__ray_call__.remote(lambda _: time.sleep(300))
+            started.append(attempt.worker)
+        start(self, attempt)
 
     monkeypatch.setattr(pool.WorkerPool, "_start", hang_once)
     begun = time.monotonic()
@@ -112,8 +112,8 @@ def test_a_call_that_hangs_is_taken_over_and_gives_the_same_bytes(
 
 def test_a_call_that_keeps_losing_its_workers_is_named(run, lose, monkeypatch):
     monkeypatch.setattr(pool, "LOSSES", 0)
-    lose(lambda share: share.step.method == "open_layer")
-    with pytest.raises(WorkersLost, match=r"'open_layer' of layer 0 lost 1 workers in a row.*--micro-batch"):
+    lose(lambda attempt: attempt.task.kind() == "open_forward")
+    with pytest.raises(WorkersLost, match=r"'open_forward' of layer 0 lost 1 workers in a row.*--micro-batch"):
         run()
 
 

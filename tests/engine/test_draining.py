@@ -18,6 +18,7 @@ from distprune.engine.telemetry.log import RunLog, json_lines
 from distprune.engine.scheduler.pool import Call, Step, WorkerPool
 from distprune.engine.telemetry.progress import Progress, Together
 from distprune.engine.scheduler.nodes import Node
+from distprune.engine.worker.task import Task
 
 # ------------------------------------------------------------------ the pool, on a clock that jumps
 
@@ -60,14 +61,16 @@ class Machines:
     def node(self, worker: str) -> str:
         return self._nodes[int(worker)]
 
-    def call(self, worker: str, method: str, arguments=()) -> list[Result]:
-        if method == "ready":
-            return [Result(self.clock, Node(self.node(worker), self.node(worker), "CPU", None, 2**40))]
+    def ready(self, worker: str) -> Result:
+        return Result(self.clock, Node(self.node(worker), self.node(worker), "CPU", None, 2**40))
+
+    def call(self, worker: str, task: Task, values: Sequence[Any]) -> list[Result]:
+        given, seconds = values
         begins = max(self.clock, self._free[worker])
-        ends = self._free[worker] = begins + arguments[-1]
-        self.begun.append((begins, worker, *arguments[:-1]))
+        ends = self._free[worker] = begins + seconds
+        self.begun.append((begins, worker, given))
         drain = self._drains.get(self.node(worker))
-        return [Result(drain.gone, Vanished()) if drain and drain.gone < ends else Result(ends, arguments[0])]
+        return [Result(drain.gone, Vanished()) if drain and drain.gone < ends else Result(ends, given)]
 
     def wait(self, results, count=1, timeout=None) -> list[Result]:
         first = min(results, key=lambda result: result.at)
@@ -93,6 +96,34 @@ class Machines:
         return self.clock
 
 
+@dataclass(frozen=True)
+class Timed(Task):
+    """Gives ``index`` after some seconds."""
+
+    index: Any
+    seconds: float
+
+
+class Solve(Timed):
+    pass
+
+
+class Open(Timed):
+    pass
+
+
+class Sweep(Timed):
+    pass
+
+
+class Close(Timed):
+    pass
+
+
+class Other(Timed):
+    pass
+
+
 class Run:
     """Calls on two workers, of which the first is on node "a"; one more can be asked for."""
 
@@ -102,9 +133,9 @@ class Run:
         assert self.pool.are_up(2, None)
         self.given: list[Any] = []
 
-    def calls(self, *seconds: float, method: str = "solve") -> Run:
+    def calls(self, *seconds: float) -> Run:
         for number, each in enumerate(seconds):
-            self.pool.submit(self.given.append, method, number, each)
+            self.pool.submit(Solve(number, each), self.given.append)
         return self
 
     def done(self) -> Machines:
@@ -165,21 +196,21 @@ def test_a_call_ends_where_nobody_knows_when_the_node_goes():
 
 def test_a_node_that_goes_sooner_than_told_costs_a_call_and_counts_as_no_loss():
     run = Run(Drain(known=22, told=100, gone=25)).calls(*[10] * 6)
-    calls = list(run.pool._queue) + [running.share.call for running in run.pool._running.values()]
+    calls = list(run.pool._queue) + [flight.attempt.call for flight in run.pool._in_flight.values()]
     machines = run.done()
     assert sorted(run.given) == list(range(6)) and len(machines.begun) == 7
     assert [call.losses for call in calls] == [0] * 6
     assert machines.stopped == {"0": 25} and run.pool.workers == ["1", "2"]
 
 
-STEPS = ("open", 1.0), ("sweep", 10.0), ("sweep", 10.0), ("close", 5.0)
+STEPS = (Open, 1.0), (Sweep, 10.0), (Sweep, 10.0), (Close, 5.0)
 
 
 def take_steps(run: Run, known: int = len(STEPS)) -> Any:
     """The first worker gets a call of several steps, of which it knows the first so many; each like was seen before."""
-    for method, seconds in STEPS * 2:
+    for kind, seconds in STEPS * 2:
         for _ in range(2):
-            run.pool._durations.add(method, seconds)
+            run.pool._durations.add(kind.kind(), seconds)
     call = run.pool.submit_steps(len(STEPS))
     for number in range(known):
         add_step(run, call, number)
@@ -187,8 +218,8 @@ def take_steps(run: Run, known: int = len(STEPS)) -> Any:
 
 
 def add_step(run: Run, call: Any, number: int) -> None:
-    method, seconds = STEPS[number]
-    run.pool.add_step(call, run.given.append, method, f"step {number}", seconds)
+    kind, seconds = STEPS[number]
+    run.pool.add_step(call, kind(f"step {number}", seconds), run.given.append)
 
 
 def test_a_call_of_several_steps_begins_anew_with_another_worker_if_its_last_can_not_end_in_time():
@@ -212,7 +243,7 @@ def test_a_call_of_several_steps_that_can_all_end_in_time_stays():
 def test_a_worker_that_waits_for_its_next_step_leaves_when_there_is_no_time_for_it_any_more():
     run = Run(Drain(known=12, told=24))
     call = take_steps(run, known=2)
-    run.pool.submit(lambda _: [add_step(run, call, number) for number in (2, 3)], "other", "other", 40.0)
+    run.pool.submit(Other("other", 40.0), lambda _: [add_step(run, call, number) for number in (2, 3)])
     machines = run.done()
     # The two steps that it waits for take 15 or, as if both were like the last one that is known, 20 seconds.
     assert machines.stopped["0"] == pytest.approx(36 - 20, abs=1.1)
@@ -228,9 +259,9 @@ def test_a_worker_that_is_leaving_is_not_taken_from_its_call_for_an_earlier_one(
             run.pool._enqueue(earlier)
 
     run = Run(Drain(known=12, told=inf), Loses())
-    earlier = Call(next(run.pool._orders), 1, [Step("other", ("earlier", 3.0), run.given.append)])
+    earlier = Call(next(run.pool._orders), 1, [Step(Other("earlier", 3.0), run.given.append)])
     call = take_steps(run, known=2)
-    run.pool.submit(lambda _: [add_step(run, call, number) for number in (2, 3)], "other", "other", 40.0)
+    run.pool.submit(Other("other", 40.0), lambda _: [add_step(run, call, number) for number in (2, 3)])
     machines = run.done()
     assert [step for _, worker, step in machines.begun if worker == "0"] == [f"step {number}" for number in range(4)]
     assert [step for _, worker, step in machines.begun if worker == "2"] == ["earlier"]

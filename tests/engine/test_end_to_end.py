@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from interruptions import Stops, first_time_of
 from transformers import AutoModelForCausalLM
 
+from distprune import load
 from distprune.calibration import open_calibration
 from distprune.config import DistillConfig
 from distprune.distillation.layerwise import split
-from distprune.engine import end_to_end, load_record
+from distprune.engine.stages import end_to_end
+from distprune.engine import load_record
 
 LOGITS = {"objective": "logits", "learning_rate": 1e-2, "epochs": 2, "batch": 4, "held_out": 0.25}
 OPTIONS = {"method": "olica", "sparsity": 0.3, "propagation": 2, "distill": LOGITS}
@@ -71,22 +73,22 @@ def by_hand(dense, pruned, tokens: torch.Tensor, options: DistillConfig) -> dict
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_all_layers_learn_together_what_transformers_models_learn_by_hand(run, dense_path, calibration_path, train):
     options = LOGITS | {"train": train, "learning_rate": 1e-2 if train == "lora" else 1e-3}
-    found = AutoModelForCausalLM.from_pretrained(
+    found = load(
         folder := run(**OPTIONS | {"distill": options})[0], dtype=torch.float32
     )
     dense = AutoModelForCausalLM.from_pretrained(dense_path, dtype=torch.float32)
     undistilled = run(**OPTIONS | {"distill": None})[0]
-    pruned = AutoModelForCausalLM.from_pretrained(undistilled, dtype=torch.float32)
+    pruned = load(undistilled, dtype=torch.float32)
     tokens = torch.from_numpy(open_calibration(calibration_path).tokens.astype("int64"))
     told = by_hand(dense, pruned, tokens, DistillConfig(**options))
 
-    lessons = [layer.distillation for layer in load_record(folder).layers]
-    assert all(lesson == lessons[0] for lesson in lessons) and lessons[0].kept
+    reports = [layer.distillation for layer in load_record(folder).layers]
+    assert all(report == reports[0] for report in reports) and reports[0].kept
     assert told["after"] < told["before"]
-    assert lessons[0].held_out_before == pytest.approx(told["before"], rel=1e-3)
-    assert lessons[0].held_out_after == pytest.approx(told["after"], rel=1e-2)
-    assert lessons[0].training == pytest.approx(told["training"], rel=1e-2)
-    start = AutoModelForCausalLM.from_pretrained(undistilled, dtype=torch.float32).state_dict()
+    assert reports[0].held_out_before == pytest.approx(told["before"], rel=1e-3)
+    assert reports[0].held_out_after == pytest.approx(told["after"], rel=1e-2)
+    assert reports[0].training == pytest.approx(told["training"], rel=1e-2)
+    start = load(undistilled, dtype=torch.float32).state_dict()
     for name, tensor in pruned.state_dict().items():
         moved = (tensor - start[name]).norm()
         assert (found.state_dict()[name] - tensor).norm() <= 0.05 * moved + 1e-6, name
@@ -96,11 +98,11 @@ def test_all_layers_learn_together_what_transformers_models_learn_by_hand(run, d
 def test_any_number_of_workers_gives_the_same_bytes(by_one_worker, run, calls, digests, workers):
     folder, _ = run(workers=workers, **OPTIONS)
     assert digests(folder) == digests(by_one_worker)
-    assert len({worker for method, worker in calls if method == "learn"}) == workers
+    assert len({worker for kind, worker in calls if kind == "learn"}) == workers
 
 
 def test_losing_workers_gives_the_same_bytes(by_one_worker, run, lose, digests):
-    lost = lose(first_time_of({("listen", 1), ("divergences",), ("learn", 3), ("step", 0)}))
+    lost = lose(first_time_of({("forward", 1), ("close_end", None), ("learn", 3), ("step_optimizer", 0)}))
     folder, _ = run(workers=2, **OPTIONS)
     assert [call.losses for call in lost] == [1, 1, 1, 1]
     assert digests(folder) == digests(by_one_worker)
@@ -116,9 +118,9 @@ def test_an_interrupted_run_goes_on_from_the_last_steps_that_were_kept(
         run(output=output, progress=Stops("Distilling", steps), **OPTIONS)
     calls.clear()
     assert digests(run(output=output, **OPTIONS)[0]) == digests(by_one_worker)
-    methods = [method for method, _ in calls]
-    assert "prune" not in methods
-    assert methods.count("step") == 4 * repeated
+    kinds = [kind for kind, _ in calls]
+    assert "prune" not in kinds
+    assert kinds.count("step_optimizer") == 4 * repeated
 
 
 def test_what_does_not_help_is_not_kept(run, by_one_worker, digests):

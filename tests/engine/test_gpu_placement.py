@@ -9,7 +9,7 @@ import torch
 from pretend_gpu import NAME, pretend_gpu
 from transformers import AutoModelForCausalLM
 
-from distprune.engine import worker
+from distprune.engine.worker import actor
 from distprune.engine.worker.layer_worker import LayerTasks
 from distprune.forward import LayerRunner
 from distprune.methods import METHODS

@@ -39,11 +39,11 @@ def test_any_number_of_workers_gives_the_same_bytes(by_one_worker, run, calls, d
 @pytest.mark.parametrize(
     ("stage", "steps", "repeated"),
     [
-        ("Dense pass", 2, {"open_layer": 2, "open_head": 1, "open_backward": 4}),
-        ("Gradient pass", 0, {"open_layer": 0, "open_head": 1, "open_backward": 4}),
-        ("Gradient pass", 1, {"open_layer": 0, "open_head": 0, "open_backward": 3}),
-        ("Gradient pass", 3, {"open_layer": 0, "open_head": 0, "open_backward": 1}),
-        ("Pruning", 0, {"open_layer": 0, "open_head": 0, "open_backward": 0}),
+        ("Dense pass", 2, {"open_forward": 2, "open_head": 1, "open_backward": 4}),
+        ("Gradient pass", 0, {"open_forward": 0, "open_head": 1, "open_backward": 4}),
+        ("Gradient pass", 1, {"open_forward": 0, "open_head": 0, "open_backward": 3}),
+        ("Gradient pass", 3, {"open_forward": 0, "open_head": 0, "open_backward": 1}),
+        ("Pruning", 0, {"open_forward": 0, "open_head": 0, "open_backward": 0}),
     ],
 )
 def test_nothing_that_is_done_is_done_again(by_one_worker, run, calls, digests, tmp_path, stage, steps, repeated):
@@ -52,8 +52,8 @@ def test_nothing_that_is_done_is_done_again(by_one_worker, run, calls, digests, 
         run(output=output, progress=Stops(stage, steps), **OPTIONS)
     calls.clear()
     assert digests(run(output=output, workers=2, **OPTIONS)[0]) == by_one_worker
-    methods = [method for method, _ in calls]
-    assert {name: methods.count(name) for name in repeated} == repeated
+    kinds = [kind for kind, _ in calls]
+    assert {name: kinds.count(name) for name in repeated} == repeated
 
 
 @pytest.mark.parametrize(("stage", "steps"), [("Gradient pass", 2), ("Pruning", 0), ("Pruning", 2)])

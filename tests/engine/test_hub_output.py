@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from distprune import InputError
-from distprune.engine import hub_output
+from distprune.engine.run import hub_output
 from distprune.errors import StorageFailed
 
 REPOSITORY = "hf://org/pruned"

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from distprune.engine import harmless, metrics
+from distprune.engine.telemetry import harmless
+from distprune.engine.telemetry import metrics
 from distprune.engine.telemetry.metrics import MemoryMetrics, RunMetrics
 from distprune.engine.telemetry.progress import Assignment, Progress, WorkerName
 

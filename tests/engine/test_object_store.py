@@ -13,7 +13,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from distprune import InputError, RunFailed, api, inspect, status
 from distprune.checkpoint import Checkpoint, lease, resolve_model
-from distprune.engine import relay, stages
+from distprune.engine.scheduler import relay
+from distprune.engine.stages import pruning_pass
 from distprune.storage import copy, location, objects_in
 
 
@@ -93,7 +94,7 @@ class MortalStore:
 def test_a_driver_killed_at_any_change_of_an_object_store_resumes_to_the_same_bytes(
     prune_here, bucket, monkeypatch, digests, tmp_path
 ):
-    for module in (relay, stages):
+    for module in (relay, pruning_pass):
         monkeypatch.setattr(module, "write_behind", at_once)
     monkeypatch.setattr(lease, "EXPIRY", 0.0)
     monkeypatch.setattr(lease.time, "sleep", lambda _: None)

@@ -33,11 +33,11 @@ def output(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("stage", "steps", "repeated"),
     [
-        ("Dense pass", 2, {"open_layer": 2, "prune": 4, "distill": 4}),
-        ("Pruning", 1, {"open_layer": 0, "prune": 3, "distill": 4}),
-        ("Pruning", 3, {"open_layer": 0, "prune": 1, "distill": 4}),
-        ("Distilling", 3, {"open_layer": 0, "prune": 0, "distill": 1}),
-        ("Assembling", 0, {"open_layer": 0, "prune": 0, "distill": 0}),
+        ("Dense pass", 2, {"open_forward": 2, "prune": 4, "distill": 4}),
+        ("Pruning", 1, {"open_forward": 0, "prune": 3, "distill": 4}),
+        ("Pruning", 3, {"open_forward": 0, "prune": 1, "distill": 4}),
+        ("Distilling", 3, {"open_forward": 0, "prune": 0, "distill": 1}),
+        ("Assembling", 0, {"open_forward": 0, "prune": 0, "distill": 0}),
     ],
 )
 def test_nothing_that_is_done_is_done_again(run, undisturbed, digests, calls, output, stage, steps, repeated):
@@ -46,9 +46,9 @@ def test_nothing_that_is_done_is_done_again(run, undisturbed, digests, calls, ou
     calls.clear()
     folder, record = run(output=output, **OPTIONS)
     assert digests(folder) == undisturbed
-    methods = [method for method, _ in calls]
-    assert {name: methods.count(name) for name in repeated} == repeated
-    assert "check_layer" not in methods
+    kinds = [kind for kind, _ in calls]
+    assert {name: kinds.count(name) for name in repeated} == repeated
+    assert "check_layer" not in kinds
     assert len(record.layers) == LAYERS and all(layer.distillation for layer in record.layers)
 
 
@@ -67,7 +67,7 @@ def test_restart_begins_anew(run, digests, calls, output):
     calls.clear()
     changed = OPTIONS | {"sparsity": 0.4}
     folder, _ = run(output=output, restart=True, **changed)
-    assert [method for method, _ in calls].count("open_layer") == LAYERS
+    assert [kind for kind, _ in calls].count("open_forward") == LAYERS
     assert digests(folder) == digests(run(**changed)[0])
 
 
@@ -86,7 +86,7 @@ def test_own_samples_are_drawn_once(run, output, digests, calls):
         run(output=output, progress=Stops("Dense pass", 1, KeyboardInterrupt()), **options)
     calls.clear()
     folder, _ = run(output=output, **options)
-    assert "own_samples" not in [method for method, _ in calls]
+    assert "write_own_samples" not in [kind for kind, _ in calls]
     assert digests(folder) == digests(run(**options)[0])
     assert (folder / "calibration.arrow").is_file()
 

@@ -12,7 +12,8 @@ from ray.cluster_utils import Cluster
 from distprune import InputError
 from distprune.checkpoint import partial_directory
 from distprune.config import PruneConfig
-from distprune.engine import load_record, run_dtype
+from distprune.engine.scheduler import run_dtype
+from distprune.engine import load_record
 from distprune.engine.scheduler.ray_cluster import WorkerPlan
 from distprune.engine.telemetry.progress import Progress
 from distprune.engine.scheduler.run_dtype import settle_dtype

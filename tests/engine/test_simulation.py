@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from distprune.engine import pool
+from distprune.engine.scheduler import pool
 from distprune.engine.scheduler.relay import split
 from distprune.engine.scheduler.simulation import Costs, Machines, Pass, SimulatedRuntime, simulate
 
@@ -74,9 +74,14 @@ class Noting(SimulatedRuntime):
         self.fetched = Counter()
         self.made = {}
 
-    def call(self, worker, method, arguments=()):
-        results = super().call(worker, method, arguments)
-        self.made[results[0]] = (method, *[argument for argument in arguments[:2] if isinstance(argument, int)])
+    def ready(self, worker):
+        result = super().ready(worker)
+        self.made[result] = ("ready",)
+        return result
+
+    def call(self, worker, task, values):
+        results = super().call(worker, task, values)
+        self.made[results[0]] = (task.kind(), *[value for value in values[:2] if isinstance(value, int)])
         return results
 
     def fetch(self, results):
@@ -99,29 +104,29 @@ def test_runs_end_however_many_workers_are_lost(workers, seed, monkeypatch):
     fetched, pieces = made[0].fetched, min(16, 4 * workers)
     for index in range(24):
         assert fetched["prune", index] >= 1
-        assert fetched["profile", index, pieces] >= 1
+        assert fetched["close_layer", index, pieces] >= 1
         assert all(fetched["sweep", index, piece] >= 1 for piece in range(pieces))
 
 
-def test_a_piece_is_handed_over_while_the_one_before_it_is_at_work(monkeypatch):
+def test_a_piece_is_prefetched_while_the_one_before_it_is_at_work(monkeypatch):
     """So that its worker need not wait for it to come."""
-    handed, ended = {}, {}
+    begun, ended = {}, {}
 
     class Timed(SimulatedRuntime):
-        def call(self, worker, method, arguments=()):
-            [result, *_] = results = super().call(worker, method, arguments)
-            if method == "sweep":
-                index, piece, _ = arguments
-                handed[index, piece], ended[index, piece] = self.clock, result.at
+        def call(self, worker, task, values):
+            [result, *_] = results = super().call(worker, task, values)
+            if task.kind() == "sweep":
+                index, piece, _ = values
+                begun[index, piece], ended[index, piece] = self.clock, result.at
             return results
 
     monkeypatch.setattr("distprune.engine.scheduler.simulation.SimulatedRuntime", Timed)
     simulate(COSTS, replace(STEADY, workers=2), Pass(layers=4, block_length=1, samples=16, micro_batch=2))
     # All of the first layer's pieces are known from the start; one at most waits behind another.
     for piece in range(1, 8):
-        assert handed[0, piece] < ended[0, piece - 1]
+        assert begun[0, piece] < ended[0, piece - 1]
     for piece in range(2, 8):
-        assert handed[0, piece] >= ended[0, piece - 2]
+        assert begun[0, piece] >= ended[0, piece - 2]
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,8 @@ from ray.cluster_utils import Cluster
 from dataclasses import replace
 from distprune import InputError
 from distprune.config import PruneConfig
-from distprune.engine import Requirements, prune, runtime
+from distprune.engine.scheduler import runtime
+from distprune.engine import Requirements, prune
 from distprune.engine.telemetry.progress import Progress
 
 model, calibration, output = sys.argv[1:]

@@ -23,7 +23,7 @@ from distprune import InputError
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint, HubFiles, HubModel, TensorFiles
 from distprune.config import PruneConfig
-from distprune.engine import weights
+from distprune.engine.worker import weights
 from distprune.engine.scheduler.ray_cluster import WorkerPlan
 from distprune.engine.run.preflight import check_job
 from distprune.engine.telemetry.progress import Progress

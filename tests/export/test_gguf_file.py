@@ -1,27 +1,28 @@
-"""The script that turns a plain Llama checkpoint into a GGUF file; transformers and llama.cpp judge what it writes."""
+"""Llama checkpoints as GGUF files; transformers and llama.cpp judge what is written."""
 
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from layer_edits import fewer_groups, fewer_neurons, in_turn, narrower_values
+from pruned_checkpoints import write_pruned
+from small_models import small_model
 from smollm2 import bundled_smollm2
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-import distprune
 from distprune.checkpoint import resolve_model
-from distprune.modeling import PrunedConfig, PrunedForCausalLM
+from distprune.errors import InputError
 
 gguf = pytest.importorskip("gguf")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "to_gguf.py"
+from distprune.export.gguf_file import export  # noqa: E402
+
 TEXT = "The river runs to the sea in 1984, and what's left of it mends the hills."
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -34,13 +35,12 @@ LLAMA3_ROPE = {
 
 
 @pytest.fixture
-def to_gguf(tmp_path, monkeypatch) -> Callable[..., Path]:
-    """Runs the script on a folder and gives the file that it wrote."""
+def to_gguf(tmp_path) -> Callable[..., Path]:
+    """Exports a folder and gives the file that was written."""
 
-    def run(folder: Path, *options: str) -> Path:
+    def run(folder: Path, **options: str) -> Path:
         output = tmp_path / "model.gguf"
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(folder), str(output), *options])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        export(folder, output, **options)
         return output
 
     return run
@@ -69,7 +69,7 @@ SHAPES = {
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 def test_transformers_reads_the_same_model_back(to_gguf, save_model, changes):
     folder = save_model(**changes)
-    file = to_gguf(folder, "--dtype", "f32")
+    file = to_gguf(folder, dtype="f32")
     tokens = list(range(3, 43))
     back = logits_of(file.parent, tokens, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True))
     assert_same(back, logits_of(folder, tokens), 1e-5)
@@ -104,7 +104,7 @@ LLAMA_CPP = "needs llama.cpp: pip install 'distprune[llama-cpp]', which takes a 
 
 
 def llama_cpp_model(file: Path):
-    llama_cpp = pytest.importorskip("llama_cpp", LLAMA_CPP, exc_type=(ImportError, RuntimeError))
+    llama_cpp = pytest.importorskip("llama_cpp", reason=LLAMA_CPP, exc_type=(ImportError, RuntimeError))
     return llama_cpp.Llama(str(file), n_ctx=64, n_batch=64, n_threads=1, logits_all=True, verbose=False)
 
 
@@ -121,29 +121,49 @@ def llama_cpp_logits(model, tokens: list[int]) -> torch.Tensor:
 def test_llama_cpp_computes_the_same_logits(to_gguf, save_model, changes):
     folder = save_model(**changes)
     tokens = list(range(3, 43))
-    found = llama_cpp_logits(llama_cpp_model(to_gguf(folder, "--dtype", "f32")), tokens)
+    found = llama_cpp_logits(llama_cpp_model(to_gguf(folder, dtype="f32")), tokens)
     assert_same(found, logits_of(folder, tokens), 5e-3)
 
 
-@pytest.fixture(scope="module")
-def stock_smollm2(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("stock") / "pruned"
-    sizes = {"samples": 16, "sequence_length": 64, "workers": 1}
-    distprune.prune(
-        str(resolve_model(str(bundled_smollm2()))), output, method="curvature", layout="stock", sparsity=0.3, **sizes
-    )
-    return output
+EDITS = {
+    "llama": dict.fromkeys(range(4), in_turn(fewer_neurons(100), fewer_groups(1))),
+    "deci": {1: in_turn(fewer_neurons(100), fewer_groups(1)), 2: fewer_neurons(64)},
+}
+
+
+@pytest.mark.parametrize("architecture", EDITS)
+def test_llama_cpp_computes_the_same_logits_for_pruned_models(to_gguf, save_model, tmp_path, tokenizer, architecture):
+    dense = AutoModelForCausalLM.from_pretrained(save_model())
+    pruned = write_pruned(dense, EDITS[architecture], tmp_path / "pruned")
+    tokenizer.save_pretrained(pruned.folder)
+    file, tokens = to_gguf(pruned.folder, dtype="f32"), list(range(3, 43))
+    assert gguf.GGUFReader(file).fields["general.architecture"].contents() == architecture
+    with torch.no_grad():
+        expected = pruned.oracle(torch.tensor([tokens])).logits[0]
+    assert_same(llama_cpp_logits(llama_cpp_model(file), tokens), expected, 5e-3)
 
 
 @pytest.mark.slow
-def test_a_pruned_smollm2_speaks_the_same_in_llama_cpp(to_gguf, stock_smollm2):
-    speaker = llama_cpp_model(to_gguf(stock_smollm2))
-    tokenizer = AutoTokenizer.from_pretrained(stock_smollm2)
+@pytest.mark.parametrize("architecture", EDITS)
+def test_a_pruned_smollm2_speaks_the_same_in_llama_cpp(to_gguf, tmp_path, architecture):
+    source = resolve_model(str(bundled_smollm2()))
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    narrow, layers = fewer_neurons(1408), dense.config.num_hidden_layers
+    edits = {
+        "llama": dict.fromkeys(range(layers), narrow),
+        "deci": dict.fromkeys(range(0, layers, 3), in_turn(narrow, fewer_groups(2))),
+    }
+    pruned = write_pruned(dense, edits[architecture], tmp_path / "pruned")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(pruned.folder)
+    speaker = llama_cpp_model(to_gguf(pruned.folder))
     prompt = tokenizer(TEXT).input_ids
     assert speaker.tokenize(TEXT.encode()) == prompt
-    assert_same(llama_cpp_logits(speaker, prompt)[-1], logits_of(stock_smollm2, prompt)[-1], 1e-2)
-    model = AutoModelForCausalLM.from_pretrained(stock_smollm2, dtype=torch.float32)
-    expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+    with torch.no_grad():
+        logits = pruned.oracle(torch.tensor([prompt])).logits[0]
+    assert_same(llama_cpp_logits(speaker, prompt)[-1], logits[-1], 1e-2)
+    generated = pruned.oracle.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    expected = generated[0, len(prompt) :].tolist()
     speaker.reset()
     found = [token for token, _ in zip(speaker.generate(prompt, temp=0.0), range(12), strict=False)]
     assert found[: len(expected)] == expected
@@ -152,19 +172,16 @@ def test_a_pruned_smollm2_speaks_the_same_in_llama_cpp(to_gguf, stock_smollm2):
 # ---------------------------------------------------------------- what it refuses
 
 
-def assert_refused(to_gguf, folder: Path, message: str, capsys, *options: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        to_gguf(folder, *options)
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+def assert_refused(to_gguf, folder: Path, message: str, **options: str) -> None:
+    with pytest.raises(InputError) as caught:
+        to_gguf(folder, **options)
+    assert message in str(caught.value)
 
 
-def test_a_per_layer_checkpoint_is_refused(to_gguf, tmp_path, tokenizer, capsys):
-    config = PrunedConfig(
-        vocab_size=323, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
-    )
-    PrunedForCausalLM(config).save_pretrained(tmp_path / "own")
-    assert_refused(to_gguf, tmp_path / "own", "Prune with --layout stock", capsys)
+def test_a_free_checkpoint_is_refused(to_gguf, tmp_path):
+    pruned = write_pruned(small_model(), {1: narrower_values(5)}, tmp_path / "free")
+    assert pruned.layout == "free"
+    assert_refused(to_gguf, pruned.folder, "Prune with --layout heterogeneous or --layout stock")
 
 
 @pytest.mark.parametrize(
@@ -180,8 +197,8 @@ def test_a_per_layer_checkpoint_is_refused(to_gguf, tmp_path, tokenizer, capsys)
         ),
     ],
 )
-def test_other_architectures_are_refused(to_gguf, save_model, model_type, changes, message, capsys):
-    assert_refused(to_gguf, save_model(model_type, **changes), message, capsys)
+def test_other_architectures_are_refused(to_gguf, save_model, model_type, changes, message):
+    assert_refused(to_gguf, save_model(model_type, **changes), message)
 
 
 def changed_tokenizer(folder: Path, change: Callable[[dict], None]) -> Path:
@@ -195,11 +212,11 @@ def changed_tokenizer(folder: Path, change: Callable[[dict], None]) -> Path:
 def test_an_unknown_way_to_split_text_needs_a_name(to_gguf, save_model, capsys, tmp_path):
     split = {"type": "Whitespace"}
     folder = changed_tokenizer(save_model(), lambda description: description.update(pre_tokenizer=split))
-    assert_refused(to_gguf, folder, "Give llama.cpp's name for it with --pre", capsys)
-    named = to_gguf(folder, "--pre", "smollm").rename(tmp_path / "named.gguf")
-    copied = to_gguf(folder, "--pre", str(named))
+    assert_refused(to_gguf, folder, "Give llama.cpp's name for it with --pre")
+    named = to_gguf(folder, pre="smollm").rename(tmp_path / "named.gguf")
+    copied = to_gguf(folder, pre=str(named))
     assert gguf.GGUFReader(copied).fields["tokenizer.ggml.pre"].contents() == "smollm"
-    assert_refused(to_gguf, folder, "nowhere.gguf does not exist", capsys, "--pre", "nowhere.gguf")
+    assert_refused(to_gguf, folder, "nowhere.gguf does not exist", pre="nowhere.gguf")
 
 
 def test_digits_apart_are_smollm(to_gguf, save_model):
@@ -214,20 +231,20 @@ def test_digits_apart_are_smollm(to_gguf, save_model):
     assert llama_cpp_model(file).tokenize(TEXT.encode()) == expected
 
 
-def test_a_sentencepiece_tokenizer_is_refused(to_gguf, save_model, capsys):
+def test_a_sentencepiece_tokenizer_is_refused(to_gguf, save_model):
     folder = changed_tokenizer(save_model(), lambda description: description["model"].update(byte_fallback=True))
-    assert_refused(to_gguf, folder, "not a byte-level BPE tokenizer", capsys)
+    assert_refused(to_gguf, folder, "not a byte-level BPE tokenizer")
 
 
-def test_weights_beyond_half_precision_are_refused_and_nothing_is_left(to_gguf, save_model, tmp_path, capsys):
+def test_weights_beyond_half_precision_are_refused_and_nothing_is_left(to_gguf, save_model, tmp_path):
     folder = save_model()
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] = 1e5
     model.save_pretrained(folder)
-    assert_refused(to_gguf, folder, "blk.2.ffn_up.weight", capsys)
+    assert_refused(to_gguf, folder, "blk.2.ffn_up.weight")
     assert not list(tmp_path.glob("model*"))
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(to_gguf, tmp_path, capsys):
-    assert_refused(to_gguf, tmp_path, "holds no config.json", capsys)
+def test_a_folder_that_is_no_checkpoint_is_refused(to_gguf, tmp_path):
+    assert_refused(to_gguf, tmp_path, "holds no config.json")

@@ -64,6 +64,11 @@ WITH_VISION = {
         "vision_config": VISION | {"model_type": "clip_vision_model"},
     },
     "qwen2_5_vl": {"text_config": GATED, "vision_config": BLOCKS},
+    "blip-2": {
+        "text_config": DECODER | {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32},
+        "vision_config": VISION,
+        "qformer_config": {name: VISION[name] for name in VISION if not name.endswith("_size")} | {"hidden_size": 16},
+    },
     "qwen3_5": {
         "text_config": GATED | {"num_hidden_layers": 4} | LINEAR,
         "vision_config": BLOCKS | {"num_position_embeddings": 16},
@@ -137,9 +142,9 @@ def test_a_language_models_tensors_are_found_and_go_back(model_type, tmp_path):
 @pytest.mark.parametrize("model_type", WITH_VISION)
 def test_a_language_model_is_found_within_one_with_vision(model_type, tmp_path):
     saved = save(model_type, tmp_path, **WITH_VISION[model_type])
-    names, checkpoint, model = names_of(tmp_path)
+    names, checkpoint, _ = names_of(tmp_path)
     decoder, head = saved.get_decoder().state_dict(), saved.get_output_embeddings().weight
-    prefix = "model.language_model." if type(model) is type(saved) else "model."
+    prefix = {"qwen2_5_vl": "model.language_model.", "blip-2": ""}.get(model_type, "model.")
     expected = {f"{prefix}{name}": tensor for name, tensor in decoder.items()} | {"lm_head.weight": head}
     assert {*names.stored} == {*expected}
     assert_found(names, checkpoint, expected)
@@ -157,6 +162,15 @@ def test_the_head_is_tied_where_the_whole_model_says_so(model_type, tmp_path):
     assert model.config.tie_word_embeddings
     assert model.config.dtype == checkpoint.config.dtype
     assert model.config.name_or_path == str(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_whole_model_that_says_nothing_of_ties_leaves_them_to_its_language_model(tied):
+    config = AutoConfig.for_model("mllama", text_config={"tie_word_embeddings": tied})
+    assert not hasattr(config, "tie_word_embeddings")
+    found, is_part = language_config(config)
+    assert is_part
+    assert found.tie_word_embeddings is tied
 
 
 def test_a_plain_configuration_is_the_language_models_own():

@@ -103,7 +103,7 @@ def test_texts_that_give_the_same_windows_prune_nothing_again(run_pipeline, sett
 def test_the_model_writes_its_own_samples_once(run_pipeline, settings, calls, work):
     settings["calibration"] = {"samples": 4, "sequence_length": 12}
     run_pipeline()
-    assert [method for method, _ in calls].count("own_samples") == 1
+    assert [kind for kind, _ in calls].count("write_own_samples") == 1
     assert (work / "calibration.arrow").is_file()
     calls.clear()
     assert done(run_pipeline()) == []
@@ -161,7 +161,7 @@ def interrupted(run_pipeline, monkeypatch, work):
 def test_an_interrupted_pipeline_resumes_inside_the_run(interrupted, run_pipeline, calls, run, work, digests):
     summary = run_pipeline()
     assert done(summary) == STEPS[2:]
-    assert [method for method, _ in calls].count("open_layer") == 4  # of the second run alone
+    assert [kind for kind, _ in calls].count("open_forward") == 4  # of the second run alone
     folder, _ = run(sparsity=0.2, calibration=work / "calibration.arrow")
     assert digests(work / "pruned-20") == digests(folder)
 

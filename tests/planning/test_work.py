@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from distprune.backward import ALL_TAPS, backward
 from distprune.config import DistillConfig
 from distprune.decoder_layer import LayerShape, layer_from_state
-from distprune.engine import dense_pass, relay
+from distprune.engine.stages import dense_pass
+from distprune.engine.scheduler import relay
 from distprune.forward import LayerRunner
 from distprune.modeling import PrunedConfig, PrunedDecoderLayer
 from distprune.planning import scenario

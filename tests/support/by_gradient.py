@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from distprune.budgets import fill_with_ffn
+from distprune.layers.sites import FFN_OUTPUT, NEURONS
 from distprune.methods import Method, Plan
-from distprune.methods.uniform import keep_best
+from distprune.methods.base import of_parts
+from distprune.methods.uniform import keep_best_neurons
 from distprune.statistics import Cross
 
 
@@ -12,12 +16,13 @@ class ByGradient(Method):
     """Narrows those FFNs most whose gradients are small, and keeps the neurons that matter most to the loss."""
 
     name = "by-gradient"
+    removes = ("neurons",)
 
     def gradient_moments(self, shape):
-        return [Cross("ffn_output_gradient", "ffn_neurons")]
+        return of_parts(shape, ffn=[Cross(FFN_OUTPUT.gradient, NEURONS)])
 
     def profile(self, layer, statistics):
-        return {"neurons": statistics.cross("ffn_output_gradient", "ffn_neurons").norm(dim=0)}
+        return {"neurons": statistics.cross(FFN_OUTPUT.gradient, NEURONS).norm(dim=0)} if layer.ffn else {}
 
     def plan(self, target, profiles, align):
         wanted = [float(profile["neurons"].norm()) + 1e-9 for profile in profiles]
@@ -26,5 +31,6 @@ class ByGradient(Method):
     def pruning_moments(self, dense, planned):
         return ()
 
-    def prune(self, layer, planned, statistics, profile, observe):
-        return keep_best(layer, planned, profile["neurons"].new_ones(layer.kv_heads), profile["neurons"])
+    def prune(self, given):
+        ffn = given.layer.ffn
+        return replace(given.layer, ffn=ffn and keep_best_neurons(ffn, given.planned.ffn, given.profile["neurons"]))

@@ -29,24 +29,24 @@ class Stops(Progress):
 
 
 def first_of(chosen):
-    """Whether a share is the first of the chosen steps, as (method, layer), of its call."""
+    """Whether an attempt is at the first of the chosen steps, as (kind, layer), of its call."""
     begun = set()
 
-    def is_chosen(share) -> bool:
-        if (share.step.method, *share.step.arguments[:1]) not in chosen or share.call in begun:
+    def is_chosen(attempt) -> bool:
+        if (attempt.task.kind(), attempt.task.layer) not in chosen or attempt.call in begun:
             return False
-        begun.add(share.call)
+        begun.add(attempt.call)
         return True
 
     return is_chosen
 
 
 def first_time_of(chosen):
-    """Whether a share is one of the chosen steps, as (method, layer), that none has been before."""
+    """Whether an attempt is at one of the chosen steps, as (kind, layer), that none has been before."""
     left = set(chosen)
 
-    def is_chosen(share) -> bool:
-        step = share.step.method, *share.step.arguments[:1]
+    def is_chosen(attempt) -> bool:
+        step = attempt.task.kind(), attempt.task.layer
         if step not in left:
             return False
         left.remove(step)

@@ -340,7 +340,7 @@ def simulate(costs: Costs, machines: Machines, run: Pass, seed: int = 0) -> Outc
     pool, progress = WorkerPool(runtime, min(machines.workers, run.layers)), Progress()
     context = RunContext(pool, progress, run.layers, MemoryJournal(), run.block_length, run.micro_batch)
     Check(context).run()
-    profiles = DensePass(context, np.zeros((run.samples, 1), np.int8)).run()
+    profiles = DensePass(context, np.zeros((run.samples, 1), np.int32)).run()
     shapes = [LayerShape(None, None)] * run.layers
     PruningPass(context, shapes, profiles, lambda *_: None).run(())
     shards = shards_of(costs, run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from distprune.solvers.anderson import AndersonAcceleration
+from distprune.solvers.qp.anderson import AndersonAcceleration
 
 
 def contraction(rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from distprune.errors import InputError
-from distprune.solvers.anderson import AndersonAcceleration
-from distprune.solvers.budgeted_box import BudgetedBox
 from distprune.solvers.expected import rows_where, until_converged
+from distprune.solvers.qp.anderson import AndersonAcceleration
+from distprune.solvers.qp.budgeted_box import BudgetedBox
 
 # Measured on the Gram matrices of language models and on random ones of condition 10 to 1e6; a Hessian of unit
 # diagonal makes the penalty a pure number, and the acceleration makes it matter little.

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from distprune.errors import InputError
-from distprune.solvers import quadratic, solve_box_qp
+from distprune.solvers import solve_box_qp
+from distprune.solvers.qp import quadratic
 
 FAMILIES = ["random", "rank-deficient", "badly scaled"]
 EXACT = {"tolerance": 1e-9, "max_iterations": 20_000}

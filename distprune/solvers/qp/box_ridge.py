@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distprune.solvers.quadratic import QuadraticSolution, solve_box_qp
+from distprune.solvers.qp.quadratic import QuadraticSolution, solve_box_qp
 from distprune.solvers.ridge import ridge
 
 

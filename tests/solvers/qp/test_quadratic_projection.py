@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distprune.solvers.budgeted_box import BudgetedBox
+from distprune.solvers.qp.budgeted_box import BudgetedBox
 
 
 def bisection(point: np.ndarray, lower: np.ndarray, upper: np.ndarray, cost: np.ndarray, limit: float) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from distprune.solvers.quadratic import QuadraticSolution, solve_box_qp
+from distprune.solvers.qp.quadratic import QuadraticSolution, solve_box_qp
 
 
 def relaxed_selection(interaction: Tensor, cost: Tensor, budget: float) -> QuadraticSolution:

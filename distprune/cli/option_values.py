@@ -1,0 +1,38 @@
+"""Turns the text of options into the values that the Python API takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+from distprune.errors import InputError
+
+
+def parse_option(text: str, option: str = "--option") -> tuple[str, Any]:
+    """``name=value``, the value read as YAML reads it.
+
+    Raises:
+        InputError: it is written in another way.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"{option} {text}: write NAME=VALUE.")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"{option} {text}: '{value}' is not a YAML value; quote it as in YAML.") from None
+
+
+def parse_options(texts: Iterable[str], option: str = "--option") -> dict[str, Any]:
+    return dict(parse_option(text, option) for text in texts)
+
+
+def gather_distillation(given: dict[str, Any]) -> None:
+    """Replace the options of distillation in ``given`` by one mapping; any of them turns distillation on."""
+    prefix = "distill_"
+    options = {name.removeprefix(prefix): given.pop(name) for name in list(given) if name.startswith(prefix)}
+    options = {name: value for name, value in options.items() if value is not None}
+    if given.get("distill") is not False and (options or given.get("distill")):
+        given["distill"] = options

@@ -1,0 +1,1 @@
+"""Quadratic programs over boxes with a budget, solved by accelerated projected gradients."""
