@@ -147,7 +147,7 @@ def calibrate(tmp_path_factory) -> Callable[[Path], Path]:
 
     def write(model: Path) -> Path:
         path = tmp_path_factory.mktemp("calibration") / "calibration.arrow"
-        vocabulary, length = AutoConfig.from_pretrained(model).vocab_size, 16
+        vocabulary, length = AutoConfig.from_pretrained(model).get_text_config().vocab_size, 16
         tokens = np.random.default_rng(0).integers(vocabulary, size=(8, length), dtype=np.int32)
         fingerprint = tokenizer_fingerprint(load_tokenizer(model))
         write_calibration(path, tokens, CalibrationMetadata(fingerprint, vocabulary, length, ("random",), 0, False))

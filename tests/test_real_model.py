@@ -35,7 +35,7 @@ def pruned(smollm2: Path, tmp_path_factory) -> tuple[Path, distprune.engine.RunR
 
 def test_a_fifth_of_the_decoder_is_gone(pruned):
     output, record = pruned
-    model = AutoModelForCausalLM.from_pretrained(output)
+    model = distprune.load(output)
     left = sum(parameter.numel() for parameter in model.model.layers.parameters())
     one_step_of_one_layer = 8 * 3 * 576
     assert left == record.decoder_parameters_after

@@ -34,11 +34,20 @@ class TrainableLayer:
         else:
             self._module = runner.build(layer, index, runner.gradient_dtype).requires_grad_(False)
             self._add_updates(options.rank, torch.Generator().manual_seed(options.seed))
+        self._leave_alone(*runner.architecture.unknown_modules(index))
+        if layer.attention is None and layer.ffn is None:  # its norms alone change nothing
+            self._module.requires_grad_(False)
 
     def _add_updates(self, rank: int, generator: torch.Generator) -> None:
+        unknown = self._runner.architecture.unknown_modules(self._index)
         for name, module in list(self._module.named_modules()):
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and name.split(".")[0] not in unknown:
                 self._module.set_submodule(name, UpdatedLinear(module, rank, generator))
+
+    def _leave_alone(self, *modules: str) -> None:
+        """What is of no part that is known goes through distillation as it is, too."""
+        for name in modules:
+            self._module.get_submodule(name).requires_grad_(False)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 import distprune.modeling
 from distprune.export.layer_fields import fields_by_layer, is_even, write_fields
-from distprune.export.said_shapes import Said, beyond_configuration
+from distprune.export.said_shapes import Said, beyond_configuration, shape_of
 from distprune.layers.architecture import PRUNED_LAYERS, Architecture
 from distprune.layers.module import family_names
 from distprune.modeling.modeling_pruned import hide_activation, restore_activation
@@ -72,7 +72,9 @@ def plainest_layout(architecture: Architecture, layers: Sequence[Said]) -> Layou
     """Of the layouts that can say the layers' shapes the one that most programs open."""
     if beyond_configuration(architecture, layers):
         return "free"
-    return "stock" if is_even(fields_by_layer(architecture, layers)) else "heterogeneous"
+    attentions = [shape.attention for shape in map(shape_of, layers) if shape.attention is not None]
+    is_plain = all(architecture.has_plain_heads(attention) for attention in attentions)
+    return "stock" if is_plain and is_even(fields_by_layer(architecture, layers)) else "heterogeneous"
 
 
 def plain_copy(whole: PreTrainedConfig) -> PreTrainedConfig:

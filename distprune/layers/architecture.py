@@ -206,6 +206,13 @@ class Architecture:
         rest = self._dense[index].layer.rest.items()
         return dims_of({name: tensor for name, tensor in rest if not names.is_in_attention(name)})
 
+    def unknown_modules(self, index: int) -> set[str]:
+        """The modules of a layer that have matrices and belong to no part: a mixer, or a router with its experts."""
+        shape, family = self.dense_shape(index), self.family
+        known = {family.attention if shape.attention else None, family.ffn if shape.ffn else None}
+        with_matrices = {name.split(".")[0] for name, dims in self.rest_tensors(index).items() if len(dims) > 1}
+        return with_matrices - known
+
     def layer_tensors(self, index: int, shape: LayerShape) -> dict[str, Dims]:
         """The same of a whole layer."""
         parts = self.attention_tensors(index, shape.attention) | self.ffn_tensors(index, shape.ffn)

@@ -82,7 +82,8 @@ class LossHead:
                 given = self._placed(hidden_states[sample, places]).requires_grad_()
                 with torch.enable_grad():
                     each = loss_of(places, sample)(self._logits(given))
-                [at_input] = torch.autograd.grad(each.sum(), given)
+                    total = each.sum()
+                [at_input] = torch.autograd.grad(total, given)
                 check_gradient(at_input, "the model's end")
                 gradient[sample, places] = at_input
                 losses[sample] += each.detach().double().sum().cpu()

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from distprune.families import Family, Fused
 from distprune.layers.architecture import Architecture, pruned_layer
@@ -29,6 +30,7 @@ from distprune.layers.sites import (
     VALUES,
     Site,
 )
+from distprune.layers.tree import build_on_meta
 from distprune.modeling.pruned_layers import reshape_layer
 from distprune.modeling.pruned_projections import ends
 
@@ -51,14 +53,34 @@ def build_module(architecture: Architecture, index: int, layer: DecoderLayer) ->
 
 def build_from_state(architecture: Architecture, index: int, state: Mapping[str, Tensor]) -> nn.Module:
     """A layer of the model as a module of its family's class, filled with its state as a checkpoint holds it."""
-    said = pruned_layer(architecture.config, index)
-    shape = None if said is None else architecture.dense_shape(index)
-    with empty_weights():
-        module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
-        if said is not None:
-            reshape_layer(module, family_names(architecture.family), said, index)
+    module = empty_layer(architecture, index)
     module.load_state_dict(state, assign=True)
     return module.eval()
+
+
+def empty_layer(architecture: Architecture, index: int, shape: LayerShape | None = None) -> nn.Module:
+    """A layer of the model as a module of its family's class on the meta device, as an earlier pruning has left it, or
+    with other numbers of heads and neurons."""
+    dense, is_pruned = architecture.dense_layer(index), pruned_layer(architecture.config, index) is not None
+    if shape is None and is_pruned:
+        shape = dense.shape
+    with empty_weights():
+        module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
+        if is_pruned:
+            pairs = None if dense.attention is None else dense.attention.rotary_pairs
+            pairs = None if pairs is None or shape.attention is None else pairs[: shape.attention.kv_heads]
+            said = dict(pruned_layer(architecture.config, index)) | say_shape(dense.shape, shape, pairs)
+            reshape_layer(module, family_names(architecture.family), said, index)
+    return module
+
+
+def empty_model(architecture: Architecture) -> PreTrainedModel:
+    """The whole model on the meta device, its layers as an earlier pruning has left them."""
+    model = build_on_meta(architecture.config)
+    layers = model.get_submodule(architecture.layers_path)
+    for index in range(len(layers)):
+        layers[index] = empty_layer(architecture, index)
+    return model
 
 
 def family_names(family: Family) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from distprune.layers.empty import empty_weights
 from distprune.layers.parts import outputs_of
 from distprune.layers.rotary import turns_halves
 from distprune.layers.shapes import LayerShape, Removable
@@ -70,5 +69,6 @@ def can_be_built(architecture: Architecture, index: int, shape: LayerShape) -> b
 
 
 def _module(architecture: Architecture, index: int, shape: LayerShape) -> nn.Module:
-    with empty_weights():
-        return architecture.layer_class(index)(architecture.layer_config(index, shape), index)
+    from distprune.layers.module import empty_layer  # which imports what imports this module
+
+    return empty_layer(architecture, index, shape)

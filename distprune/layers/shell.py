@@ -121,8 +121,7 @@ class Shell:
         key = samples, length, dtype
         if key not in self._calls:
             self._fill_with_zeros(self._large)
-            states = torch.zeros(samples, length, self._architecture.hidden_size, dtype=dtype, device=self.device)
-            self._run_to(self._layers - 1, inputs_embeds=states)
+            self._run_to(self._layers - 1, inputs_embeds=self._no_embeddings(samples, length, dtype))
             self._calls[key] = self._recorded
         return self._calls[key]
 
@@ -143,9 +142,15 @@ class Shell:
         """The logits (tokens, vocabulary) of hidden states (tokens, d) at the last layer's output."""
         self._injected = hidden_states[None]
         try:
-            return self.model(inputs_embeds=torch.zeros_like(self._injected), use_cache=False).logits[0]
+            nothing = self._no_embeddings(*self._injected.shape[:2], self._injected.dtype)
+            return self.model(inputs_embeds=nothing, use_cache=False).logits[0]
         finally:
             self._injected = None
+
+    def _no_embeddings(self, samples: int, length: int, dtype: torch.dtype) -> Tensor:
+        """Embeddings that don't matter. Those of some families are narrower than the hidden states made of them."""
+        width = self.model.get_input_embeddings().weight.shape[1]
+        return torch.zeros(samples, length, width, dtype=dtype, device=self.device)
 
     def _run_to(self, index: int, **inputs: Tensor) -> None:
         self._ends_at = index

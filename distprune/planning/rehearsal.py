@@ -292,6 +292,13 @@ class Rehearsal:
                 done.append(do(task(batches))[0])
         return Rehearsed(*done, self._sizes)
 
+    def _pairs(self, index: int, shape: LayerShape) -> Tensor | None:
+        """Rotary pairs that a pruned layer may have kept; None where it has all."""
+        attention = shape.attention
+        if attention is None or not self.model.architecture.names(index).narrows_pairs(attention):
+            return None
+        return torch.arange(attention.query_key_dim // 2).expand(attention.kv_heads, -1)
+
     def _learning(self, index: int) -> Takes:
         """What it takes a pruned layer to learn."""
         options, shape = self.config.distill, self.shapes[index]
@@ -303,7 +310,7 @@ class Rehearsal:
                 for name, dims in self.model.architecture.layer_tensors(index, shape).items()
             },
             shape,
-            None,
+            self._pairs(index, shape),
         )
         if options.objective == "logits":
             return self._end_to_end(index, student)

@@ -198,7 +198,7 @@ def test_while_a_write_stalls_workers_go_on_and_the_log_tells(run, digests, monk
     def stalling(write: Callable) -> Callable:
         def save_file(tensors: dict, path: Path, **given) -> None:
             if path.name == "pruned-layer-00001.safetensors.tmp":
-                running = list(pools[0]._running)
+                running = list(pools[0]._in_flight)
                 time.sleep(2)
                 ended.extend(ray.wait(running, num_returns=len(running), timeout=0)[0])
             write(tensors, path, **given)

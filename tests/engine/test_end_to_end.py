@@ -73,9 +73,7 @@ def by_hand(dense, pruned, tokens: torch.Tensor, options: DistillConfig) -> dict
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_all_layers_learn_together_what_transformers_models_learn_by_hand(run, dense_path, calibration_path, train):
     options = LOGITS | {"train": train, "learning_rate": 1e-2 if train == "lora" else 1e-3}
-    found = load(
-        folder := run(**OPTIONS | {"distill": options})[0], dtype=torch.float32
-    )
+    found = load(folder := run(**OPTIONS | {"distill": options})[0], dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(dense_path, dtype=torch.float32)
     undistilled = run(**OPTIONS | {"distill": None})[0]
     pruned = load(undistilled, dtype=torch.float32)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from pretend_gpu import NAME, pretend_gpu
-from transformers import AutoModelForCausalLM
 
+from distprune import load
 from distprune.engine.worker import actor
-from distprune.engine.worker.layer_worker import LayerTasks
-from distprune.forward import LayerRunner
+from distprune.engine.worker.layer_worker import LayerWorker
+from distprune.layers.runner import LayerRunner
 from distprune.methods import METHODS
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -21,7 +21,9 @@ IDS = torch.arange(24).reshape(2, 12)
 def prune_on_gpu(prune_here, monkeypatch):
     def prune(output: Path, **changes) -> None:
         with pretend_gpu() as gpu, monkeypatch.context() as patched:
-            patched.setattr(worker, "LayerTasks", lambda config, model, _: LayerTasks(config, model, gpu))
+            patched.setattr(
+                actor, "LayerWorker", lambda config, model, _, *rest: LayerWorker(config, model, gpu, *rest)
+            )
             for name in ("run", "observe"):  # such tensors know no inference mode
                 patched.setattr(LayerRunner, name, torch.no_grad()(getattr(LayerRunner, name).__wrapped__))
             prune_here(output, **changes)
@@ -35,10 +37,11 @@ def solved_on(monkeypatch) -> set[str]:
     devices = set()
     for method in METHODS.values():
 
-        def prune(self, layer, planned, statistics, *rest, original=method.prune):
-            tensors = [layer.ffn_norm, *statistics._totals.values(), *statistics._averages.values()]
+        def prune(self, given, original=method.prune):
+            statistics = given.statistics
+            tensors = [*given.layer.rest.values(), *statistics._totals.values(), *statistics._averages.values()]
             devices.update(tensor.device.type for tensor in tensors)
-            return original(self, layer, planned, statistics, *rest)
+            return original(self, given)
 
         monkeypatch.setattr(method, "prune", prune)
     return devices
@@ -46,7 +49,7 @@ def solved_on(monkeypatch) -> set[str]:
 
 @torch.no_grad()
 def logits(folder: Path) -> torch.Tensor:
-    return AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
+    return load(folder)(IDS).logits
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["on the GPU", "offloaded"])

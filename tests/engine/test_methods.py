@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distprune import load
 from distprune.methods import METHODS
-from distprune.modeling import PrunedForCausalLM
 
 ALIGN = 8
 MODELS = {
@@ -27,8 +27,9 @@ def family_path(request, save_model):
 def test_the_result_opens_generates_and_meets_the_target(run, family_path, method, count_embeddings):
     folder, record = run(family_path, method=method, sparsity=0.3, count_embeddings=count_embeddings, align=ALIGN)
     dense = AutoModelForCausalLM.from_pretrained(family_path)
-    pruned = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(pruned) is (type(dense) if record.layout == "stock" else PrunedForCausalLM)
+    pruned = load(folder)
+    prefix = "" if record.layout == "stock" else "Pruned"
+    assert type(pruned).__name__ == prefix + type(dense).__name__
     assert pruned.dtype == dense.dtype
     assert pruned.config.tie_word_embeddings == dense.config.tie_word_embeddings
 
@@ -49,8 +50,9 @@ def test_the_result_opens_generates_and_meets_the_target(run, family_path, metho
 def test_widths_are_aligned_and_the_last_layer_is_never_calibrated(pruned):
     _, record = pruned
     shapes = [layer.pruned for layer in record.layers]
-    assert [shape.calibration_rank is not None for shape in shapes] == [True, True, True, False]
+    assert [shape.ffn.branch_rank is not None for shape in shapes] == [True, True, True, False]
     for shape in shapes:
-        widths = shape.value_dim, shape.ffn_width, shape.query_rank, shape.key_rank, shape.calibration_rank or ALIGN
+        attention, ffn = shape.attention, shape.ffn
+        widths = attention.value_dim, ffn.width, attention.query_rank, attention.key_rank, ffn.branch_rank or ALIGN
         assert all(width % ALIGN == 0 for width in widths)
-    assert max(shape.ffn_width for shape in shapes) - min(shape.ffn_width for shape in shapes) <= ALIGN
+    assert max(shape.ffn.width for shape in shapes) - min(shape.ffn.width for shape in shapes) <= ALIGN

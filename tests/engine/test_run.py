@@ -118,32 +118,14 @@ def test_the_record_tells_how_distillation_went(run):
 def test_distillation_runs_ahead_of_what_has_learnt_by_a_few_layers_at_most(run, save_model, monkeypatch):
     started = []
     start = WorkerPool._start
-    monkeypatch.setattr(WorkerPool, "_start", lambda pool, share: started.append(share.step) or start(pool, share))
+    monkeypatch.setattr(
+        WorkerPool, "_start", lambda pool, attempt: started.append(attempt.task) or start(pool, attempt)
+    )
     run(save_model(num_hidden_layers=8), sparsity=0.3, distill=True)
-    methods = [step.method for step in started]
-    ahead = [methods[:end].count("advance") - methods[:end].count("distill") for end in range(len(methods))]
-    assert methods.count("advance") == methods.count("distill") == 8
+    kinds = [task.kind() for task in started]
+    ahead = [kinds[:end].count("advance") - kinds[:end].count("distill") for end in range(len(kinds))]
+    assert kinds.count("advance") == kinds.count("distill") == 8
     assert max(ahead) <= 2 + 1  # as many layers as may learn, and the one looked ahead to
-
-
-def test_a_pruned_checkpoint_is_not_pruned_again(run, pruned, calibration_path, tmp_path):
-    refused = r"pruned/config\.json: is of a model that distprune has pruned already.*Prune the original .*higher"
-    with pytest.raises(InputError, match=refused):
-        run(pruned[0], tmp_path / "twice", calibration=calibration_path)
-    with pytest.raises(InputError, match=refused):
-        plan(str(pruned[0]))
-    assert os.listdir(tmp_path) == []
-
-
-class Raises(Progress):
-    """Raises in the stage of a name."""
-
-    def __init__(self, name: str, error: BaseException):
-        self.name, self.error = name, error
-
-    def stage(self, name, total, done=0):
-        if name == self.name:
-            raise self.error
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of luck")])

@@ -25,12 +25,11 @@ from distprune.checkpoint import Checkpoint, HubFiles, HubModel, TensorFiles
 from distprune.config import PruneConfig
 from distprune.engine.worker import weights
 from distprune.engine.scheduler.ray_cluster import WorkerPlan
-from distprune.engine.run.preflight import check_job
+from distprune.engine.run.preflight import check_job, dense_model
 from distprune.engine.telemetry.progress import Progress
 from distprune.engine.worker.host_tensor import in_pieces
 from distprune.engine.worker.weights import (
     FirstThatWorks,
-    Model,
     Served,
     WeightAccess,
     WeightServer,
@@ -38,7 +37,6 @@ from distprune.engine.worker.weights import (
     weight_access,
 )
 from distprune.errors import Unreachable
-from distprune.families import family_of
 
 SUPPORT = Path(__file__).parents[1] / "support"
 OPTIONS = {"sparsity": 0.3, "max_shard_size": 60_000, "propagation": 1}
@@ -66,9 +64,9 @@ def init_and_wait(pool, *arguments):
         if ray.get(worker.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())) != here:
             pool.elsewhere.add(worker)
 
-def note_and_start(pool, share):
-    calls.append([share.step.method, share.worker in pool.elsewhere])
-    start(pool, share)
+def note_and_start(pool, attempt):
+    calls.append([attempt.task.kind(), attempt.worker in pool.elsewhere])
+    start(pool, attempt)
 
 WorkerPool.__init__, WorkerPool._start = init_and_wait, note_and_start
 told = []
@@ -159,7 +157,7 @@ def test_a_server_that_dies_is_started_again(ray_cluster, dense_path, tmp_path):
     [name, *_], [info, *_] = checkpoint.tensors, checkpoint.tensors.values()
     # More headers than Ray sends along when it starts an actor, however they are compressed.
     many = dict(checkpoint.tensors) | {os.urandom(50).hex(): info for _ in range(3000)}
-    job = replace(job, checkpoint=replace(checkpoint, tensors=many))
+    job = replace(job, model=replace(job.model, checkpoint=replace(checkpoint, tensors=many)))
     with weight_access(job, WorkerPlan(1, "cpu", 1, 0)) as access:
         served = access.open().checkpoint
         expected, rows = checkpoint.read([name])[name].clone(), torch.tensor([[1], [0]])
@@ -213,8 +211,7 @@ def access(dense_path, tmp_path) -> Callable[..., WeightAccess]:
 
     def tell(way: str = "auto", hub: HubModel | None = None, server: object | None = None) -> WeightAccess:
         checkpoint = Checkpoint.open(folder)
-        family = family_of(checkpoint.config)
-        model = Model(family, family.dense_config(checkpoint.config), checkpoint)
+        model = dense_model(checkpoint)
         return WeightAccess(model, None if hub else checkpoint.fingerprint(), hub, way, server)
 
     return tell
@@ -239,6 +236,7 @@ def replace_model(access: WeightAccess) -> None:
 @pytest.mark.parametrize(
     "model_type, changes",
     [
+        ("gemma3_text", {"head_dim": 16, "sliding_window": 8}),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e5}}),
         ("qwen2", {"dtype": torch.bfloat16, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
         ("qwen3", {"head_dim": 32, "max_shard_size": "60KB", "tie_word_embeddings": True}),
@@ -246,17 +244,22 @@ def replace_model(access: WeightAccess) -> None:
 )
 def test_a_node_is_told_everything_in_text(save_model, model_type, changes, hub):
     checkpoint = Checkpoint.open(save_model(model_type, **changes))
-    family = family_of(checkpoint.config)
-    dense = family.dense_config(checkpoint.config)
-    model, server = Model(family, dense, replace(checkpoint, config=dense)), object()
+    model, server = dense_model(checkpoint), object()
     told = WeightAccess(model, None if hub else checkpoint.fingerprint(), hub, "auto", server)
     found = WeightAccess.from_json(json.loads(json.dumps(told.to_json())), server)
-    assert found.model.dense.to_dict() == found.model.checkpoint.config.to_dict() == dense.to_dict()
-    assert found.model.dense.dtype is dense.dtype
-    # Configurations that were read from text know the version of transformers, and are no longer equal to others.
-    same = replace(found.model, dense=dense, checkpoint=replace(found.model.checkpoint, config=dense))
-    assert replace(found, model=same) == told
+    architecture = found.model.architecture
+    assert architecture.config.to_dict() == found.model.checkpoint.config.to_dict()
+    # Configurations that were read from text know the version of transformers besides.
+    of_the_text = {"transformers_version"}
+    known = {name: value for name, value in architecture.config.to_dict().items() if name not in of_the_text}
+    expected = model.architecture.config.to_dict()
+    assert known == {name: value for name, value in expected.items() if name not in of_the_text}
+    assert architecture.dtype is model.architecture.dtype
+    assert architecture.dense_shapes == model.architecture.dense_shapes
+    assert found.model.names == model.names
+    assert found.model.checkpoint.tensors == checkpoint.tensors
     assert list(found.model.checkpoint.tensors) == list(checkpoint.tensors)
+    assert (found.content, found.hub, found.way, found.server) == (told.content, told.hub, told.way, server)
 
 
 def test_a_node_that_sees_the_folder_reads_it(access):

@@ -44,13 +44,13 @@ def here(only_our_tasks, evaluate) -> ModelEvaluation:
 def told(monkeypatch) -> list[tuple[object, str]]:
     """Worker and question of each batch; the first waits until two workers are up."""
     told = []
-    hand, are_up = pool.WorkerPool._hand, pool.WorkerPool.are_up
+    prefetch, are_up = pool.WorkerPool._prefetch, pool.WorkerPool.are_up
 
-    def note(self, share):
-        told.append((share.worker, share.step.method))
-        return hand(self, share)
+    def note(self, attempt):
+        told.append((attempt.worker, attempt.task.kind()))
+        return prefetch(self, attempt)
 
-    monkeypatch.setattr(pool.WorkerPool, "_hand", note)
+    monkeypatch.setattr(pool.WorkerPool, "_prefetch", note)
     monkeypatch.setattr(pool.WorkerPool, "are_up", lambda self, count, patience: are_up(self, len(self.workers), None))
     return told
 
@@ -74,15 +74,15 @@ def test_one_worker_and_two_find_what_is_found_here(here, evaluate, told):
     ],
 )
 def test_a_lost_worker_changes_nothing(here, evaluate, told, monkeypatch, question):
-    hand, killed = pool.WorkerPool._hand, []
+    prefetch, killed = pool.WorkerPool._prefetch, []
 
-    def kill_and_hand(self, share):
-        if share.step.method == question and not killed:
-            killed.append(share.worker)
-            share.worker.__ray_call__.remote(lambda _: os.kill(os.getpid(), signal.SIGKILL))
-        return hand(self, share)
+    def kill_and_prefetch(self, attempt):
+        if attempt.task.kind() == question and not killed:
+            killed.append(attempt.worker)
+            attempt.worker.__ray_call__.remote(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        return prefetch(self, attempt)
 
-    monkeypatch.setattr(pool.WorkerPool, "_hand", kill_and_hand)
+    monkeypatch.setattr(pool.WorkerPool, "_prefetch", kill_and_prefetch)
     assert evaluate(workers=2) == here
     assert len(killed) == 1
     others = sum(asked == question for worker, asked in told if worker != killed[0])
@@ -90,14 +90,14 @@ def test_a_lost_worker_changes_nothing(here, evaluate, told, monkeypatch, questi
 
 
 def test_a_batch_that_kills_every_worker_is_an_error_with_a_fix(pruned, text_path, monkeypatch):
-    hand = pool.WorkerPool._hand
+    prefetch = pool.WorkerPool._prefetch
 
-    def kill_and_hand(self, share):
-        if share.step.method == "loss" and share.call.order == 1:
-            share.worker.__ray_call__.remote(lambda _: os.kill(os.getpid(), signal.SIGKILL))
-        return hand(self, share)
+    def kill_and_prefetch(self, attempt):
+        if attempt.task.kind() == "loss" and attempt.call.order == 1:
+            attempt.worker.__ray_call__.remote(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        return prefetch(self, attempt)
 
-    monkeypatch.setattr(pool.WorkerPool, "_hand", kill_and_hand)
+    monkeypatch.setattr(pool.WorkerPool, "_prefetch", kill_and_prefetch)
     monkeypatch.setattr(pool, "LOSSES", 1)
     with pytest.raises(evaluators.WorkersLost, match=r"'loss' .* Take fewer --workers or a smaller --batch-size"):
         api.evaluate(str(pruned[0]), text_path, workers=1, **HERE)

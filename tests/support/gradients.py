@@ -9,49 +9,62 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from distprune.backward import ALL_TAPS, backward
-from distprune.families import family_of
-from distprune.forward import LayerRunner
-from distprune.loss import LossHead
-from distprune.statistics import Cross, LayerStatistics
+from distprune.layers.architecture import Architecture
+from distprune.layers.loss import LossHead
+from distprune.layers.runner import LayerRunner
+from distprune.layers.sites import (
+    ATTENDED,
+    ATTENTION_INPUT,
+    ATTENTION_OUTPUT,
+    FFN_INPUT,
+    FFN_OUTPUT,
+    GATE,
+    KEYS,
+    NEURONS,
+    QUERIES,
+    UP,
+    VALUES,
+    Site,
+)
+from distprune.statistics import Cross, LayerStatistics, sites_of
 
-# What is tapped at the outputs of these modules of a stock decoder layer.
+# What is taken at the outputs of these modules of a stock decoder layer.
 GRADIENTS = {
-    "query_gradient": "self_attn.q_proj",
-    "key_gradient": "self_attn.k_proj",
-    "value_gradient": "self_attn.v_proj",
-    "attention_output_gradient": "self_attn.o_proj",
-    "gate_gradient": "mlp.gate_proj",
-    "up_gradient": "mlp.up_proj",
-    "ffn_output_gradient": "mlp.down_proj",
+    QUERIES.gradient: "self_attn.q_proj",
+    KEYS.gradient: "self_attn.k_proj",
+    VALUES.gradient: "self_attn.v_proj",
+    ATTENTION_OUTPUT.gradient: "self_attn.o_proj",
+    GATE.gradient: "mlp.gate_proj",
+    UP.gradient: "mlp.up_proj",
+    FFN_OUTPUT.gradient: "mlp.down_proj",
 }
 # A weight's gradient is a moment of the gradient at its output and of its input.
 INPUTS = {
-    "self_attn.q_proj": "attention_input",
-    "self_attn.k_proj": "attention_input",
-    "self_attn.v_proj": "attention_input",
-    "self_attn.o_proj": "attention_values",
-    "mlp.gate_proj": "ffn_input",
-    "mlp.up_proj": "ffn_input",
-    "mlp.down_proj": "ffn_neurons",
+    "self_attn.q_proj": ATTENTION_INPUT,
+    "self_attn.k_proj": ATTENTION_INPUT,
+    "self_attn.v_proj": ATTENTION_INPUT,
+    "self_attn.o_proj": ATTENDED,
+    "mlp.gate_proj": FFN_INPUT,
+    "mlp.up_proj": FFN_INPUT,
+    "mlp.down_proj": NEURONS,
 }
 
 
 @dataclass
 class Gradients:
-    """Of every layer: the gradient at its input, (samples, length, d), at taps, (tokens, width), and of weights."""
+    """Of every layer: the gradient at its input, (samples, length, d), at sites, (tokens, width), and of weights."""
 
     losses: Tensor
     inputs: dict[int, Tensor] = field(default_factory=dict)
-    taps: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    sites: dict[int, dict[Site, Tensor]] = field(default_factory=dict)
     weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def by_transformers(model: PreTrainedModel, tokens: Tensor) -> Gradients:
     """By ``loss.backward()``."""
-    seen: dict[tuple[int, str], Tensor] = {}
+    seen: dict[tuple[int, str | Site], Tensor] = {}
 
-    def watch(index: int, name: str, tensor: Tensor) -> None:
+    def watch(index: int, name: str | Site, tensor: Tensor) -> None:
         tensor.retain_grad()
         seen[index, name] = tensor
 
@@ -70,7 +83,7 @@ def by_transformers(model: PreTrainedModel, tokens: Tensor) -> Gradients:
     result = Gradients(losses.detach().unflatten(0, (len(tokens), -1)).sum(dim=1))
     for index, layer in enumerate(model.model.layers):
         result.inputs[index] = seen[index, "input"].grad
-        result.taps[index] = {tap: seen[index, tap].grad.flatten(0, 1) for tap in GRADIENTS}
+        result.sites[index] = {tap: seen[index, tap].grad.flatten(0, 1) for tap in GRADIENTS}
         result.weights[index] = {name: layer.get_submodule(name).weight.grad.clone() for name in INPUTS}
     model.zero_grad()
     return result
@@ -78,36 +91,37 @@ def by_transformers(model: PreTrainedModel, tokens: Tensor) -> Gradients:
 
 def layer_by_layer(model: PreTrainedModel, tokens: Tensor, micro_batch: int, dtype=torch.float32) -> Gradients:
     """By the chain that is under test."""
-    family = family_of(model.config)
-    dense, state = (
-        family.dense_config(model.config),
-        {name: tensor.detach() for name, tensor in model.state_dict().items()},
-    )
-    runner = LayerRunner(dense, torch.device("cpu"), dtype, micro_batch)
-    layers = [
-        family.layer_from_checkpoint({name: state[name] for name in family.layer_shapes(dense, index)}, dense, index)
-        for index in range(dense.num_hidden_layers)
-    ]
-    states = [state[family.embedding][tokens].to(dtype)]
+    architecture = Architecture(model.config)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    runner = LayerRunner(architecture, torch.device("cpu"), dtype, micro_batch)
+    outer = {name: state[name] for name in (*architecture.outer_tensors(), architecture.head_name)}
+    runner.shell.fill(outer, runner.gradient_dtype)
+    layers = []
+    for index in range(architecture.num_layers):
+        prefix = architecture.layer_prefix(index)
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        layers.append(architecture.layer_from_state(index, own))
+    states = [state[architecture.embedding_name][tokens].to(dtype)]
     for index, layer in enumerate(layers):
         states.append(runner.run(layer, index, states[-1]))
-    head = LossHead(state[family.final_norm], state[family.head_of(dense)], runner)
-    gradient, losses = head.gradient(states[-1], tokens)
+    gradient, losses = LossHead(runner).gradient(states[-1], tokens)
     result = Gradients(losses)
     for index in reversed(range(len(layers))):
-        batches: list[dict[str, Tensor]] = []
-        moments = {name: Cross(tap, INPUTS[name]) for tap, name in GRADIENTS.items()}
+        batches: list[dict[Site, Tensor]] = []
+        moments = {name: Cross(site, INPUTS[name]) for site, name in GRADIENTS.items()}
         statistics = LayerStatistics(moments.values())
 
         def observe(activations, batches=batches, statistics=statistics):
             statistics.update(activations)
-            batches.append(activations)
+            batches.append({site: activations[site] for site in GRADIENTS})
 
-        gradient = backward(runner, layers[index], index, states[index], gradient, observe=observe, taps=ALL_TAPS)
+        sites = sites_of(moments.values())
+        gradient = runner.backward(layers[index], index, states[index], gradient, observe=observe, sites=sites)
         result.inputs[index] = gradient
-        result.taps[index] = {tap: torch.cat([batch[tap] for batch in batches]) for tap in ALL_TAPS}
+        result.sites[index] = {site: torch.cat([batch[site] for batch in batches]) for site in GRADIENTS}
         result.weights[index] = {
-            name: statistics.tokens * statistics.cross(moment.tap, moment.other) for name, moment in moments.items()
+            name: statistics.tokens(moment.site) * statistics.cross(moment.site, moment.other)
+            for name, moment in moments.items()
         }
     return result
 
@@ -117,7 +131,7 @@ def assert_same(found: Gradients, expected: Gradients, tolerance: float) -> None
     torch.testing.assert_close(found.losses.float(), expected.losses.float(), rtol=tolerance, atol=0)
     for index, given in expected.inputs.items():
         pairs = {"input": (found.inputs[index], given)}
-        pairs |= {tap: (found.taps[index][tap], tensor) for tap, tensor in expected.taps[index].items()}
+        pairs |= {tap: (found.sites[index][tap], tensor) for tap, tensor in expected.sites[index].items()}
         pairs |= {name: (found.weights[index][name], tensor) for name, tensor in expected.weights[index].items()}
         for name, (actual, wanted) in pairs.items():
             assert actual.shape == wanted.shape, (index, name)

@@ -53,7 +53,9 @@ def write_pruned(
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     for name, text in modeling_files(layout).items():
         (folder / name).write_text(text)
-    save_file({name: t.contiguous().clone() for name, t in written.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: t.contiguous().clone() for name, t in written.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     return PrunedCheckpoint(folder, layout, model.eval())

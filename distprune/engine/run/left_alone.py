@@ -38,17 +38,13 @@ def left_alone(model: DenseModel) -> LeftAlone:
 
 
 def unknown_sublayers(model: DenseModel) -> Iterator[tuple[str, int]]:
-    """Modules of layers that have matrices and belong to no part: a mixer, or a router with its experts."""
-    architecture, family = model.architecture, model.architecture.family
+    """Modules of layers that belong to no part."""
+    architecture = model.architecture
     found: dict[str, list[int]] = defaultdict(list)
-    for index, shape in enumerate(architecture.dense_shapes):
-        known = {family.attention if shape.attention else None, family.ffn if shape.ffn else None}
-        sizes: dict[str, int] = defaultdict(int)
-        for name, dims in architecture.rest_tensors(index).items():
-            sizes[name.split(".")[0]] += math.prod(dims) if len(dims) > 1 else 0
-        for module, parameters in sizes.items():
-            if parameters and module not in known:
-                found[module].append(parameters)
+    for index in range(architecture.num_layers):
+        rest = architecture.rest_tensors(index)
+        for module in sorted(architecture.unknown_modules(index)):
+            found[module].append(sum(math.prod(dims) for name, dims in rest.items() if name.split(".")[0] == module))
     for module, each in found.items():
         yield f"{module} of {len(each)} layers", sum(each)
 

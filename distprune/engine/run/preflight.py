@@ -34,6 +34,7 @@ from distprune.families.language_model import language_config
 from distprune.families.tied import UNTIED, differ_though_tied, untied
 from distprune.hardware import AUTO, ComputeDtype, compute_dtype
 from distprune.layers.architecture import Architecture
+from distprune.layers.module import empty_model
 from distprune.methods import Method, make_method
 from distprune.storage import is_remote, is_url, location
 from distprune.version import __version__
@@ -143,7 +144,7 @@ def dense_model(checkpoint: Checkpoint) -> DenseModel:
     """
     config, _ = language_config(checkpoint.config)
     architecture = Architecture(config)
-    names = disk_names(architecture.model, checkpoint)
+    names = disk_names(empty_model(architecture), checkpoint)
     for name, parts in names.converted.items():
         if name.startswith(architecture.layers_path + "."):
             raise InputError(
