@@ -51,8 +51,8 @@ from distprune.layers.loss import TOKENS_AT_ONCE
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import LayerShape
 from distprune.methods import make_method
+from distprune.planning.as_with_values import AsWithValues
 from distprune.planning.counting import Counting, Counts
-from distprune.planning.fused_attention import FusedAttention
 from distprune.planning.imagined_gpu import imagined_gpu
 from distprune.planning.valueless_checkpoint import ValuelessCheckpoint
 
@@ -165,7 +165,7 @@ class Rehearsal:
 
     def _once(self, key: Hashable, rehearse: Callable[[], Any]) -> Any:
         if key not in self._taken:
-            with self._values, FusedAttention():
+            with self._values, AsWithValues():
                 self._taken[key] = rehearse()
         return self._taken[key]
 
@@ -371,10 +371,10 @@ class Rehearsal:
                 taken[CloseEnd] = same(do(CloseEnd())[0])
         return taken
 
-
     def _loss_gradient(self, runs: int) -> LossGradient:
         """The task for a sample of so many runs of tokens whose logits exist at once."""
-        states = torch.empty(1, runs * TOKENS_AT_ONCE, self.model.architecture.hidden_size, dtype=self.worker.runner.dtype)
+        hidden_size, dtype = self.model.architecture.hidden_size, self.worker.runner.dtype
+        states = torch.empty(1, runs * TOKENS_AT_ONCE, hidden_size, dtype=dtype)
         return LossGradient(states, torch.empty(states.shape[:2], dtype=torch.int32))
 
 

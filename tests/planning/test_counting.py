@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distprune.layers.architecture import Architecture
 from distprune.layers.runner import LayerRunner
+from distprune.planning.as_with_values import AsWithValues
 from distprune.planning.counting import Counting
 from distprune.planning.imagined_gpu import imagined_gpu
 from distprune.planning.kernels import EIGEN, FLOAT32, FLOAT64, HALF, LINK
@@ -17,7 +18,7 @@ from distprune.planning.kernels import EIGEN, FLOAT32, FLOAT64, HALF, LINK
 
 def counted(run):
     """What is counted of a function, on tensors without values."""
-    with FakeTensorMode(), Counting() as counting:
+    with FakeTensorMode(), AsWithValues(), Counting() as counting:
         run()
     return counting.take()
 

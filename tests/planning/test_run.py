@@ -15,11 +15,11 @@ from distprune import InputError
 from distprune.budgets import Target, layer_parameters
 from distprune.cli import app
 from distprune.config import PruneConfig
+from distprune.engine.run.preflight import dense_model
 from distprune.hardware import ComputeDtype
 from distprune.methods import METHODS
 from distprune.planning import Cluster
 from distprune.planning import run as planning_run
-from distprune.engine.run.preflight import dense_model
 from distprune.planning.headers import open_headers
 from distprune.reporting.plan_tables import plan_summary
 
