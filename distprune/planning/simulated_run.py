@@ -41,7 +41,7 @@ OWN_SAMPLES_BATCH = 128
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage takes: floating-point operations on 16-bit numbers, in float32 and in float64; bytes; and seconds."""
+    """What a stage takes: floating-point operations by the numbers that they are on, bytes, and seconds."""
 
     name: str
     half_flops: float
