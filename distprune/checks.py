@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 
 import torch
 from torch import Tensor
 
 from distprune.checkpoint import is_finite
-from distprune.layers.parts import DecoderLayer, map_tensors
 from distprune.errors import InputError
+from distprune.layers.parts import DecoderLayer
 
 
 def check_hidden_states(hidden_states: Tensor, index: int) -> None:
@@ -46,13 +47,26 @@ def solving(method: str, index: int) -> Iterator[None]:
 
 
 def check_solution(layer: DecoderLayer, index: int) -> None:
-    """Raises ``ArithmeticError`` when a solve overflowed, rather than write a broken checkpoint."""
+    """See that a solve has not overflowed, rather than write a broken checkpoint.
 
-    def check(tensor: Tensor) -> Tensor:
+    Raises:
+        ArithmeticError: it has; names the tensor.
+    """
+
+    for name, tensor in named_tensors(layer):
         if not is_finite(tensor):
-            raise ArithmeticError(
-                f"pruning layer {index} gave NaN or infinite values in a tensor {tuple(tensor.shape)}"
-            )
-        return tensor
+            raise ArithmeticError(f"pruning layer {index} gave NaN or infinite values in {name}")
 
-    map_tensors(layer, check)
+
+def named_tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a layer, or of a part of one, by the fields that lead to them: "attention.output.weight"."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif is_dataclass(value) or isinstance(value, Mapping):
+        inner = (
+            value.items()
+            if isinstance(value, Mapping)
+            else ((own.name, getattr(value, own.name)) for own in fields(value))
+        )
+        for own, each in inner:
+            yield from named_tensors(each, f"{name}.{own}" if name else own)

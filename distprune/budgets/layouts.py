@@ -46,8 +46,8 @@ def has_lost_units_alone(dense: LayerShape, shape: LayerShape) -> bool:
 
 def are_alike(shapes: Sequence[LayerShape]) -> bool:
     """Whether all layers that have a part have it in one shape."""
-    parts = [{shape.attention for shape in shapes}, {shape.ffn for shape in shapes}]
-    return all(len(found - {None}) <= 1 for found in parts)
+    attentions = {shape.attention for shape in shapes if shape.attention}
+    return len(attentions) <= 1 and len({shape.ffn for shape in shapes if shape.ffn}) <= 1
 
 
 def has_plain_heads(model: Architecture, shape: LayerShape) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,8 @@ from torch import Tensor
 def outlier_ratio(weighted_magnitudes: list[Tensor], multiple: float) -> Tensor:
     """The share of a layer's |W|·rms(x) entries above ``multiple`` times the layer's mean, ()."""
     entries = sum(magnitudes.numel() for magnitudes in weighted_magnitudes)
-    mean = sum(magnitudes.sum() for magnitudes in weighted_magnitudes) / entries
-    return sum((magnitudes > multiple * mean).sum() for magnitudes in weighted_magnitudes) / entries
+    mean = reduce(torch.add, (magnitudes.sum() for magnitudes in weighted_magnitudes)) / entries
+    return reduce(torch.add, ((magnitudes > multiple * mean).sum() for magnitudes in weighted_magnitudes)) / entries
 
 
 def outlier_weighted(sparsity: float, ratios: Tensor, span: float) -> Tensor:

@@ -51,7 +51,8 @@ def relax(tables: Sequence[Table], budget: int) -> Relaxation:
     """
     choices = [0] * len(tables)
     left = budget - sum(int(table.amounts[0]) for table in tables)
-    price, full = 0.0, set()
+    price = 0.0
+    full: set[int] = set()
     for _, item, option in sorted(chain.from_iterable(map(hull_steps, count(), tables))):
         amounts, costs = tables[item].amounts, tables[item].costs
         taken = int(amounts[option] - amounts[choices[item]])

@@ -50,6 +50,10 @@ class Target:
         """The shapes of the dense layers."""
         return [*self._dense_shapes]
 
+    def dense_shape(self, index: int) -> LayerShape:
+        """The shape of a dense layer."""
+        return self._dense_shapes[index]
+
     def removable(self, index: int) -> Removable:
         """What may go from layer ``index``: nothing that it lacks, and no more than the layout can say."""
         return self._removables[index]

@@ -36,8 +36,10 @@ def fill_with_ffn(
         InputError: what ``shapes`` hold besides FFN neurons already exceeds the target.
     """
     dense, filled = target.dense_shapes, list(shapes)
-    layers = [index for index in range(len(dense)) if target.removable(index).neurons]
-    full = {index: dense[index].ffn.width for index in layers}
+    full = {
+        index: shape.ffn.width for index, shape in enumerate(dense) if shape.ffn and target.removable(index).neurons
+    }
+    layers = list(full)
     for index in layers:
         filled[index] = filled[index].with_ffn(width=align)
     steps = [neurons_amount(target, index, filled[index], align) for index in layers]
@@ -60,7 +62,9 @@ def fill_with_ffn(
 
 
 def neurons_amount(target: Target, index: int, shape: LayerShape, neurons: int) -> int:
-    """What so many more neurons take of the budget in layer ``index`` of ``shape``."""
+    """What so many more neurons take of the budget in layer ``index`` of ``shape``; nothing without an FFN."""
+    if shape.ffn is None:
+        return 0
     wider = shape.with_ffn(width=shape.ffn.width + neurons)
     return target.ffn_amount(index, wider.ffn) - target.ffn_amount(index, shape.ffn)
 

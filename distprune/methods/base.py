@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -14,7 +14,6 @@ from distprune.errors import InputError
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import LayerShape
 from distprune.methods.even import ProfileRead, UnknownProfile, with_fewer_groups
-from distprune.methods.work import Problem, SolveWork, inverses
 from distprune.statistics import LayerStatistics, Moment
 
 #: What the dense pass, or the gradient pass, leaves of one layer for planning and pruning: named tensors, which wait on
@@ -164,7 +163,10 @@ class Method(BaseModel):
     # ---------------------------------------------------------------- predictions, before a run
 
     def even_profile(self, shape: LayerShape) -> Profile:
-        """The profile of a layer whose units are worth more or less evenly, of which only the plan's part counts."""
+        """The profile of a layer whose units are worth more or less evenly: what a plan reads of it.
+
+        Where a method does not say, and its plan reads a profile, :meth:`even_shapes` falls back on equal layers.
+        """
         return UnknownProfile()
 
     def even_shapes(self, target: Target, align: int) -> list[LayerShape]:
@@ -180,22 +182,17 @@ class Method(BaseModel):
         dense = target.dense_shapes
         if target.sparsity == 0:
             return dense
+        profiles = {shape: self.even_profile(shape) for shape in dense}
         try:
-            return self.plan(target, list(map(self.even_profile, dense)), align)
+            return self.plan(target, [profiles[shape] for shape in dense], align)
         except ProfileRead:
+            target = replace(target, resource="parameters")
             fewer = [with_fewer_groups(target, index, target.decoder_sparsity) for index in range(len(dense))]
             return fill_with_ffn(target, fewer, align)
 
     def profile_bytes(self, hidden_size: int, shape: LayerShape) -> int:
         """What a layer's profile takes, where that is not little against the layer itself."""
         return 0
-
-    def solve_work(self, problem: Problem) -> SolveWork:
-        """What it takes to profile a layer, or to prune it: operations, and memory beside weights and statistics.
-
-        A method that does not say is taken to factor and invert each of its Gram matrices once in float64.
-        """
-        return inverses(problem)
 
 
 def what_can_go(target: Target) -> set[str]:

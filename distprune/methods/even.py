@@ -20,7 +20,7 @@ def with_fewer_groups(target: Target, index: int, sparsity: float) -> LayerShape
 
     At least one stays, and all where none may go.
     """
-    shape = target.dense_shapes[index]
+    shape = target.dense_shape(index)
     if not target.removable(index).heads:
         return shape
     kept = max(1, round((1 - sparsity) * shape.attention.kv_heads))
@@ -29,7 +29,7 @@ def with_fewer_groups(target: Target, index: int, sparsity: float) -> LayerShape
 
 def with_plain_groups(target: Target, index: int, sparsity: float) -> LayerShape:
     """The same, to the nearest number that a plain configuration can have."""
-    shape = target.dense_shapes[index]
+    shape = target.dense_shape(index)
     if not target.removable(index).heads:
         return shape
     dense = shape.attention

@@ -108,7 +108,7 @@ class Flap(Method):
 
     def _with_units(self, target: Target, index: int, kept: Units) -> LayerShape:
         """Dense layer ``index`` with so many groups and neurons, and the biases that make up for those that it lost."""
-        shape, dense, removable = self._with_biases(target, index), target.dense_shapes[index], target.removable(index)
+        shape, dense, removable = self._with_biases(target, index), target.dense_shape(index), target.removable(index)
         if removable.neurons:
             shape = shape.with_ffn(width=kept.neurons)
         if not removable.heads:
@@ -118,7 +118,7 @@ class Flap(Method):
         return with_heads(shape, kept.groups, dense.attention.heads_per_group)
 
     def _with_biases(self, target: Target, index: int) -> LayerShape:
-        shape, removable = target.dense_shapes[index], target.removable(index)
+        shape, removable = target.dense_shape(index), target.removable(index)
         if self.compensation and removable.heads:
             shape = shape.with_attention(output_bias=True)
         return shape.with_ffn(down_bias=True) if self.compensation and removable.neurons else shape
@@ -196,7 +196,7 @@ def has_more_biases(shape: LayerShape, dense: LayerShape) -> bool:
 
 def unit_amounts(target: Target, index: int) -> tuple[int, int]:
     """What one more KV group and one more neuron would take in layer ``index``; 0 of what it lacks."""
-    shape, group, neuron = target.dense_shapes[index], 0, 0
+    shape, group, neuron = target.dense_shape(index), 0, 0
     if attention := shape.attention:
         wider = with_heads(shape, attention.kv_heads + 1, attention.heads_per_group)
         group = target.attention_amount(index, wider.attention) - target.attention_amount(index, attention)

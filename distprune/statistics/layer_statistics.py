@@ -76,7 +76,10 @@ class LayerStatistics:
 
     def _average(self, moment: Moment) -> Tensor:
         if moment not in self._averages:
-            self._averages[moment] = moment.average(self._totals.pop(moment), self._tokens[moment.site])
+            total = self._totals.pop(moment)
+            if total is None:
+                raise KeyError(f"{moment} was asked for, and no activations have been seen")
+            self._averages[moment] = moment.average(total, self._tokens[moment.site])
         return self._averages[moment]
 
     def tokens(self, site: Site) -> int:

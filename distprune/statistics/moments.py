@@ -8,7 +8,7 @@ in float32. Totals grow in place, so that of the largest of them there is one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Moment:
 
     def __str__(self) -> str:
         """Its name in files: "Gram(ffn.neurons)"."""
-        return f"{type(self).__name__}({', '.join(str(getattr(self, own.name)) for own in fields(self))})"
+        return f"{type(self).__name__}({', '.join(map(str, vars(self).values()))})"
 
 
 @dataclass(frozen=True)

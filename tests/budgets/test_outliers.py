@@ -48,4 +48,5 @@ def test_equal_layers_lose_the_same():
     ],
 )
 def test_shares_are_in_proportion_within_their_bounds(total, wanted, most, expected):
-    assert share_out(total, wanted, most) == expected
+    count = len(wanted)
+    assert share_out(total, wanted, [most] * count, [1.0] * count) == expected

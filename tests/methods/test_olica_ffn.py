@@ -187,9 +187,13 @@ def test_a_linear_ffn_is_told_from_a_random_one(subject):
     assert scores[1] < 0.9
 
 
-def test_a_linear_ffn_without_a_gate_is_mapped_as_it_is(gateless):
-    """Where all it lost can be told from its input, the branch gives it back: the input is constant."""
-    constant = replace(gateless, hidden_states=gateless.hidden_states[:1, :1].expand(8, 16, -1).contiguous())
-    method = Olica(percdamp=1e-9, channel_temperature=UNWEIGHTED)
-    pruned = prune_ffn(constant, method, branch_rank=4)
-    torch.testing.assert_close(constant.run_with(ffn=pruned), constant.run(constant.layer), atol=1e-3, rtol=1e-3)
+def test_the_full_rank_calibration_of_an_ffn_without_a_gate_is_ridge_regression_too(gateless):
+    """Of what the layer's own runs show that the pruned network lacks."""
+    pruned = prune_ffn(gateless, Olica(percdamp=0.01, channel_temperature=UNWEIGHTED), branch_rank=HIDDEN)
+    bare = replace(gateless.layer, ffn=replace(pruned, branch=None))
+    x, residual = (
+        f64(gateless.activations()[FFN_INPUT]),
+        f64(gateless.activations()[FFN_OUTPUT] - gateless.activations(bare)[FFN_OUTPUT]),
+    )
+    expected = ridge_on_samples(x, residual, 0.01).T
+    np.testing.assert_allclose(branch(pruned), expected, atol=1e-3 * np.abs(expected).max())

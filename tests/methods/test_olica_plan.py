@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_architectures import tiny
 
-from distprune.budgets import Target, decoder_parameters, layer_parameters
+from distprune.budgets import Target, decoder_parameters, ffn_amount, layer_parameters
 from distprune.errors import InputError
 from distprune.layers.architecture import Architecture
 from distprune.methods.olica import Olica, kept_rank
@@ -159,7 +159,8 @@ def test_every_layer_of_one_plan_costs_about_the_same():
 def test_attention_that_can_not_become_smaller_stays_and_the_ffns_pay():
     """DeepSeek's attention is of a kind that is not known, and its last layer has no FFN that is."""
     model = tiny("deepseek_v3", num_hidden_layers=4, first_k_dense_replace=3)
-    target, method = Target(model, 0.1), Olica(calibrated_layers=2)
+    ffns = sum(ffn_amount("parameters", model, index, model.dense_shape(index).ffn) for index in range(3))
+    target, method = Target(model, 0.4 * ffns / Target(model, 0).dense), Olica(calibrated_layers=2)
     linearity = profiles([0.3, 0.9, 0.5])
     method.check_target(target, 1)
     planned = method.plan(target, [*linearity, {}], align=1)

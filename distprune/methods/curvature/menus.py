@@ -93,7 +93,7 @@ def may_lose_attention(target: Target, index: int) -> bool:
 
 def narrower_heads(target: Target, index: int, profile: Profile, reach: Reach) -> Iterator[Option]:
     """Every number of groups, values and pairs that may stay."""
-    dense, order = target.dense_shapes[index].attention, profile["group_order"]
+    dense, order = target.dense_shape(index).attention, profile["group_order"]
     value_costs, pair_costs = profile["value_costs"][order].numpy(), profile["pair_costs"][order].numpy()
     for shape in head_shapes(target, index, reach):
         gone = dense.kv_heads - shape.kv_heads
@@ -104,7 +104,7 @@ def narrower_heads(target: Target, index: int, profile: Profile, reach: Reach) -
 
 def head_shapes(target: Target, index: int, reach: Reach) -> Iterator[AttentionShape]:
     """The shapes that attention may have by fewer groups, values and pairs."""
-    dense, removable = target.dense_shapes[index].attention, target.removable(index)
+    dense, removable = target.dense_shape(index).attention, target.removable(index)
     # Pairs go in twos of coordinates.
     by_pairs = replace(reach, align=lcm(2, reach.align))
     for groups in reach.groups(dense.kv_heads) if removable.heads else [dense.kv_heads]:
@@ -116,13 +116,13 @@ def head_shapes(target: Target, index: int, reach: Reach) -> Iterator[AttentionS
 
 def value_widths(target: Target, index: int, reach: Reach) -> list[int]:
     """The widths that a layer's value heads may have."""
-    dense = target.dense_shapes[index].attention.value_dim
+    dense = target.dense_shape(index).attention.value_dim
     return reach.widths(dense) if target.removable(index).values else [dense]
 
 
 def factored(target: Target, index: int, profile: Profile, reach: Reach) -> Iterator[Option]:
     """For every number of value neurons and at every of many prices, the ranks that cost least."""
-    dense = target.dense_shapes[index].attention
+    dense = target.dense_shape(index).attention
 
     def ranks(name: str, shape: AttentionShape) -> tuple[list[int | None], NDArray, NDArray]:
         """The ranks to choose from, None for no factors, what they cost, and what they save."""
@@ -156,7 +156,7 @@ def prices(tables: Iterable[tuple[list[int | None], NDArray, NDArray]]) -> NDArr
 
 def ffn_menu(target: Target, index: int, profile: Profile, reach: Reach) -> Menu:
     """A few of the widths, the narrow ones with branches of some ranks too; and none at all."""
-    dense, removable, cost_of = target.dense_shapes[index].ffn, target.removable(index), ffn_costs_by_width(profile)
+    dense, removable, cost_of = target.dense_shape(index).ffn, target.removable(index), ffn_costs_by_width(profile)
     has_branches = "branch_savings" in profile and removable.branch
     shares = branch_shares(profile, cost_of, reach.align) if has_branches else {}
     options: list[Option] = [(None, cost_of(0))] if removable.ffn else []
@@ -196,7 +196,7 @@ def spend_rest(target: Target, shapes: Sequence[LayerShape], align: int) -> list
     shapes, left = list(shapes), target.remaining - target.amount(shapes)
     open_layers = [index for index, shape in enumerate(shapes) if shape.ffn and target.removable(index).neurons]
     for index in sorted(open_layers, key=lambda index: shapes[index].ffn.width):
-        full = target.dense_shapes[index].ffn.width
+        full = target.dense_shape(index).ffn.width
         while shapes[index].ffn.width < full:
             more = min(align, full - shapes[index].ffn.width)
             step = neurons_amount(target, index, shapes[index], more)

@@ -1,0 +1,57 @@
+"""Every method on every family: profiles, a plan and pruned layers that run as the family's own class."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_families import FAMILIES, HIDDEN, tiny_model
+
+from distprune.budgets import Target
+from distprune.layers.architecture import Architecture
+from distprune.layers.runner import LayerRunner
+from distprune.methods import METHODS, LayerToPrune
+from distprune.statistics import LayerStatistics, sites_of
+
+#: So that no layer is to stay whole.
+OPTIONS = {"llm-pruner": {"first_layers": 0, "last_layers": 0}, "slimgpt": {"first_layer": 1.0}}
+
+
+@pytest.mark.filterwarnings("ignore::distprune.errors.ConvergenceWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_method_prunes_what_the_family_can_lose(family):
+    real = tiny_model(family)
+    model = Architecture(real.config)
+    state = {name: tensor.detach() for name, tensor in real.state_dict().items()}
+    runner = LayerRunner(model, torch.device("cpu"), torch.float32, micro_batch=4)
+    hidden_states = torch.randn(4, 12, HIDDEN, generator=torch.Generator().manual_seed(0))
+    layers = []
+    for index in range(model.num_layers):
+        prefix = model.layer_prefix(index)
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        layers.append(model.layer_from_state(index, own))
+
+    def observe(layer, index, moments) -> LayerStatistics:
+        statistics, sites = LayerStatistics(moments), sites_of(moments)
+        if any(site.is_gradient for site in sites):
+            gradient = runner.run(layer, index, hidden_states).clone()
+            runner.backward(layer, index, hidden_states, gradient, observe=statistics.update, sites=sites)
+        else:
+            runner.observe(layer, index, hidden_states, statistics.update, sites)
+        return statistics
+
+    target = Target(model, 0.1)
+    for name in METHODS:
+        method = METHODS[name](**OPTIONS.get(name, {}))
+        method.check_target(target, 4)
+        profiles = []
+        for index, layer in enumerate(layers):
+            moments = [*method.dense_moments(layer.shape), *method.gradient_moments(layer.shape)]
+            profiles.append(method.profile(layer, observe(layer, index, moments)))
+        plan = method.plan(target, profiles, 4)
+        assert plan != target.dense_shapes
+        for index, (layer, planned) in enumerate(zip(layers, plan, strict=True)):
+            statistics = observe(layer, index, method.pruning_moments(layer.shape, planned))
+            again = lambda variation, moments, index=index: observe(variation, index, moments)  # noqa: E731
+            pruned = method.prune(LayerToPrune(index, layer, planned, statistics, profiles[index], again))
+            assert pruned.shape == planned, name
+            assert runner.run(pruned, index, hidden_states).isfinite().all(), name
