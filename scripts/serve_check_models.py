@@ -2,8 +2,8 @@
 
     python scripts/serve_check_models.py FOLDER
 
-Writes a folder a model, each with its tokenizer and expected.json: prompts, as tokens, and what follows. SmolLM2 is real;
-Qwen3, Gemma 3 and Phi-3 are small and random.
+Writes a folder a model, each with its tokenizer and expected.json: prompts, as tokens, and what follows. SmolLM2 is
+real; Qwen3, Gemma 3 and Phi-3 are small and random.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SMALL = {
     "initializer_range": 0.2,
 }
 SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 3}
-FAMILIES = {"qwen3": {}, "gemma3_text": SLIDING, "phi3": {"head_dim": 16, "pad_token_id": 0}}
+FAMILIES = {"qwen3": {}, "gemma3_text": SLIDING, "phi3": {"hidden_size": 256, "pad_token_id": 0}}
 
 
 def main(folder: Path) -> None:
@@ -89,7 +89,9 @@ def layouts(
     ]
     return {
         "stock": dict.fromkeys(range(layers), in_turn(narrow, fewer_groups(groups))),
-        "heterogeneous": {index: in_turn(narrow, fewer_groups(groups)) if index % 4 else narrow for index in range(0, layers, 2)},
+        "heterogeneous": {
+            index: in_turn(narrow, fewer_groups(groups)) if index % 4 else narrow for index in range(0, layers, 2)
+        },
         "free": {index: free[index % len(free)] for index in range(layers - 1)},
         "without_attention": {layers // 2: without_attention},
     }

@@ -95,6 +95,8 @@ def allocate(curves: Sequence[Curve], budget: float) -> Allocation:
     choices, bound = fill(tables, relaxation.choices, budget), relaxation.bound
     excess = total_cost(tables, choices) - bound
     open_options = [costs <= excess for costs in reduced_costs(tables, relaxation.price)]
+    for mask, choice in zip(open_options, choices, strict=True):
+        mask[choice] = True  # which rounding may have closed
     if excess > GAP * abs(bound) and any(mask.sum() > 1 for mask in open_options):
         better, proven = solve_program(tables, open_options, choices, budget, excess)
         choices, bound = fill(tables, better, budget), max(bound, proven)

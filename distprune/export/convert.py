@@ -1,4 +1,4 @@
-"""Rewriting a checkpoint of an earlier version as one of today's."""
+"""Rewriting a checkpoint of an earlier version as this version writes it."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def convert(folder: Path, output: Path) -> None:
     described = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if not is_earlier(described):
         raise InputError(
-            f"{folder / 'config.json'} is not of a checkpoint that an earlier version has written in its layout per-layer, so "
-            "there is nothing to convert. distprune.load opens all others."
+            f"{folder / 'config.json'} is not of a checkpoint that an earlier version has written in its layout "
+            "per-layer, so there is nothing to convert. distprune.load opens all others."
         )
     if output.exists():
         raise InputError(f"{output} exists. Give a folder that doesn't, or remove it.")
@@ -68,9 +68,7 @@ def _write(described: dict, checkpoint: Checkpoint, folder: Path) -> None:
         (folder / name).write_text(code, encoding="utf-8")
     groups = [[name for name in checkpoint.tensors if name.startswith(prefix)] for prefix in prefixes]
     outer = sorted(checkpoint.tensors.keys() - {name for group in groups for name in group})
-    layers = (
-        _converted(checkpoint, group, architecture, index, said[index]) for index, group in enumerate(groups)
-    )
+    layers = (_converted(checkpoint, group, architecture, index, said[index]) for index, group in enumerate(groups))
     write_shards(folder, chain([checkpoint.read(outer)], layers), len(groups) + 1)
 
 

@@ -1,4 +1,4 @@
-"""The sizes that layers' own configurations say: numbers of heads and neurons, as a family's configuration calls them."""
+"""What layers' own configurations say: numbers of heads and neurons, under the names that a family has for them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def write_fields(config: PreTrainedConfig, fields: Sequence[Fields], *, is_even:
 
 def by_name(fields: Sequence[Fields]) -> dict[str, set[Any]]:
     """All the values that layers have for each field."""
-    return {name: {own[name] for own in fields if name in own} for name in dict.fromkeys(n for own in fields for n in own)}
+    return {
+        name: {own[name] for own in fields if name in own} for name in dict.fromkeys(n for own in fields for n in own)
+    }
 
 
 def differing(fields: Fields, config: PreTrainedConfig) -> dict[str, Any]:

@@ -91,7 +91,9 @@ def plain_copy(whole: PreTrainedConfig) -> PreTrainedConfig:
 def name_classes(config: PreTrainedConfig, prefix: str) -> None:
     """Write the classes that open the model: transformers' own, or those of the code beside it with a prefix."""
     kind = type(config)
-    classes = {auto.__name__: auto._model_mapping[kind].__name__ for auto in AUTO_CLASSES if kind in auto._model_mapping}
+    classes = {
+        auto.__name__: auto._model_mapping[kind].__name__ for auto in AUTO_CLASSES if kind in auto._model_mapping
+    }
     *_, architecture = classes.values()
     config.architectures = [prefix + architecture]
     if prefix:

@@ -21,6 +21,7 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .pruned_layers import reshape_layer
 
@@ -73,10 +74,19 @@ class Pruned:
     """A mixin of transformers' model classes: layers are as their own configurations and shapes say."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
-        with real_activation(config.get_text_config(decoder=True)):
+        text = config.get_text_config(decoder=True)
+        if any(shape.get("attention") for shape in (getattr(text, "pruned_layers", None) or {}).values()):
+            # Shards of heads don't fit what stands in for projections, so every device gets all.
+            text.base_model_tp_plan = None
+        with real_activation(text):
             super().__init__(config, *args, **kwargs)
             prune_layers(self.get_decoder())
         self.post_init()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Of the original only its layers are changed: it is initialized, and its tensors are named, as the original.
+        return False
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)
@@ -123,4 +133,7 @@ def __getattr__(name: str) -> type:
     made = type(name, (Pruned, original), {"__module__": __name__, "__doc__": f"A pruned {original.__name__}."})
     # So that `save_pretrained` writes this file, and the ones that it imports, beside the weights.
     made._auto_class = next(auto for end, auto in AUTO_CLASSES.items() if name.endswith(end))
+    # So that tensors are stored under the names that the original's are.
+    if renamed := get_checkpoint_conversion_mapping(original.__name__):
+        register_checkpoint_conversion_mapping(name, renamed, overwrite=True)
     return globals().setdefault(name, made)

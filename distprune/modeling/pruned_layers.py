@@ -3,9 +3,9 @@
 This file travels inside checkpoints, so it imports torch and the files beside it alone.
 
 What is left of a layer is said by a dict, its "shape": `{"attention": {...} or None, "ffn": {...} or None}` with the
-numbers of heads, widths, ranks and biases of each, and for attention that has lost rotary pairs which ones its KV groups
-have kept. None stands for a part that was removed; a part that the shape doesn't name stays as its class made it. Where
-a family keeps the parts is said by another, its "names".
+numbers of heads, widths, ranks and biases of each, and for attention that has lost rotary pairs which ones its KV
+groups have kept. None stands for a part that was removed; a part that the shape doesn't name stays as its class made
+it. Where a family keeps the parts is said by another, its "names".
 """
 
 from __future__ import annotations

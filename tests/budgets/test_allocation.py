@@ -11,7 +11,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from distprune.budgets import Curve, allocate
@@ -51,6 +51,7 @@ def smallest(raw: Raw) -> int:
 
 @settings(max_examples=150, deadline=None)
 @given(raw=modules(FEW_VALUES) | modules(ANY_VALUES), slack=st.integers(0, 90))
+@example(raw=[([0, 3], [15, 1]), ([0, 1, -1], [5, 2, 12]), ([3, 5, 1.5], [13, 4, 22])], slack=33)  # rounding
 def test_no_choice_within_the_budget_costs_less(raw, slack):
     budget = smallest(raw) + slack
     found, optimum = allocate(curves_of(raw), budget), least_cost(raw, budget)

@@ -91,7 +91,9 @@ def test_a_converted_checkpoint_computes_what_the_dense_model_does_with_zeros(tm
     edits = dict(EDITS)
     if model_type == "qwen3":
         edits[0] = in_turn(narrower_values(5), fewer_neurons(40))
-    pruned = write_pruned(small_model(model_type, num_hidden_layers=6, **CASES[model_type]), edits, tmp_path / "earlier")
+    pruned = write_pruned(
+        small_model(model_type, num_hidden_layers=6, **CASES[model_type]), edits, tmp_path / "earlier"
+    )
     as_earlier(pruned.folder, 6)
     (pruned.folder / "configuration_distprune.py").write_text("old code")
     (pruned.folder / "tokenizer.json").write_text("{}")

@@ -46,7 +46,9 @@ def pruned(tmp_path_factory) -> Callable[..., PrunedCheckpoint]:
 
     def prune(layout: str = "free", model_type: str = "llama", **changes) -> PrunedCheckpoint:
         folder = tmp_path_factory.mktemp(layout) / "pruned"
-        checkpoint = write_pruned(small_model(model_type, num_hidden_layers=6, **changes), LAYOUTS[layout], folder)
+        checkpoint = write_pruned(
+            small_model(model_type, num_hidden_layers=6, **{"vocab_size": 323} | changes), LAYOUTS[layout], folder
+        )
         assert checkpoint.layout == layout
         return checkpoint
 

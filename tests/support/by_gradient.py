@@ -7,22 +7,22 @@ from dataclasses import replace
 from distprune.budgets import fill_with_ffn
 from distprune.layers.sites import FFN_OUTPUT, NEURONS
 from distprune.methods import Method, Plan
+from distprune.methods.base import of_parts
 from distprune.methods.uniform import keep_best_neurons
 from distprune.statistics import Cross
-
-MOMENT = Cross(FFN_OUTPUT.gradient, NEURONS)
 
 
 class ByGradient(Method):
     """Narrows those FFNs most whose gradients are small, and keeps the neurons that matter most to the loss."""
 
     name = "by-gradient"
+    removes = ("neurons",)
 
     def gradient_moments(self, shape):
-        return [MOMENT]
+        return of_parts(shape, ffn=[Cross(FFN_OUTPUT.gradient, NEURONS)])
 
     def profile(self, layer, statistics):
-        return {"neurons": statistics.cross(MOMENT.site, MOMENT.other).norm(dim=0)}
+        return {"neurons": statistics.cross(FFN_OUTPUT.gradient, NEURONS).norm(dim=0)} if layer.ffn else {}
 
     def plan(self, target, profiles, align):
         wanted = [float(profile["neurons"].norm()) + 1e-9 for profile in profiles]
@@ -32,4 +32,5 @@ class ByGradient(Method):
         return ()
 
     def prune(self, given):
-        return replace(given.layer, ffn=keep_best_neurons(given.layer.ffn, given.planned.ffn, given.profile["neurons"]))
+        ffn = given.layer.ffn
+        return replace(given.layer, ffn=ffn and keep_best_neurons(ffn, given.planned.ffn, given.profile["neurons"]))

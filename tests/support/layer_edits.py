@@ -80,7 +80,7 @@ def fewer_groups(count: int) -> Edit:
 
 
 def narrower_values(width: int) -> Edit:
-    """Value neurons go, the first ones of each head stay, after which the dense model's are in no order that matters."""
+    """Value neurons go, the same ones from every head."""
 
     def edit(layer: DecoderLayer) -> tuple[DecoderLayer, DecoderLayer]:
         attention, shape = layer.attention, layer.attention.shape
@@ -162,8 +162,7 @@ def without_attention(layer: DecoderLayer) -> tuple[DecoderLayer, DecoderLayer]:
     output = layer.attention.output
     bias = None if output.bias is None else torch.zeros_like(output.bias)
     silent = replace(layer.attention, output=Linear(torch.zeros_like(output.weight), bias))
-    rest = {name: tensor for name, tensor in layer.rest.items() if not name.startswith("self_attn.")}
-    return replace(layer, attention=None, rest=rest), replace(layer, attention=silent)
+    return replace(layer, attention=None), replace(layer, attention=silent)
 
 
 def without_ffn(layer: DecoderLayer) -> tuple[DecoderLayer, DecoderLayer]:

@@ -16,6 +16,7 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": 0,
+    "dtype": torch.float32,
 }
 
 
