@@ -21,10 +21,13 @@ from torch import Tensor
 
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
+from distprune.engine.worker.pass_tasks import Backward, CloseLayer, Sweep
+from distprune.engine.worker.prune_task import Prune
 from distprune.planning import Cluster
-from distprune.planning.memory import FRAGMENTATION, task_peaks
+from distprune.planning.kernels import EIGEN, FLOAT32, FLOAT64, HALF, PASS
+from distprune.planning.memory import TaskPeak, task_peaks
+from distprune.planning.rehearsal import Rehearsed
 from distprune.planning.scenario import Scenario, make_scenario
-from distprune.planning.work import Work
 from distprune.solvers import (
     eliminate,
     elimination_path,
@@ -68,14 +71,19 @@ class Ceilings:
     to_host: float
     to_device: float
 
-    def floor(self, work: Work) -> float:
+    def floor(self, task: Rehearsed, samples: int) -> float:
         """Seconds that a task's operations take at these rates, copies between GPU and host left out.
 
         An eigendecomposition of an n x n matrix counts 9n³ operations, half of which no hardware does as products.
         """
-        half = (work.forward + work.statistics) / self.half
-        solves = work.solve_float32 / self.single + (work.solve_float64 + work.eigen) / self.double
-        return half + solves + (work.passed + work.passed_in_solves) / self.memory
+        half, single = (flops(task, samples, kind) / rate for kind, rate in ((HALF, self.half), (FLOAT32, self.single)))
+        passed = task.on(samples, lambda done: done.counts.bytes(PASS))
+        return half + single + flops(task, samples, FLOAT64, EIGEN) / self.double + passed / self.memory
+
+
+def flops(task: Rehearsed, samples: int, *kinds: str) -> float:
+    """A task's operations of some kinds."""
+    return task.on(samples, lambda done: done.counts.flops(*kinds))
 
 
 def main() -> None:
@@ -148,55 +156,42 @@ def measure_method(
     InProcess(config, folder, device).prune(tokens[:1])  # what is first of its kind is slow
     tasks = InProcess(config, folder, device).prune(tokens).tasks
     scenario = make_scenario(config, Checkpoint.open(folder), Cluster(gpus=int(device.type == "cuda")), "h100", {})
-    peaks = task_peaks(scenario)
-    for task, work in works(scenario).items():
-        tell_task(rows, f"{size.shape} {method}: {task}", tasks[task], work, ceilings, size.layers)
-    tell_memory(rows, f"{size.shape} {method}: memory", tasks, peaks, device)
+    for name, task in rehearsed(scenario).items():
+        tell_task(rows, f"{size.shape} {method}: {name}", tasks[name], task, ceilings, size)
+    tell_memory(rows, f"{size.shape} {method}: memory", tasks, task_peaks(scenario), device)
 
 
-def works(scenario: Scenario) -> dict[str, Work]:
-    """What each task does for all layers; the loss's gradient at the model's end is left out."""
-    layers = range(scenario.layers)
-    if not scenario.needs_gradients:
-        found = {
-            "dense pass": [scenario.observation(index, pruning=False) for index in layers],
-            "profile": [scenario.solve(index, pruning=False).work for index in layers],
-        }
-    else:
-        found = {
-            "dense pass": [scenario.carrying(index) for index in layers],
-            "gradient pass": [scenario.observation(index, pruning=False) for index in layers],
-            "profile": [scenario.solve(index, pruning=False).work for index in layers],
-        }
-    found["prune"] = [prune_work(scenario, index) for index in layers]
-    return {task: sum(of_layers, Work()) for task, of_layers in found.items()}
+def rehearsed(scenario: Scenario) -> dict[str, Rehearsed]:
+    """What each task does for the last layer, which stands for all."""
+    takes = scenario.rehearsal.layer(scenario.layers - 1)
+    found = {"dense pass": takes[Sweep], "profile": takes[CloseLayer], "prune": takes[Prune]}
+    return found | ({"gradient pass": takes[Backward]} if scenario.needs_gradients else {})
 
 
-def prune_work(scenario: Scenario, index: int) -> Work:
-    """Observing, solving and running the pruned layer; nothing is carried from the dense pass here."""
-    solving = scenario.solve(index, pruning=True).work + scenario.forward(scenario.shapes[index], scenario.calibration)
-    moments = scenario.moments(index, pruning=True)
-    return solving + (scenario.observed(scenario.shape(index), moments) if moments else Work())
-
-
-def tell_task(rows: Rows, what: str, measured: Measured, work: Work, ceilings: Ceilings, layers: int) -> None:
-    seconds, floor = measured.seconds / layers, ceilings.floor(work) / layers
-    operations = (work.forward + work.statistics + work.solves) / layers
+def tell_task(rows: Rows, what: str, measured: Measured, task: Rehearsed, ceilings: Ceilings, size: Size) -> None:
+    seconds, floor = measured.seconds / size.layers, ceilings.floor(task, size.windows)
+    operations = flops(task, size.windows, HALF, FLOAT32, FLOAT64, EIGEN)
     found = f"{seconds:.2f} s a layer, {operations / seconds / 1e12:.0f} TFLOP/s; "
     found += f"floor {floor:.2f} s ({floor / seconds:.0%})"
     rows.add(what, found, seconds=seconds, floor=floor, flops=operations, peak=measured.peak)
 
 
 def tell_memory(
-    rows: Rows, what: str, tasks: dict[str, Measured], peaks: dict[str, float], device: torch.device
+    rows: Rows, what: str, tasks: dict[str, Measured], peaks: dict[str, TaskPeak], device: torch.device
 ) -> None:
     """Of the whole run, and by task; a profile's solve counts with the pass that it follows."""
     measured = max(task.peak for task in tasks.values())
-    planned = FRAGMENTATION * max(peaks.values())
+    planned = max(peak.device for peak in peaks.values())
     off = planned / measured - 1 if measured else 0.0
     by_task = {name: task.peak for name, task in tasks.items()}
     found = f"peak {measured / 2**30:.1f} GiB, planned {planned / 2**30:.1f} ({off:+.0%})"
-    rows.add(what, found, device.type == "cpu" or off >= -0.15, measured=by_task, planned=peaks)
+    rows.add(
+        what,
+        found,
+        device.type == "cpu" or off >= -0.15,
+        measured=by_task,
+        planned={name: peak.device for name, peak in peaks.items()},
+    )
 
 
 # ---------------------------------------------------------------- solves

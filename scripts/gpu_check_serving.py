@@ -22,7 +22,6 @@ from distprune.methods import make_method
 from distprune.methods.curvature.menus import Reach
 from distprune.methods.curvature.stock import equal_shapes
 from distprune.modeling import PrunedConfig, PrunedForCausalLM
-from distprune.planning.shapes import expected_shapes
 
 SPARSITY = 0.3
 BATCHES = {"cuda": (1, 16, 64), "cpu": (1, 4)}
@@ -61,7 +60,7 @@ def free_config(out: Path, target: Target) -> PrunedConfig:
     for method in ("curvature", "olica"):
         if (out / f"{method}-pruned" / "config.json").is_file():
             return PrunedConfig.from_pretrained(out / f"{method}-pruned")
-    shapes = expected_shapes(make_method("olica", {}), target, 8)
+    shapes = make_method("olica", {}).even_shapes(target, 8)
     return PrunedConfig(**{**target.config.to_dict(), "layer_shapes": [asdict(shape) for shape in shapes]})
 
 

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from distprune.budgets import Target
 from distprune.calibration import open_calibration
-from distprune.calibration.model import load_config, load_model
+from distprune.calibration.whole_model import load_config, load_model
 from distprune.families import family_of
 from distprune.methods import make_method
 from distprune.modeling import LayerShape, PrunedConfig, PrunedForCausalLM
