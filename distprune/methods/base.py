@@ -187,8 +187,9 @@ class Method(BaseModel):
             return self.plan(target, [profiles[shape] for shape in dense], align)
         except ProfileRead:
             target = replace(target, resource="parameters")
-            fewer = [with_fewer_groups(target, index, target.decoder_sparsity) for index in range(len(dense))]
-            return fill_with_ffn(target, fewer, align)
+            if "heads" in self.removes:
+                dense = [with_fewer_groups(target, index, target.decoder_sparsity) for index in range(len(dense))]
+            return fill_with_ffn(target, dense, align)
 
     def profile_bytes(self, hidden_size: int, shape: LayerShape) -> int:
         """What a layer's profile takes, where that is not little against the layer itself."""
