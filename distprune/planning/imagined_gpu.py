@@ -45,6 +45,9 @@ class _Nothing:
     def device_count(self) -> int:
         return 0
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
 
 class _NothingThere(torch._C._acc.PrivateUse1Hooks):
     """What torch asks to know whether there is such a device."""
