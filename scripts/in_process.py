@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from distprune.decoder_layer import DecoderLayer
+from distprune.determinism import make_cuda_deterministic
 from torch import Tensor
 
 from distprune.budgets import target_of
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
-from distprune.decoder_layer import DecoderLayer
-from distprune.determinism import make_cuda_deterministic
 from distprune.distillation.layerwise import Batch
 from distprune.engine.worker.layer_worker import LayerTasks
 from distprune.engine.worker.weights import Model

@@ -13,7 +13,7 @@ from distprune.budgets import Target, are_alike, fill_with_ffn
 from distprune.errors import InputError
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import LayerShape
-from distprune.methods.even import ProfileRead, UnknownProfile, with_fewer_groups
+from distprune.methods.even_layers import ProfileRead, UnknownProfile, with_fewer_groups
 from distprune.statistics import LayerStatistics, Moment
 
 #: What the dense pass, or the gradient pass, leaves of one layer for planning and pruning: named tensors, which wait on

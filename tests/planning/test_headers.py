@@ -15,7 +15,7 @@ from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.engine.run.preflight import dense_model
 from distprune.planning import Cluster
-from distprune.planning.headers import open_headers
+from distprune.planning.model_from_headers import open_headers
 from distprune.planning.scenario import make_scenario
 
 

@@ -20,7 +20,7 @@ from distprune.hardware import ComputeDtype
 from distprune.methods import METHODS
 from distprune.planning import Cluster
 from distprune.planning import run as planning_run
-from distprune.planning.headers import open_headers
+from distprune.planning.model_from_headers import open_headers
 from distprune.reporting.plan_tables import plan_summary
 
 
