@@ -2,9 +2,9 @@
 
 
 class InputError(ValueError):
-    """Bad input: a file, tensor or option that the user can mend.
+    """Bad input: a file, tensor or option that the user can fix.
 
-    The message names the thing and the mend, in one or two sentences. The command line prints it alone,
+    The message names the thing and the fix, in one or two sentences. The command line prints it alone,
     without a traceback, and exits with status 2.
     """
 
@@ -12,7 +12,7 @@ class InputError(ValueError):
 class RunFailed(RuntimeError):
     """A run can't go on, for a reason that lies outside its input. What it has done is kept.
 
-    The message names the reason and the mend, in one or two sentences. The command line prints it alone, without a
+    The message names the reason and the fix, in one or two sentences. The command line prints it alone, without a
     traceback, and exits with status 1.
     """
 

@@ -8,7 +8,6 @@ from distprune.checkpoint.durable import read_names, read_tensor, read_tensors, 
 from distprune.checkpoint.gguf import import_gguf
 from distprune.checkpoint.hub import HubFiles, HubModel, find_on_hub, open_on_hub
 from distprune.checkpoint.infos import TensorInfo, describe, entry_of
-from distprune.checkpoint.mishaps import failures_explained
 from distprune.checkpoint.part_folder import PartFolder, WrittenFile
 from distprune.checkpoint.publish import (
     hold_lock,
@@ -22,6 +21,7 @@ from distprune.checkpoint.reader import Checkpoint
 from distprune.checkpoint.remote import fetch_model
 from distprune.checkpoint.side_files import copy_side_files
 from distprune.checkpoint.sources import is_hub_id, refuse_revision, resolve_model
+from distprune.checkpoint.storage_failures import failures_explained
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
 from distprune.checkpoint.upload import check_destination, read_published, upload_folder
 from distprune.checkpoint.writer import ShardWriter

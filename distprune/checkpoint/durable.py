@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from distprune.checkpoint.headers import read_header
-from distprune.checkpoint.mishaps import failures_explained, stalls_told, store_failures_explained
 from distprune.checkpoint.objects import read_objects
+from distprune.checkpoint.storage_failures import failures_explained, stalls_told, store_failures_explained
 from distprune.storage import is_remote, upload
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from distprune.checkpoint.durable import sync_tree
-from distprune.checkpoint.mishaps import failures_explained
+from distprune.checkpoint.storage_failures import failures_explained
 from distprune.errors import InputError
 from distprune.storage import CACHE_VARIABLE, cache_folder
 

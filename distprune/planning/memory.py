@@ -127,8 +127,8 @@ def _samples(scenario: Scenario, task: type[Task]) -> float:
     if issubclass(task, (Embed, Prune)):
         return scenario.calibration.samples
     if issubclass(task, (Advance, Distill)):
-        return scenario.lessons.samples if scenario.lessons else scenario.calibration.samples
-    return min(scenario.config.distill.batch, scenario.lessons.samples) if scenario.is_end_to_end else 1.0
+        return scenario.distilled_on.samples if scenario.distilled_on else scenario.calibration.samples
+    return min(scenario.config.distill.batch, scenario.distilled_on.samples) if scenario.is_end_to_end else 1.0
 
 
 def _own_samples(scenario: Scenario) -> float:
@@ -178,12 +178,12 @@ def _store_peak(scenario: Scenario) -> int:
         peak = max(peak, (open_layers + 2) * scenario.gradients + states)
     if scenario.is_end_to_end:
         # Both models' hidden states of a step, what was learnt before and is learnt now, and the layers that are open.
-        samples = min(scenario.config.distill.batch, scenario.lessons.samples)
-        states = (2 * scenario.layers + 1) * scenario.hidden_states(TokenSet(samples, scenario.lessons.length))
+        samples = min(scenario.config.distill.batch, scenario.distilled_on.samples)
+        states = (2 * scenario.layers + 1) * scenario.hidden_states(TokenSet(samples, scenario.distilled_on.length))
         peak = max(peak, states + 2 * _learnt(scenario) + 2 * workers * layer)
-    elif scenario.lessons:
+    elif scenario.distilled_on:
         # Distillation runs so many layers ahead, each with its input and its target.
-        peak = max(peak, (2 * workers + 2) * scenario.hidden_states(scenario.lessons) + 2 * workers * layer)
+        peak = max(peak, (2 * workers + 2) * scenario.hidden_states(scenario.distilled_on) + 2 * workers * layer)
     return round(peak)
 
 

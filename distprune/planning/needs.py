@@ -18,7 +18,7 @@ def worker_needs(config: PruneConfig, checkpoint: Checkpoint, device: str) -> tu
     Drawing the model's own samples is left out: one worker does it, once, and spreads what is too large for it.
 
     Raises:
-        InputError: the input is unusable; names it and the mend.
+        InputError: the input is unusable; names it and the fix.
     """
     on_gpu = device == "cuda"
     alone = config.model_copy(update={"device": device, "workers": 1, "gpus_per_worker": None})

@@ -99,7 +99,7 @@ class Rehearsal:
         shapes: what the layers are pruned to.
         device: "cuda" or "cpu".
         samples, length: of a micro-batch.
-        lesson_length: of what distillation learns from.
+        distillation_length: of what distillation learns from.
         base: the same run in other micro-batches.
     """
 
@@ -109,7 +109,7 @@ class Rehearsal:
     device: str
     samples: int
     length: int
-    lesson_length: int | None = None
+    distillation_length: int | None = None
     base: Rehearsal | None = None
     _taken: dict[Hashable, Takes] = field(default_factory=dict)
     #: Inside, tensors that are made have no values.
@@ -347,7 +347,7 @@ class Rehearsal:
 
     def _lessons(self, samples: int) -> Tensor:
         hidden_size, dtype = self.model.architecture.hidden_size, self.worker.runner.dtype
-        return torch.empty(samples, self.lesson_length, hidden_size, dtype=dtype)
+        return torch.empty(samples, self.distillation_length, hidden_size, dtype=dtype)
 
     def _ends(self) -> Takes:
         with self._counting() as do:
@@ -366,7 +366,7 @@ class Rehearsal:
             with self._counting() as do:
                 taken[OpenEnd] = same(do(OpenEnd())[0])
                 states = [self._lessons(1)[:, : runs * TOKENS_AT_ONCE] for runs in (1, 2)]
-                sizes = TOKENS_AT_ONCE / self.lesson_length, 2 * TOKENS_AT_ONCE / self.lesson_length
+                sizes = TOKENS_AT_ONCE / self.distillation_length, 2 * TOKENS_AT_ONCE / self.distillation_length
                 taken[Diverge] = Rehearsed(*(do(Diverge(some, some))[0] for some in states), sizes)
                 taken[CloseEnd] = same(do(CloseEnd())[0])
         return taken

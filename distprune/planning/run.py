@@ -76,7 +76,7 @@ def plan_run(
         rates: fields of :class:`distprune.planning.Rates` to replace.
 
     Raises:
-        InputError: the input is unusable; names it and the mend.
+        InputError: the input is unusable; names it and the fix.
     """
     on_gpu = config.device == "cuda" or (config.device == "auto" and cluster.gpus)
     checkpoint = open_headers(config.model, config.revision, config.trust_remote_code)

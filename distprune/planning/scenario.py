@@ -51,7 +51,7 @@ class Scenario:
     sizes: StoredSizes
     shapes: tuple[LayerShape, ...]
     calibration: TokenSet
-    lessons: TokenSet | None  # what distillation learns from
+    distilled_on: TokenSet | None  # what distillation learns from
     #: Rehearsals of this run and of those that differ in what no task sees, such as the number of workers.
     rehearsals: dict[Hashable, Rehearsal] = field(default_factory=dict)
 
@@ -120,7 +120,7 @@ class Scenario:
                 device,
                 self.batch,
                 self.calibration.length,
-                self.lessons and self.lessons.length,
+                self.distilled_on and self.distilled_on.length,
             )
         return self.rehearsals[key]
 
@@ -210,9 +210,9 @@ def make_scenario(
     shapes = target.dense_shapes if target.sparsity == 0 else method.even_shapes(target, config.align)
     own = TokenSet(config.samples, config.sequence_length)
     calibration = _token_set(config.calibration, model.architecture) or own
-    lessons = None
+    distilled_on = None
     if config.distill:
-        lessons = _token_set(config.distill.calibration, model.architecture) or calibration
+        distilled_on = _token_set(config.distill.calibration, model.architecture) or calibration
     _check_length(calibration, model.architecture)
     place_workers(config, cluster, model.architecture.num_layers)
     rates_of(hardware, config.threads_per_worker, rate_overrides)
@@ -227,7 +227,7 @@ def make_scenario(
         sizes=sizes,
         shapes=tuple(shapes),
         calibration=calibration,
-        lessons=lessons,
+        distilled_on=distilled_on,
     )
 
 

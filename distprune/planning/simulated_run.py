@@ -264,13 +264,13 @@ class SimulatedRun:
         self.stages.append(tally.plan("own samples", scenario.placement.slowdown * (passing + computing)))
 
     def _distill(self) -> None:
-        options, tokens = self.scenario.config.distill, rows(self.scenario.lessons)
+        options, tokens = self.scenario.config.distill, rows(self.scenario.distilled_on)
         LayerwiseDistillation(self.context, tokens, options, lambda index: {}, self._keep).run(())
 
     def _distill_end_to_end(self) -> None:
         """One step stands for all of them, and one look for all looks."""
         scenario, options = self.scenario, self.scenario.config.distill
-        training, held_out = split(scenario.lessons.samples, options)
+        training, held_out = split(scenario.distilled_on.samples, options)
         batches = list(shuffled_batches(len(training), options))
         looks = 2 * len(held_out.split(options.batch))
         micro_batch = options.micro_batch(scenario.batch)

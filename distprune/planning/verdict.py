@@ -12,16 +12,16 @@ from distprune.planning.scenario import Scenario
 
 @dataclass(frozen=True)
 class Verdict:
-    """``problem`` and ``mend`` are None where it fits, or where nothing is known to be too small."""
+    """``problem`` and ``fix`` are None where it fits, or where nothing is known to be too small."""
 
     fits: bool
     problem: str | None
-    mend: str | None
+    fix: str | None
 
 
 def judge(scenario: Scenario, memory: MemoryPlan) -> Verdict:
     problem = _gpu_problem(scenario, memory) or _host_problem(scenario, memory)
-    return Verdict(problem is None, problem, problem and _mend(scenario, memory))
+    return Verdict(problem is None, problem, problem and _fix_for(scenario, memory))
 
 
 def _gpu_problem(scenario: Scenario, memory: MemoryPlan) -> str | None:
@@ -49,7 +49,7 @@ def fits(scenario: Scenario) -> bool:
     return not (_gpu_problem(scenario, memory) or _host_problem(scenario, memory))
 
 
-def _mend(scenario: Scenario, memory: MemoryPlan) -> str:
+def _fix_for(scenario: Scenario, memory: MemoryPlan) -> str:
     """The smallest change of one option that makes it fit, or larger machines."""
     for option, changed in _changes(scenario):
         if fits(changed):

@@ -79,7 +79,7 @@ def verdict_line(plan: RunPlan) -> str:
     """What would not fit first and how to fix it, or that all fits that the cluster's description lets one check."""
     verdict = plan.verdict
     if not verdict.fits:
-        return f"does not fit: {verdict.problem}. {verdict.mend}"
+        return f"does not fit: {verdict.problem}. {verdict.fix}"
     return "fits" if plan.cluster.host_memory else "fits; host memory was not checked: give --host-memory"
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from distprune import RunFailed, api, cli, status
-from distprune.checkpoint import durable, failures_explained, mishaps
+from distprune.checkpoint import durable, failures_explained, storage_failures
 from distprune.engine.scheduler.pool import WorkerPool
 from distprune.engine.worker.host_tensor import fetch
 
@@ -99,7 +99,7 @@ def test_a_run_that_fills_the_disk_says_so_and_goes_on_when_there_is_room(prune_
     with pytest.raises(RunFailed) as failure:
         prune_here(output, writes="driver")
     message = (
-        rf".*{name}.*: No space left on device\. Free some space there; the same command goes on from what was done\."
+        rf".*{name}.*: No space left on device\. Free some space there; the same command resumes from what was done\."
     )
     assert re.fullmatch(message, str(failure.value))
     assert not output.exists()
@@ -134,12 +134,12 @@ def test_the_command_line_exits_with_1_and_prints_the_message_alone(prune_here, 
 
 
 @pytest.mark.parametrize(
-    ("number", "mend"),
-    [(errno.EDQUOT, "quota"), (errno.EFBIG, "--max-shard-size"), (errno.EIO, "Mend"), (errno.ESTALE, "Mount")],
+    ("number", "fix"),
+    [(errno.EDQUOT, "quota"), (errno.EFBIG, "--max-shard-size"), (errno.EIO, "Repair"), (errno.ESTALE, "Mount")],
 )
-def test_other_failures_of_a_file_system_have_their_own_mend(number, mend):
+def test_other_failures_of_a_file_system_have_their_own_fix(number, fix):
     with (
-        pytest.raises(RunFailed, match=rf"^file: {os.strerror(number)}\. .*{mend}.* same command"),
+        pytest.raises(RunFailed, match=rf"^file: {os.strerror(number)}\. .*{fix}.* same command"),
         failures_explained(Path("file")),
     ):
         raise OSError(number, os.strerror(number))
@@ -207,7 +207,7 @@ def test_while_a_write_stalls_workers_go_on_and_the_log_tells(run, digests, monk
 
     monkeypatch.setattr(WorkerPool, "__init__", note_and_init)
     monkeypatch.setattr(durable, "save_file", stalling(SAVE_FILE))
-    monkeypatch.setattr(mishaps, "PATIENCE", 0.5)
+    monkeypatch.setattr(storage_failures, "PATIENCE", 0.5)
     with caplog.at_level(logging.WARNING, logger="distprune"):
         stalled, _ = run(**options)
     assert ended
@@ -215,6 +215,6 @@ def test_while_a_write_stalls_workers_go_on_and_the_log_tells(run, digests, monk
     told = [record.getMessage() for record in caplog.records if "pruned-layer-00001" in record.getMessage()]
     assert told == [
         f"Writing {stalled}.partial/parts/pruned-layer-00001.safetensors has taken 0 s so far: its file system stalls. "
-        "The run waits for it and goes on."
+        "The run waits for it."
     ]
     assert digests(stalled) == digests(run(**options)[0])

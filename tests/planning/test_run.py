@@ -131,7 +131,7 @@ def test_statistics_and_solves_count_where_a_method_has_them(plan):
 def test_what_fits_is_said_to_fit(plan, headers_70b):
     planned = plan(headers_70b, Cluster(gpus=8, host_memory=10**12), method="slimgpt")
     assert planned.verdict.fits
-    assert planned.verdict.problem is planned.verdict.mend is None
+    assert planned.verdict.problem is planned.verdict.fix is None
 
 
 @pytest.mark.parametrize(
@@ -142,18 +142,18 @@ def test_what_fits_is_said_to_fit(plan, headers_70b):
         ({"sequence_length": 2048}, Cluster(gpus=8, host_memory=60 * 10**9), "workers"),
     ],
 )
-def test_the_mend_names_an_option_that_makes_it_fit(plan, headers_70b, options, cluster, option):
+def test_the_fix_names_an_option_that_makes_it_fit(plan, headers_70b, options, cluster, option):
     options = {"method": "magnitude", **options}
     refused = plan(headers_70b, cluster, **options).verdict
     assert not refused.fits
-    assert refused.mend.startswith(f"Give {flag(option)} ")
-    value = float(refused.mend.removesuffix(".").split()[-1])
-    mended = options | {option: value if option == "gpus_per_worker" else int(value)}
-    assert plan(headers_70b, cluster, **mended).verdict.fits
+    assert refused.fix.startswith(f"Give {flag(option)} ")
+    value = float(refused.fix.removesuffix(".").split()[-1])
+    fixed = options | {option: value if option == "gpus_per_worker" else int(value)}
+    assert plan(headers_70b, cluster, **fixed).verdict.fits
 
 
 @pytest.mark.parametrize(
-    "nodes, options, mend",
+    "nodes, options, fix",
     [
         (8, {}, "--offload"),
         (1, {}, "--offload --workers 1"),
@@ -161,19 +161,19 @@ def test_the_mend_names_an_option_that_makes_it_fit(plan, headers_70b, options, 
     ],
 )
 def test_a_gpu_that_holds_a_layer_but_not_what_its_solve_takes_has_it_offloaded(
-    plan, headers_70b, nodes, options, mend
+    plan, headers_70b, nodes, options, fix
 ):
     cluster = Cluster(gpus=8, nodes=nodes, gpu_memory=12 * 10**9, host_memory=10**11)
     verdict = plan(headers_70b, cluster, method="oops", **options).verdict
     assert "a GPU's 11.2 GiB" in verdict.problem
-    assert verdict.mend == f"Give {mend}."
+    assert verdict.fix == f"Give {fix}."
 
 
 def test_a_layer_that_fits_on_no_gpu_asks_for_larger_ones(plan, headers_70b):
     cluster = Cluster(gpus=8, gpu_memory=2 * 10**9, host_memory=10**11)
     verdict = plan(headers_70b, cluster, method="oops").verdict
     assert "a GPU's 1.9 GiB" in verdict.problem
-    assert "Ask for GPUs of" in verdict.mend
+    assert "Ask for GPUs of" in verdict.fix
 
 
 def test_offloaded_solves_take_the_hosts_time(plan, headers_70b):

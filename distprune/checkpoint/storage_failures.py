@@ -17,11 +17,11 @@ from upath import UPath
 from distprune.errors import StorageFailed
 
 # What the file system, and not the one who writes, is to blame for, and what helps.
-MENDS = {
+FIXES = {
     errno.ENOSPC: "Free some space there",
     errno.EDQUOT: "Free some space there or raise the quota",
     errno.EFBIG: "Raise the limit on the size of files or give a smaller --max-shard-size",
-    errno.EIO: "Mend the file system",
+    errno.EIO: "Repair the file system",
     errno.EROFS: "Make the file system writable again",
     errno.ESTALE: "Mount the file system again",
 }
@@ -36,17 +36,17 @@ def failures_explained(target: Path) -> Iterator[None]:
     """Inside, `target` is written, or files below it.
 
     Raises:
-        StorageFailed: the file system gave out; names the file and the mend.
+        StorageFailed: the file system gave out; names the file and the fix.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = error_number(error)
-        if number not in MENDS:
+        if number not in FIXES:
             raise
         file = getattr(error, "filename2", None) or getattr(error, "filename", None) or target
         raise StorageFailed(
-            f"{file}: {os.strerror(number)}. {MENDS[number]}; the same command goes on from what was done."
+            f"{file}: {os.strerror(number)}. {FIXES[number]}; the same command resumes from what was done."
         ) from error
 
 
@@ -80,7 +80,7 @@ def stalls_told(target: Path) -> Iterator[None]:
 
     def tell() -> None:
         logger.warning(
-            "Writing %s has taken %.0f s so far: its file system stalls. The run waits for it and goes on.",
+            "Writing %s has taken %.0f s so far: its file system stalls. The run waits for it.",
             target,
             PATIENCE,
         )
