@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
+
+import psutil
+import torch
 
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.planning.cluster import Cluster
 from distprune.planning.memory import CUDA_CONTEXT, FRAGMENTATION, plan_memory
 from distprune.planning.scenario import make_scenario
+
+#: So many times over.
+LITTLE = 32
 
 
 def worker_needs(config: PruneConfig, checkpoint: Checkpoint, device: str) -> tuple[int, int]:
@@ -21,9 +28,18 @@ def worker_needs(config: PruneConfig, checkpoint: Checkpoint, device: str) -> tu
         InputError: the input is unusable; names it and the fix.
     """
     on_gpu = device == "cuda"
+    if not on_gpu and is_little(checkpoint):
+        return 0, 0
     alone = config.model_copy(update={"device": device, "workers": 1, "gpus_per_worker": None})
     scenario = make_scenario(alone, checkpoint, Cluster(gpus=int(on_gpu)), "h100" if on_gpu else "cpu", {})
     given = alone.model_copy(update={"calibration": Path("calibration.arrow")})
     memory = plan_memory(replace(scenario, config=given))
     device = round(FRAGMENTATION * memory.worker_device) + CUDA_CONTEXT if on_gpu else 0
     return device, memory.worker_resident - memory.store
+
+
+def is_little(checkpoint: Checkpoint) -> bool:
+    """Whether a host's memory holds the model so many times over that no worker on it can need too much: a rehearsal
+    would take longer than what it tells is worth."""
+    weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values()) * torch.float32.itemsize
+    return LITTLE * weights <= psutil.virtual_memory().total
