@@ -133,7 +133,7 @@ class InProcess:
         for index in self.layers:
             begins = index % block == 0
             states, carried = (dense.states[index], dense.carried[index]) if begins else (states, {})
-            task = Prune(index, states, plan[index], profiles[index], carried, propagates=True)
+            task = Prune(index, states, plan[index], profiles[index], carried, propagates=block > 1)
             finished, states, _ = self._run(task)
             pruned.append(self._layer_of(index, finished, plan[index]))
         return pruned
