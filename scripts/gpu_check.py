@@ -41,7 +41,7 @@ class Part:
         return HERE / f"gpu_check_{self.name}.py"
 
 
-PARTS = [Part("correctness", 60), Part("layers", 100), Part("end_to_end", 320), Part("serving", 60)]
+PARTS = [Part("correctness", 90), Part("layers", 100), Part("end_to_end", 320), Part("serving", 60)]
 
 
 def main() -> None:
