@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 import distprune
 from distprune.calibration import generate_own_samples, load_tokenizer
-from distprune.calibration.model import load_config, load_model
+from distprune.calibration.whole_model import load_config, load_model
 from distprune.checkpoint import resolve_model
 from distprune.evaluation import generate_sentence, perplexity_of_model
 from distprune.hardware import compute_dtype

@@ -27,7 +27,7 @@ from distprune.engine.worker.task import Task
 from distprune.planning import Cluster, Rates
 from distprune.planning.counting import Counts
 from distprune.planning.kernels import EIGEN, FLOAT32, FLOAT64, HALF
-from distprune.planning.memory import FRAGMENTATION, TaskPeak, task_peaks
+from distprune.planning.memory import TaskPeak, task_peaks
 from distprune.planning.rehearsal import Rehearsed
 from distprune.planning.scenario import make_scenario
 from distprune.planning.timing import Clock
@@ -175,7 +175,7 @@ def tell_memory(
 ) -> None:
     """Of the whole run, and by task."""
     measured = max(task.peak for task in tasks.values())
-    planned = FRAGMENTATION * max(peak.device for peak in peaks.values())
+    planned = max(peak.device for peak in peaks.values())
     off = planned / measured - 1 if measured else 0.0
     found = f"peak {measured / 2**30:.1f} GiB, planned {planned / 2**30:.1f} ({off:+.0%})"
     by_task = {task.kind(): each.peak for task, each in tasks.items()}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from distprune.calibration import CalibrationMetadata, tokenizer_fingerprint, write_calibration
 from distprune.checkpoint import ShardWriter
-from distprune.export.layouts import output_config, plainest_layout
+from distprune.export.output_config import output_config, plainest_layout
 from distprune.layers.architecture import Architecture
 from distprune.layers.module import say_shape
 from distprune.layers.shapes import LayerShape

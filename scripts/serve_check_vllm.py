@@ -47,7 +47,7 @@ def check(model: Path) -> str:
 @contextmanager
 def serving(model: Path, log: Path) -> Iterator[None]:
     """While open, the model is served."""
-    # What `vllm serve` runs; the command itself asks for a package called vllm, and the one for CPUs is called otherwise.
+    # What `vllm serve` runs; the command itself asks for a package that is called vllm, and the one for CPUs is not.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(PORT)]
     command += ["--trust-remote-code", "--enforce-eager", "--dtype", "float32", "--max-model-len", "256"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}

@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from distprune.budgets import Target
 from distprune.calibration import open_calibration
-from distprune.calibration.model import load_config, load_model
-from distprune.export.layouts import output_config
+from distprune.calibration.whole_model import load_config, load_model
+from distprune.export.output_config import output_config
 from distprune.layers.architecture import Architecture
 from distprune.layers.module import say_shape
 from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape

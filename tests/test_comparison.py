@@ -19,8 +19,8 @@ from distprune import InputError, api, compare, inspect
 from distprune.calibration import open_calibration
 from distprune.cli import app
 from distprune.comparison import ComparisonRow, Evaluation
-from distprune.comparison import driver as comparison_driver
-from distprune.comparison.evaluation import evaluate_apart
+from distprune.comparison import comparing as comparison_driver
+from distprune.comparison.evaluating import evaluate_apart
 from distprune.config import PruneConfig
 from distprune.engine.telemetry.process_memory import PeakMemory, peak_memory
 from distprune.engine.telemetry.progress import Progress

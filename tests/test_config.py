@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distprune import InputError, cli
+from distprune import InputError
+from distprune.cli import prune_command
 from distprune.config import PLACEMENT, DistillConfig, PruneConfig, load_config
 
 # One value for every option, and none of them the default.
@@ -76,7 +77,7 @@ def test_every_option_can_be_set_in_yaml(yaml_file):
 
 
 def test_the_command_line_has_every_option_under_the_same_name():
-    parameters = set(python.signature(cli.prune).parameters)
+    parameters = set(python.signature(prune_command.prune).parameters)
     distillation = {name for name in parameters if name.startswith("distill_")}
     assert parameters - distillation - {"config", "log_format"} == set(PruneConfig.model_fields) - {"options"} | {
         "option"
@@ -128,7 +129,7 @@ def test_distillation_is_a_switch_or_options_overridden_one_by_one(yaml_file, in
         ("sparsity: -0.1", "option 'sparsity' is -0.1: .*greater than or equal to 0"),
         ("sparsity: .nan", "option 'sparsity' is nan: "),
         ("target: speed", "option 'target' is 'speed': .*'kv-cache' or 'bytes'"),
-        ("layout: even", "option 'layout' is 'even': .*'per-layer' or 'stock'"),
+        ("layout: even", "option 'layout' is 'even': .*'free', 'heterogeneous' or 'stock'"),
         ("align: 0", "option 'align' is 0: "),
         ("device: tpu", "option 'device' is 'tpu': .*'auto', 'cpu' or 'cuda'"),
         ("options: [k, 2]", r"option 'options' is \['k', 2\]: .*dictionary"),
@@ -190,3 +191,7 @@ def test_what_decides_the_result_leaves_out_placement_and_what_is_known_by_conte
     assert different == set(VALUES) - same
     texts = [PruneConfig(model="m", output="o", distill={"calibration": path}).decisive() for path in ("x", "y", None)]
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_what_the_layout_free_was_called_stays_its_name():
+    assert PruneConfig(model="m", output="o", layout="per-layer").layout == "free"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distprune
 from distprune.calibration import generate_own_samples, load_tokenizer
-from distprune.calibration.model import load_model
+from distprune.calibration.whole_model import load_model
 from distprune.checkpoint import resolve_model
 from distprune.evaluation import generate_sentence, perplexity_of_model
 

@@ -18,11 +18,11 @@ from distprune.calibration.arrow import (
     write_calibration,
 )
 from distprune.calibration.chat import Rendered
-from distprune.calibration.model import check_sequence_length, load_config
 from distprune.calibration.own_samples import generate_own_samples
 from distprune.calibration.packing import draw_windows, equal_shares, interleave
-from distprune.calibration.sources import TextSource, read_source
+from distprune.calibration.text_sources import TextSource, read_source
 from distprune.calibration.tokenizer import load_tokenizer, tokenizer_fingerprint
+from distprune.calibration.whole_model import check_sequence_length, load_config
 from distprune.errors import InputError
 from distprune.hardware import AUTO
 

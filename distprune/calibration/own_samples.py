@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from distprune.calibration.model import input_device, load_model
 from distprune.calibration.tokenizer import load_tokenizer
+from distprune.calibration.whole_model import input_device, load_model
 from distprune.errors import InputError
 from distprune.hardware import AUTO
 from distprune.modeling import CACHE

@@ -18,7 +18,7 @@ import ray
 import torch
 from torch import Tensor
 
-from distprune.calibration.model import load_config as load_model_config
+from distprune.calibration.whole_model import load_config as load_model_config
 from distprune.checkpoint.fingerprint import compute_fingerprint
 from distprune.checkpoint.hub import HubModel
 from distprune.config import PruneConfig, load_config

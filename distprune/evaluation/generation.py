@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from distprune.calibration.model import input_device
+from distprune.calibration.whole_model import input_device
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distprune.calibration.model import load_model
+from distprune.calibration.whole_model import load_model
 from distprune.evaluation.answering import Answering, Loading
 from distprune.evaluation.perplexity import summed_loss
 from distprune.hardware import name_of

@@ -23,7 +23,7 @@ import torch
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from distprune.calibration.model import check_sequence_length, input_device, load_model
+from distprune.calibration.whole_model import check_sequence_length, input_device, load_model
 from distprune.errors import InputError
 from distprune.evaluation.answering import Loading
 from distprune.evaluation.environment import environment

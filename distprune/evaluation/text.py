@@ -7,7 +7,7 @@ import logging
 from transformers import PreTrainedTokenizerBase
 
 from distprune.calibration.chat import Rendered
-from distprune.calibration.sources import TextSource
+from distprune.calibration.text_sources import TextSource
 
 _LOGGER = logging.getLogger(__name__)
 # As the rows of WikiText-2 are joined wherever perplexity on it is published; no tokenizer merges across a blank line.

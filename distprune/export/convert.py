@@ -16,7 +16,7 @@ from distprune.checkpoint.durable import sync_tree, write_tensors
 from distprune.checkpoint.layout import read_json
 from distprune.errors import InputError
 from distprune.export.earlier_version import PAIRS, base_config, converted_layer, is_earlier, said_shapes
-from distprune.export.layouts import modeling_files, output_config, plainest_layout
+from distprune.export.output_config import modeling_files, output_config, plainest_layout
 from distprune.export.said_shapes import Said
 from distprune.layers.architecture import Architecture
 

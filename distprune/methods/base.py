@@ -14,7 +14,6 @@ from distprune.errors import InputError
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import LayerShape
 from distprune.methods.even import ProfileRead, UnknownProfile, with_fewer_groups
-from distprune.methods.work import Problem, SolveWork, inverses
 from distprune.statistics import LayerStatistics, Moment
 
 #: What the dense pass, or the gradient pass, leaves of one layer for planning and pruning: named tensors, which wait on
@@ -194,14 +193,6 @@ class Method(BaseModel):
     def profile_bytes(self, hidden_size: int, shape: LayerShape) -> int:
         """What a layer's profile takes, where that is not little against the layer itself."""
         return 0
-
-    def solve_work(self, problem: Problem) -> SolveWork:
-        """What it takes to profile a layer, or to prune it: operations, and memory beside weights and statistics.
-
-        It is asked of layers that lose something. A method that does not say is taken to factor and invert each of its
-        Gram matrices once in float64.
-        """
-        return inverses(problem)
 
 
 def what_can_go(target: Target) -> set[str]:

@@ -26,7 +26,6 @@ from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
 from distprune.layers.sites import ATTENDED, ATTENTION_INPUT, ATTENTION_OUTPUT, FFN_INPUT, FFN_OUTPUT, NEURONS
 from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
 from distprune.methods.units import column_energy, keep_neurons, keep_values, output_slices, rotate_values
-from distprune.methods.work import Problem, SolveWork, weights_gone_over
 from distprune.solvers import (
     factor_input_scaled,
     factor_output_scaled,
@@ -38,7 +37,6 @@ from distprune.solvers import (
     ridge,
     uncorrelated_rotation,
 )
-from distprune.solvers.subspace import ITERATIONS, SPARE, is_few
 from distprune.statistics import Cross, Gram, HeadGram, LayerStatistics, Mean, Moment, Power
 
 # The published damping is stated for 128 samples of 128 tokens and shrinks as there are more.
@@ -222,54 +220,12 @@ class Olica(Method):
 
     # ---------------------------------------------------------------- what it takes
 
-    def solve_work(self, problem: Problem) -> SolveWork:
-        """Ridge regressions of the FFN's output, low-rank queries and keys."""
-        hidden, dense, planned = problem.hidden_size, problem.dense, problem.planned
-        if planned is None:
-            return ridge_work(hidden) if problem.has_gram(FFN_INPUT) else SolveWork()
-        work = weights_gone_over(problem)
-        if planned.attention != dense.attention:
-            attention = dense.attention
-            for heads, rank in (
-                (attention.query_heads, planned.attention.query_rank),
-                (attention.kv_heads, planned.attention.key_rank),
-            ):
-                work += low_rank_work(heads * attention.query_key_dim, hidden, rank)
-        if planned.ffn and planned.ffn.branch_rank and (dropped := dense.ffn.width - planned.ffn.width):
-            run = SolveWork(observations=((dense.with_ffn(width=dropped), LINEAR_FIT),))
-            truncated = low_rank_work(hidden, hidden, planned.ffn.branch_rank)
-            # Two moments of hidden states, and what comes of them.
-            work += ridge_work(hidden).beside(4.0 * hidden**2) + truncated.beside(12.0 * hidden**2) + run
-        return work
-
 
 def can_shrink_attention(removable: Removable) -> bool:
     """Whether the method can prune attention: values are dropped, and queries and keys factored, in one proportion."""
     return removable.values and removable.factors
 
 
-def ridge_work(width: int) -> SolveWork:
-    """Ridge regression of an output on an input as wide, and how well it predicts."""
-    return SolveWork(float32=(1 / 3 + 2 + 2) * width**3, workspace=24.0 * width**2)
-
-
-def low_rank_work(rows: int, columns: int, rank: int) -> SolveWork:
-    """By the eigenvectors of W Wᵀ, or by iterating for a few.
-
-    It holds W and W scaled in float32; and W scaled, W Wᵀ, its eigenvectors and LAPACK's own in float64, or the bases.
-    """
-    held = 8.0 * rows * columns
-    if not is_few(rank, rows, columns):
-        workspace = held + max(8.0 * rows * columns + 8.0 * rows**2, 32.0 * rows**2)
-        return SolveWork(float64=2.0 * rows**2 * columns, eigen=9.0 * rows**3, workspace=workspace)
-    width = rank + SPARE * min(rows, columns)
-    orthonormal = 4.0 * (rows + columns) / 2 * width**2
-    steps = 2 * ITERATIONS + 2
-    return SolveWork(
-        float32=steps * (2.0 * rows * columns * width + orthonormal),
-        eigen=9.0 * width**3,
-        workspace=held + 16.0 * (rows + columns) * width,
-    )
 
 
 def kept_rank(out_features: int, in_features: int, sparsity: float, align: int) -> int:

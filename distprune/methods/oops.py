@@ -37,9 +37,8 @@ from distprune.methods.units import (
     output_slices,
     sum_by_unit,
 )
-from distprune.methods.work import Problem, SolveWork, matrix_parameters, weights_gone_over
 from distprune.solvers import QuadraticSolution, box_ridge, channels_of, most_important, relaxed_selection
-from distprune.statistics import Gram, HeadGram, LayerStatistics, Moment, Peak, Power, site_widths
+from distprune.statistics import Gram, HeadGram, LayerStatistics, Moment, Peak, Power
 
 #: Iterations of a quadratic program that chooses units, of at most 2000, as they are on average.
 PROGRAM_ITERATIONS = 100
@@ -255,42 +254,6 @@ class Oops(Method):
 
     # ---------------------------------------------------------------- what it takes
 
-    def solve_work(self, problem: Problem) -> SolveWork:
-        hidden, dense, work = problem.hidden_size, problem.dense, weights_gone_over(problem)
-        before = site_widths(hidden, dense)
-        if problem.planned is None:  # magnitudes of all weights, and how the heads of a group act together
-            workspace = 4.0 * matrix_parameters(hidden, dense)
-            if attention := dense.attention:
-                work += SolveWork(float32=2.0 * before[ATTENDED] ** 2 * hidden / attention.kv_heads)
-                workspace += 4.0 * before[ATTENDED] * hidden * (attention.heads_per_group + 2)
-            return replace(work, workspace=workspace)
-        work, after = replace(work, workspace=0.0), site_widths(hidden, problem.planned)
-        if problem.has_gram(ATTENDED):
-            values = before[ATTENDED]
-            interaction = 4.0 * values * hidden * (dense.attention.query_heads + 2) + 8.0 * values**2
-            work += SolveWork(float32=2.0 * values**2 * hidden, workspace=interaction)
-            work += refit_work(values, after[ATTENDED], hidden)
-        if problem.has_gram(NEURONS):
-            width = before[NEURONS]
-            # To choose: the interaction, the same scaled, in float32; three of the program's in float64.
-            work += SolveWork(
-                float32=2.0 * width**2 * hidden,
-                float64=width**3 / 3,
-                passed=PROGRAM_ITERATIONS * 8.0 * width**2,
-                workspace=32.0 * width**2,
-            )
-            work += refit_work(width, after[NEURONS], hidden)
-        return work
-
-
-def refit_work(width: int, kept: int, hidden: int) -> SolveWork:
-    """Ridge regression in closed form, and the residuals that show it to be the box program's solution; beside them the
-    interaction in float32, and three of the program's matrices and its many rows in float64."""
-    return SolveWork(
-        float32=2.0 * width * kept * hidden,
-        float64=kept**3 / 3 + 18.0 * kept**2 * hidden,
-        workspace=4.0 * width**2 + 24.0 * kept**2 + 148.0 * kept * hidden,
-    )
 
 
 def grouped_head_interaction(attention: Attention, group_gram: Tensor) -> Tensor:

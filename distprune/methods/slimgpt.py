@@ -28,9 +28,8 @@ from distprune.layers.sites import ATTENDED, NEURONS
 from distprune.methods.base import LayerToPrune, Method, Plan, Profile
 from distprune.methods.even import with_fewer_groups
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
-from distprune.methods.work import Problem, SolveWork, weights_gone_over
 from distprune.solvers import eliminate
-from distprune.statistics import Gram, LayerStatistics, Moment, site_widths
+from distprune.statistics import Gram, LayerStatistics, Moment
 
 
 class SlimGPT(Method):
@@ -100,18 +99,6 @@ class SlimGPT(Method):
         return replace(keep_neurons(ffn, neurons), down=Linear(weight, ffn.down.bias))
 
     # ---------------------------------------------------------------- what it takes
-
-    def solve_work(self, problem: Problem) -> SolveWork:
-        """The inverse of a Gram matrix, from which columns leave; never more than two such matrices."""
-        work, planned = replace(weights_gone_over(problem), workspace=0.0), problem.planned or problem.dense
-        before, after = (site_widths(problem.hidden_size, shape) for shape in (problem.dense, planned))
-        for site in filter(problem.has_gram, (ATTENDED, NEURONS)):
-            width, kept = before[site], after[site]
-            updates = 2 / 3 * (width**3 - kept**3) + problem.hidden_size * (width**2 - kept**2)
-            work += SolveWork(
-                float64=width**3 + updates, workspace=16.0 * width**2 + 16.0 * width * problem.hidden_size
-            )
-        return work
 
 
 def incremental_sparsities(sparsity: float, layers: int, first: float) -> list[float]:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from distprune.calibration import build_calibration, open_calibration
-from distprune.comparison.driver import prepare
+from distprune.comparison.comparing import prepare
 from distprune.config import PruneConfig
 from distprune.engine.run.preflight import check_job
 from distprune.engine.scheduler.ray_cluster import alive_nodes, plan_workers
 from distprune.errors import InputError
-from distprune.pipeline.config import CalibrationConfig
 from distprune.pipeline.contents import digest_of_text
-from distprune.pipeline.model import SettledModel
+from distprune.pipeline.settings import CalibrationConfig
+from distprune.pipeline.settled_model import SettledModel
 from distprune.pipeline.step import Step, Surroundings
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from distprune.calibration.sources import fetched, refuse_missing_file
+from distprune.calibration.text_sources import fetched, refuse_missing_file
 from distprune.errors import InputError
 from distprune.storage import is_url
 

@@ -8,10 +8,10 @@ from datetime import datetime, timezone
 from time import monotonic
 from typing import Any
 
-from distprune.pipeline.config import PipelineConfig, percent
 from distprune.pipeline.execution import Execution
 from distprune.pipeline.gate import Miss
 from distprune.pipeline.plan import PipelinePlan, ResultPlan
+from distprune.pipeline.settings import PipelineConfig, percent
 from distprune.pipeline.summary import SKIPPED, PipelineSummary, ResultSummary, StepSummary, figure
 from distprune.version import __version__
 

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distprune.pipeline.config import EvaluateConfig
 from distprune.pipeline.contents import digest_of_folder, digest_of_text
-from distprune.pipeline.evaluation import measure
+from distprune.pipeline.measuring import measure
+from distprune.pipeline.settings import EvaluateConfig
 from distprune.pipeline.step import Step, Surroundings
 
 

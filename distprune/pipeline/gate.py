@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import inf, isfinite
 
 from distprune.errors import InputError
-from distprune.pipeline.config import Bound, GateConfig
-from distprune.pipeline.evaluation import Measured
+from distprune.pipeline.measuring import Measured
+from distprune.pipeline.settings import Bound, GateConfig
 
 PERPLEXITY, FINITE = "perplexity", "finite"
 

@@ -11,11 +11,11 @@ from typing import Any
 from distprune.calibration import open_calibration
 from distprune.config import PruneConfig, load_config
 from distprune.pipeline.calibrating import Calibrate, plan_calibration
-from distprune.pipeline.config import CalibrationConfig, PipelineConfig, percent
 from distprune.pipeline.evaluating import Evaluate, plan_evaluation
-from distprune.pipeline.model import SettledModel, settle
 from distprune.pipeline.pruning import Prune
 from distprune.pipeline.publishing import Publish
+from distprune.pipeline.settings import CalibrationConfig, PipelineConfig, percent
+from distprune.pipeline.settled_model import SettledModel, settle
 from distprune.pipeline.step import Step
 
 

@@ -1,7 +1,7 @@
 """What code does, counted while it runs on tensors without values: operations by kind, and memory while it lives.
 
-The tensors are torch's fake ones, which have shapes, dtypes and devices, a GPU's among them where there is none. So what
-is counted is what the code itself asks torch for, whatever model or method it is of.
+The tensors are torch's fake ones, which have shapes, dtypes and devices, a GPU's among them where there is none. So
+what is counted is what the code itself asks torch for, whatever model or method it is of.
 """
 
 from __future__ import annotations

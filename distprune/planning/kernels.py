@@ -59,7 +59,7 @@ def kernel_of(
     if len(devices) > 1 and name in COPIES:
         return Kernel(LINK, device, 0.0, size_of(made[0]))
     if name in DECOMPOSITIONS:
-        return Kernel(EIGEN, device, *DECOMPOSITIONS[name](given[0], args))
+        return Kernel(EIGEN, device, *DECOMPOSITIONS[name](given[0], args, kwargs))
     if flops := flops_of(function, name, args, kwargs, given, made):
         workspace = WORKSPACES.get(name, _none)(given) if device != "cpu" else 0.0
         return Kernel(kind_of(given), device, flops, sum(map(size_of, (*given, *made))), workspace)
@@ -174,6 +174,7 @@ SOLVES: dict[str, Callable[[list[Tensor]], float]] = {
     "linalg_cholesky_ex": _cholesky,
     "cholesky_inverse": _cholesky_inverse,
     "linalg_solve_triangular": _triangular,
+    "cholesky_solve": _cholesky_solve,
     "_cholesky_solve_helper": _cholesky_solve,
     "linalg_qr": _orthonormal,
     "linalg_inv_ex": _inverse,
@@ -209,22 +210,22 @@ WORKSPACES: dict[str, Callable[[list[Tensor]], float]] = {
 }
 
 
-def _eigenvectors(matrix: Tensor, args: Sequence[Any]) -> tuple[float, float, float]:
+def _eigenvectors(matrix: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[float, float, float]:
     """Operations, bytes and workspace: 9n³ with vectors, 4n³/3 without; LAPACK's own copies are two matrices."""
     count, n = _square(matrix)
-    with_vectors = len(args) < 3 or args[2]
+    with_vectors = args[2] if len(args) > 2 else kwargs.get("compute_v", True)
     size = matrix.itemsize * n * n
     return count * (9.0 if with_vectors else 4 / 3) * n**3, 2.0 * count * size, (2.0 if with_vectors else 0.0) * size
 
 
-def _singular_vectors(matrix: Tensor, args: Sequence[Any]) -> tuple[float, float, float]:
+def _singular_vectors(matrix: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[float, float, float]:
     rows, columns = matrix.shape[-2:]
     least, count = min(rows, columns), prod(matrix.shape[:-2])
     size = matrix.itemsize * rows * columns
     return count * (4.0 * rows * columns * least + 9.0 * least**3), 2.0 * count * size, 2.0 * size
 
 
-DECOMPOSITIONS: dict[str, Callable[[Tensor, Sequence[Any]], tuple[float, float, float]]] = {
+DECOMPOSITIONS: dict[str, Callable[..., tuple[float, float, float]]] = {
     "_linalg_eigh": _eigenvectors,
     "_linalg_svd": _singular_vectors,
 }

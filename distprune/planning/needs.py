@@ -25,4 +25,5 @@ def worker_needs(config: PruneConfig, checkpoint: Checkpoint, device: str) -> tu
     scenario = make_scenario(alone, checkpoint, Cluster(gpus=int(on_gpu)), "h100" if on_gpu else "cpu", {})
     given = alone.model_copy(update={"calibration": Path("calibration.arrow")})
     memory = plan_memory(replace(scenario, config=given))
-    return round(FRAGMENTATION * memory.worker_device) + CUDA_CONTEXT if on_gpu else 0, memory.worker_resident - memory.store
+    device = round(FRAGMENTATION * memory.worker_device) + CUDA_CONTEXT if on_gpu else 0
+    return device, memory.worker_resident - memory.store

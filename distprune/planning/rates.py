@@ -28,7 +28,8 @@ class Rates:
     start_seconds: float  # until Ray and the workers are up
 
 
-#: Those of an H100 were measured (scripts/gpu_check.sh, on an H200, which computes as fast); an A100's were not. A CPU's are of one thread.
+#: Those of an H100 were measured (scripts/gpu_check.sh, on an H200, which computes as fast); an A100's were not. A
+#: CPU's are of one thread.
 RATES = {
     "h100": Rates(6e14, 2.8e13, 2e13, 4.8e12, 2e12, 1e-5, 1e10, 5e10, 1e10, 2e9, 2e9, 1e9, 0.01, 40),
     "a100": Rates(2e14, 1.5e13, 1e13, 2e12, 1e12, 1e-5, 1e10, 2.5e10, 1e10, 2e9, 2e9, 1e9, 0.01, 40),

@@ -51,8 +51,8 @@ from distprune.layers.loss import TOKENS_AT_ONCE
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import LayerShape
 from distprune.methods import make_method
+from distprune.planning.as_with_values import AsWithValues
 from distprune.planning.counting import Counting, Counts
-from distprune.planning.fused_attention import FusedAttention
 from distprune.planning.imagined_gpu import imagined_gpu
 from distprune.planning.valueless_checkpoint import ValuelessCheckpoint
 
@@ -100,6 +100,7 @@ class Rehearsal:
         device: "cuda" or "cpu".
         samples, length: of a micro-batch.
         lesson_length: of what distillation learns from.
+        base: the same run in other micro-batches.
     """
 
     config: PruneConfig
@@ -109,21 +110,30 @@ class Rehearsal:
     samples: int
     length: int
     lesson_length: int | None = None
+    base: Rehearsal | None = None
     _taken: dict[Hashable, Takes] = field(default_factory=dict)
     #: Inside, tensors that are made have no values.
     _values: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
     # ---------------------------------------------------------------- what is asked
 
+    def with_batch(self, samples: int) -> Rehearsal:
+        """The same run in other micro-batches. What is solved in the passes does not depend on them."""
+        config = self.config.model_copy(update={"micro_batch": samples})
+        return replace(self, config=config, samples=samples, base=self, _taken={})
+
     def layer(self, index: int) -> Takes:
         """What checking, the passes and pruning take of a layer."""
-        return self._once(("layer", self.group(index)), lambda: self._layer(self._representative(index)))
+        forward, _ = self._forward(index)
+        backward, _ = self._backward(index)
+        return {CheckLayer: self._check(index)} | forward | backward | self._prune(index)
 
     def learning(self, index: int) -> Takes:
         """What distillation takes of a layer; nothing where there is none."""
         if self.config.distill is None:
             return {}
-        return self._once(("learning", self.group(index)), lambda: self._learning(self._representative(index)))
+        key, index = self._like("learning", index, self.kind, self.rough_shape)
+        return self._once(key, lambda: self._learning(index))
 
     def ends(self) -> Takes:
         """What comes before the first layer and after the last."""
@@ -131,17 +141,31 @@ class Rehearsal:
 
     def group(self, index: int) -> Hashable:
         """Equal for layers of which one stands for the others."""
-        begins_block = index % self._block_length == 0 and bool(self._carries)
-        return self.model.architecture.kind(index), begins_block, rough(self.shapes[index], self._dense_shape(index))
+        return self.kind(index), self.carries(index), self.rough_shape(index)
 
-    def _representative(self, index: int) -> int:
-        """A layer of the same group, which others come after."""
-        like = [other for other in range(len(self.shapes)) if self.group(other) == self.group(index)]
-        return like[len(like) // 2]
+    # ---------------------------------------------------------------- layers that stand for others
 
-    def _once(self, key: Hashable, rehearse: Callable[[], Takes]) -> Takes:
+    def kind(self, index: int) -> Hashable:
+        """Equal for layers that are alike in the dense model."""
+        return self.model.architecture.kind(index)
+
+    def carries(self, index: int) -> bool:
+        """Whether moments are carried from a layer's dense pass to its pruning."""
+        return index % self._block_length == 0 and self._carries
+
+    def rough_shape(self, index: int) -> Hashable:
+        """Equal for layers of which pruning leaves about as much."""
+        return rough(self.shapes[index], self.model.architecture.dense_shape(index))
+
+    def _like(self, what: str, index: int, *alike: Callable[[int], Hashable]) -> tuple[Hashable, int]:
+        """A key of all layers that are alike, and the layer in their middle, which stands for them."""
+        key = tuple(of(index) for of in alike)
+        like = [other for other in range(len(self.shapes)) if tuple(of(other) for of in alike) == key]
+        return (what, key), like[len(like) // 2]
+
+    def _once(self, key: Hashable, rehearse: Callable[[], Any]) -> Any:
         if key not in self._taken:
-            with self._values, FusedAttention():
+            with self._values, AsWithValues():
                 self._taken[key] = rehearse()
         return self._taken[key]
 
@@ -173,9 +197,6 @@ class Rehearsal:
         method = make_method(self.config.method, self.config.options)
         return any(method.carried_moments(shape) for shape in self.model.architecture.dense_shapes)
 
-    def _dense_shape(self, index: int) -> LayerShape:
-        return self.model.architecture.dense_shape(index)
-
     @contextmanager
     def _counting(self) -> Iterator[Callable[[Task], tuple[Done, Any]]]:
         """Yields what does a task, and tells what it took and what it gave."""
@@ -199,35 +220,70 @@ class Rehearsal:
 
     # ---------------------------------------------------------------- rehearsals
 
-    def _layer(self, index: int) -> Takes:
-        taken: dict[type[Task], Rehearsed] = {}
-        with self._counting() as do:
-            taken[CheckLayer] = same(do(CheckLayer(index))[0])
-        forward, remembered = self._passed(OpenForward(index), lambda n, b: Sweep(index, n, self.states(b)))
-        taken |= forward
-        profile, carried = remembered
-        if self.worker.has_gradient_pass:
-            gradient = self.worker.runner.gradient_dtype
-            backward, (profile, _) = self._passed(
-                OpenBackward(index), lambda n, b: Backward(index, n, self.states(b), self.states(b, gradient))
-            )
-            taken[CloseAfterForward] = forward[CloseLayer]
-            taken |= backward
-        taken[Advance] = self._twice(lambda batches: Advance(index, self.states(batches)))
-        planned, propagates = self.shapes[index], self._block_length > 1
-        taken[Prune] = self._twice(lambda b: Prune(index, self.states(b), planned, profile, carried, propagates))
-        return taken
+    def _check(self, index: int) -> Rehearsed:
+        def check(index: int) -> Rehearsed:
+            with self._counting() as do:
+                return same(do(CheckLayer(index))[0])
 
-    def _passed(self, opening: Task, passing: Callable[[int, int], Task]) -> tuple[Takes, Any]:
-        """What a layer takes that is opened, passed by samples and closed; and what closing it gave."""
+        key, index = self._like("check", index, self.kind)
+        return self._once(key, lambda: check(index))
+
+    def _forward(self, index: int) -> tuple[Takes, Any]:
+        """What a layer's dense pass takes, and what its end gives: the profile, and what is carried to pruning."""
+
+        def forward(index: int) -> tuple[Takes, Any]:
+            closed = self.base and self.base._forward(index)
+            taken, given = self._passed(OpenForward(index), lambda n, b: Sweep(index, n, self.states(b)), closed)
+            if self.worker.has_gradient_pass:
+                taken = {CloseAfterForward if kind is CloseLayer else kind: takes for kind, takes in taken.items()}
+            return taken | {Advance: self._twice(lambda batches: Advance(index, self.states(batches)))}, given
+
+        key, index = self._like("forward", index, self.kind, self.carries)
+        return self._once(key, lambda: forward(index))
+
+    def _backward(self, index: int) -> tuple[Takes, Any]:
+        """The same of its gradient pass, where there is one."""
+        gradient = self.worker.runner.gradient_dtype
+
+        def backward(index: int) -> tuple[Takes, Any]:
+            if not self.worker.has_gradient_pass:
+                return {}, self._forward(index)[1]
+            closed = self.base and self.base._backward(index)
+            passing = lambda n, b: Backward(index, n, self.states(b), self.states(b, gradient))  # noqa: E731
+            return self._passed(OpenBackward(index), passing, closed)
+
+        key, index = self._like("backward", index, self.kind)
+        return self._once(key, lambda: backward(index))
+
+    def _passed(
+        self, opening: Task, passing: Callable[[int, int], Task], closed: tuple[Takes, Any] | None
+    ) -> tuple[Takes, Any]:
+        """What a layer takes that is opened, passed by samples and closed; and what closing it gave, if that is not
+        known by now."""
         index = opening.layer
         with self._counting() as do:
             taken = {type(opening): same(do(opening)[0])}
             # The first micro-batch finds totals that are not there yet.
             pieces = [do(passing(number, batches))[0] for number, batches in enumerate((1, 2, 3))]
             taken[type(passing(0, 1))] = Rehearsed(pieces[1], pieces[2], self._sizes)
-            closed, results = do(CloseLayer(index, len(pieces)))
-        return taken | {CloseLayer: same(closed)}, results
+            if closed is not None:
+                known, results = closed
+                return taken | {kind: takes for kind, takes in known.items() if issubclass(kind, CloseLayer)}, results
+            done, results = do(CloseLayer(index, len(pieces)))
+        return taken | {CloseLayer: same(done)}, results
+
+    def _prune(self, index: int) -> Takes:
+        def prune(index: int) -> Takes:
+            (_, (_, carried)), (_, (profile, _)) = self._forward(index), self._backward(index)
+            planned, propagates = self.shapes[index], self._block_length > 1
+
+            def task(batches: int) -> Prune:
+                return Prune(index, self.states(batches), planned, profile, carried, propagates)
+
+            return {Prune: self._twice(task)}
+
+        key, index = self._like("prune", index, self.kind, self.carries, self.rough_shape)
+        return self._once(key, lambda: prune(index))
 
     def _twice(self, task: Callable[[int], Task]) -> Rehearsed:
         done = []
@@ -315,10 +371,10 @@ class Rehearsal:
                 taken[CloseEnd] = same(do(CloseEnd())[0])
         return taken
 
-
     def _loss_gradient(self, runs: int) -> LossGradient:
         """The task for a sample of so many runs of tokens whose logits exist at once."""
-        states = torch.empty(1, runs * TOKENS_AT_ONCE, self.model.architecture.hidden_size, dtype=self.worker.runner.dtype)
+        hidden_size, dtype = self.model.architecture.hidden_size, self.worker.runner.dtype
+        states = torch.empty(1, runs * TOKENS_AT_ONCE, hidden_size, dtype=dtype)
         return LossGradient(states, torch.empty(states.shape[:2], dtype=torch.int32))
 
 
@@ -345,7 +401,7 @@ def values_of(result: Any) -> Any:
 
 
 def rough(shape: LayerShape, dense: LayerShape) -> Hashable:
-    """Equal for shapes of which one layer stands for the other: their widths differ by few percent of the dense ones."""
+    """Equal for shapes of which one layer stands for the other: they differ by little of the dense one's."""
 
     def steps(part: Any, full: Any) -> Hashable:
         if part is None:
@@ -358,4 +414,5 @@ def rough(shape: LayerShape, dense: LayerShape) -> Hashable:
     return steps(shape.attention, dense.attention), steps(shape.ffn, dense.ffn)
 
 
-STEPS = 32
+#: Parts of a dense layer's sizes, to the nearest of which layers that stand for each other are alike.
+STEPS = 8

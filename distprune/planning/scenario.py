@@ -107,8 +107,12 @@ class Scenario:
     def rehearsal(self) -> Rehearsal:
         """The run's tasks, on tensors without values."""
         config, device = self.config, self.placement.device
-        key = device, self.batch, config.dtype, config.offload and device == "cuda", config.block_length(self.layers)
-        if key not in self.rehearsals:
+        run = device, config.dtype, config.offload and device == "cuda", self.block_length
+        if (key := (*run, self.batch)) in self.rehearsals:
+            return self.rehearsals[key]
+        if base := next((known for other, known in self.rehearsals.items() if other[:-1] == run), None):
+            self.rehearsals[key] = base.with_batch(self.batch)
+        else:
             self.rehearsals[key] = Rehearsal(
                 config.model_copy(update={"micro_batch": self.batch, "device": device}),
                 self.model,

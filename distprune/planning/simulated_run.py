@@ -41,7 +41,7 @@ OWN_SAMPLES_BATCH = 128
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage takes: floating-point operations on 16-bit numbers and in float32 and float64, bytes, and seconds."""
+    """What a stage takes: floating-point operations by the numbers that they are on, bytes, and seconds."""
 
     name: str
     half_flops: float
@@ -89,7 +89,8 @@ class PlannedRuntime(SimulatedRuntime):
 
     def __init__(self, scenario: Scenario):
         rates = scenario.rates
-        machines = Machines(scenario.placement.workers, transfer=rates.store if scenario.cluster.nodes == 1 else rates.network, disk=rates.write)
+        transfer = rates.store if scenario.cluster.nodes == 1 else rates.network
+        machines = Machines(scenario.placement.workers, transfer=transfer, disk=rates.write)
         super().__init__(SimpleNamespace(start=0.0), machines, None)
         self.scenario, self.tally = scenario, Tally()
         self._seconds: dict[Any, tuple[float, float]] = {}

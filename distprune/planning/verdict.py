@@ -88,6 +88,8 @@ def _changes(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:
 
 def _smaller_batches(scenario: Scenario) -> Iterator[tuple[str, Scenario]]:
     batch = min(scenario.config.micro_batch, scenario.calibration.samples)
+    if not fits(_with(scenario, micro_batch=1)):
+        return
     while (batch := batch // 2) >= 1:
         yield f"--micro-batch {batch}", _with(scenario, micro_batch=batch)
 

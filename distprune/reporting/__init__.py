@@ -1,8 +1,8 @@
 """What a run did, for people to read."""
 
 from distprune.reporting.evaluation_tables import evaluation_lines
-from distprune.reporting.progress import console_progress
-from distprune.reporting.tables import comparison_table, layer_table, memory_line, parameter_table, status_lines
+from distprune.reporting.live_progress import console_progress
+from distprune.reporting.run_tables import comparison_table, layer_table, memory_line, parameter_table, status_lines
 
 __all__ = [
     "comparison_table",

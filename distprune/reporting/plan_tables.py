@@ -9,9 +9,9 @@ from distprune.planning import RunPlan
 
 GIB = 2**30
 BYTES = {"worker_base_resident", "driver_base_resident", "cuda_context"}
-SECONDS = {"call_seconds", "start_seconds"}
-BYTES_A_SECOND = {"memory", "offloaded_memory", "link", "store", "read", "write"}
-PURE_NUMBERS = {"fragmentation", "qp_iterations"}
+SECONDS = {"launch", "call_seconds", "start_seconds"}
+BYTES_A_SECOND = {"memory", "offloaded_memory", "link", "locked", "store", "network", "read", "write"}
+PURE_NUMBERS = {"fragmentation"}
 
 
 def plan_summary(plan: RunPlan) -> str:
@@ -56,17 +56,15 @@ def memory_table(plan: RunPlan) -> Table:
 
 
 def stage_table(plan: RunPlan) -> Table:
-    """Every stage's floating-point operations and time."""
-    table = _table("stage", "forward\nTFLOP", "statistics\nTFLOP", "solves\nTFLOP", "time")
+    """Every stage's floating-point operations, by the numbers that they are on, and its time."""
+    table = _table("stage", "16-bit\nTFLOP", "float32\nTFLOP", "float64\nTFLOP", "time")
+    kinds = ("half_flops", "float32_flops", "float64_flops")
     for stage in plan.stages:
-        flops = (stage.forward_flops, stage.statistics_flops, stage.solve_flops)
+        flops = (getattr(stage, kind) for kind in kinds)
         table.add_row(
             stage.name, *(f"{count / 1e12:,.2f}" if count else "-" for count in flops), duration(stage.seconds)
         )
-    totals = (
-        sum(getattr(stage, kind) for stage in plan.stages)
-        for kind in ("forward_flops", "statistics_flops", "solve_flops")
-    )
+    totals = (sum(getattr(stage, kind) for stage in plan.stages) for kind in kinds)
     table.add_row("in all", *(f"{count / 1e12:,.2f}" for count in totals), duration(plan.seconds))
     return table
 
@@ -78,7 +76,7 @@ def assumptions_line(plan: RunPlan) -> str:
 
 
 def verdict_line(plan: RunPlan) -> str:
-    """What would not fit first and its mend, or that all fits that the cluster's description lets one check."""
+    """What would not fit first and how to fix it, or that all fits that the cluster's description lets one check."""
     verdict = plan.verdict
     if not verdict.fits:
         return f"does not fit: {verdict.problem}. {verdict.mend}"

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distprune.calibration import build_calibration
 from distprune.calibration.chat import Rendered
-from distprune.calibration.sources import read_source
+from distprune.calibration.text_sources import read_source
 from distprune.errors import InputError
 
 # As ChatML, with a special token at the beginning as Llama's has; tools and calls as JSON.

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distprune.calibration.chat import Rendered
-from distprune.calibration.sources import read_source
+from distprune.calibration.text_sources import read_source
 from distprune.errors import InputError
 
 ALPACA = [
@@ -239,7 +239,7 @@ def test_lone_surrogates_in_json_are_replaced_and_counted(tmp_path, caplog, name
     path = tmp_path / name
     path.write_text(f'{{"text": "whole"}}\n{content}\n', encoding="utf-8", errors="surrogatepass")
     assert read_source(path).documents == ["whole", expected]
-    assert [record.name for record in caplog.records] == ["distprune.calibration.sources"]
+    assert [record.name for record in caplog.records] == ["distprune.calibration.text_sources"]
     assert "lone surrogates, which are read as U+FFFD" in caplog.text
 
 

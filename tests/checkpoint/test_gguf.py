@@ -12,7 +12,7 @@ import torch
 from smollm2 import bundled_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from distprune.calibration.model import load_model
+from distprune.calibration.whole_model import load_model
 from distprune.checkpoint import Checkpoint, import_gguf
 from distprune.checkpoint import gguf as importer
 from distprune.errors import InputError, StorageFailed

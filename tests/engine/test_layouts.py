@@ -19,7 +19,7 @@ from distprune.layers.shapes import LayerShape
 from distprune.methods import METHODS, LayerToPrune, Method, Plan, Profile
 from distprune.methods.magnitude import Magnitude
 from distprune.methods.units import keep_rotary_pairs
-from distprune.reporting.tables import layer_table
+from distprune.reporting.run_tables import layer_table
 
 PAIRS = torch.tensor([[0, 3, 7], [1, 2, 5]])
 

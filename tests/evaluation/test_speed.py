@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from distprune import api
-from distprune.calibration.model import load_model
+from distprune.calibration.whole_model import load_model
 from distprune.errors import InputError
 from distprune.evaluation import SpeedOptions
 from distprune.evaluation.speed import Measurement, batch_speed, measure, sizes_of

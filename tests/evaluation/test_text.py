@@ -13,9 +13,9 @@ import pytest
 
 from distprune import api
 from distprune.calibration import load_tokenizer
-from distprune.calibration.model import load_model
-from distprune.comparison.checks import check_text
-from distprune.comparison.evaluation import Evaluation, evaluate_apart
+from distprune.calibration.whole_model import load_model
+from distprune.comparison.checking_runs import check_text
+from distprune.comparison.evaluating import Evaluation, evaluate_apart
 from distprune.config import PruneConfig
 from distprune.errors import InputError
 from distprune.evaluation import evaluate_perplexity, perplexity_of_model

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distprune.checkpoint import Checkpoint
-from distprune.families import family_of, tied, untied_where_different, with_embedding
+from distprune.engine.run.preflight import dense_model
+from distprune.families import tied
+from distprune.families.tied import differ_though_tied, untied
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -32,8 +34,9 @@ def store(tmp_path):
 
 
 def settled(checkpoint: Checkpoint) -> Checkpoint:
-    family = family_of(checkpoint.config)
-    return untied_where_different(with_embedding(checkpoint, family), family)
+    model = dense_model(checkpoint)
+    differ = differ_though_tied(model.architecture.model, checkpoint, model.names)
+    return untied(checkpoint) if differ else checkpoint
 
 
 def changed_at(row: int, dtype=torch.float32):
@@ -69,19 +72,18 @@ def test_embedding_and_head_are_those_that_transformers_uses(store, monkeypatch,
     found = settled(checkpoint)
     is_tied = opened.lm_head.weight is opened.model.embed_tokens.weight
     assert found.config.tie_word_embeddings == is_tied == ("another" not in case or "copy" in case)
-    dense = family_of(found.config).dense_config(found.config)
-    head = family_of(found.config).head_of(dense)
-    for name, expected in ((EMBEDDING, opened.model.embed_tokens.weight), (head, opened.lm_head.weight)):
-        assert torch.equal(found.read([name])[name].float(), expected)
-    found.check_shapes(family_of(found.config).tensor_shapes(dense))
+    model = dense_model(found)
+    assert model.architecture.is_tied == is_tied
+    for name, expected in ((EMBEDDING, opened.model.embed_tokens.weight), (HEAD, opened.lm_head.weight)):
+        assert torch.equal(model.read_outer([name])[name].float(), expected)
     assert checkpoint.config.tie_word_embeddings  # what was opened stays as it was
 
 
 def test_an_untied_model_is_left_as_it_is_and_nothing_of_it_is_read(store):
     checkpoint, _ = store(CASES["another first row"])
     config = LlamaConfig(**{**checkpoint.config.to_dict(), "tie_word_embeddings": False})
-    untied = replace(checkpoint, config=config, source=None)
-    assert settled(untied) is untied
+    apart = replace(checkpoint, config=config, source=None)
+    assert settled(apart) is apart
 
 
 def test_heads_that_differ_at_once_are_read_no_further(store, monkeypatch):

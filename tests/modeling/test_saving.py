@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from distprune.export.layouts import modeling_files
+from distprune.export.output_config import modeling_files
 from distprune.modeling import load
 
 # Run by a fresh interpreter in which `import distprune` fails: CHECKPOINT, RESAVED, FOUND.

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from distprune.cli import app
 from distprune.errors import StorageFailed
-from distprune.pipeline import driver
+from distprune.pipeline import running
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_each_end_has_its_status_and_its_summary(command, tmp_path, monkeypatch)
 
     ends = {"failed": (StorageFailed("full"), 1), "interrupted": (KeyboardInterrupt(), 130)}
     for state, (error, status) in ends.items():
-        monkeypatch.setattr(driver, "plan_pipeline", lambda _, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(running, "plan_pipeline", lambda _, error=error: (_ for _ in ()).throw(error))
         ended = command({}, "--json")
         assert (ended.exit_code, json.loads(ended.stdout)["state"]) == (status, state)
 

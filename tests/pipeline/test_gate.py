@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from distprune import InputError
-from distprune.pipeline.config import GateConfig
-from distprune.pipeline.evaluation import Measured
 from distprune.pipeline.gate import Miss, check_metrics, judge
+from distprune.pipeline.measuring import Measured
+from distprune.pipeline.settings import GateConfig
 
 DENSE = Measured(10.0, {"arc": {"acc": 0.6, "acc_norm": 0.5}})
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from distprune import InputError
 from distprune.errors import GateFailed
 from distprune.pipeline import evaluating
-from distprune.pipeline.evaluation import Measured
+from distprune.pipeline.measuring import Measured
 
 EVERYTHING, NOTHING = {"perplexity": {"at_most": 1e9}}, {"perplexity": {"at_most": 1.0}}
 

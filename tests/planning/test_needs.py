@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from distprune.config import PruneConfig
 from distprune.planning import Cluster, worker_needs
 from distprune.planning.headers import open_headers
-from distprune.planning.memory import CUDA_CONTEXT
+from distprune.planning.memory import CUDA_CONTEXT, FRAGMENTATION
 
 
 def needs(model, device: str, **options) -> tuple[int, int]:
@@ -16,7 +18,7 @@ def needs(model, device: str, **options) -> tuple[int, int]:
 def test_a_gpu_must_hold_what_the_plan_gives_to_one_worker(plan, headers_70b):
     planned = plan(headers_70b, Cluster(gpus=8), method="slimgpt").memory
     device, resident = needs(headers_70b, "cuda", method="slimgpt", workers=3, gpus_per_worker=0.25)
-    assert device == planned.worker_device + CUDA_CONTEXT == planned.gpu
+    assert device == planned.gpu == pytest.approx(FRAGMENTATION * planned.worker_device + CUDA_CONTEXT)
     assert resident == planned.worker_resident - planned.store
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
+import ray
 import torch
 from typer.testing import CliRunner
 
@@ -16,11 +15,12 @@ from distprune import InputError
 from distprune.budgets import Target, layer_parameters
 from distprune.cli import app
 from distprune.config import PruneConfig
+from distprune.engine.run.preflight import dense_model
 from distprune.hardware import ComputeDtype
 from distprune.methods import METHODS
 from distprune.planning import Cluster
 from distprune.planning import run as planning_run
-from distprune.planning.headers import dense_model, open_headers
+from distprune.planning.headers import open_headers
 from distprune.reporting.plan_tables import plan_summary
 
 
@@ -31,9 +31,10 @@ def stage(planned, name: str):
 @pytest.mark.parametrize("method", METHODS)
 def test_what_remains_is_within_one_step_of_what_was_asked_for(plan, small, method):
     planned = plan(method=method, sparsity=0.3)
-    _, dense = dense_model(open_headers(str(small)))
-    target, shape = Target(dense, 0.3), dense.layer_shape(0)
-    step = layer_parameters(dense, 0, shape) - layer_parameters(dense, 0, replace(shape, ffn_width=shape.ffn_width - 8))
+    dense = dense_model(open_headers(str(small))).architecture
+    target, shape = Target(dense, 0.3), dense.dense_shape(0)
+    narrower = shape.with_ffn(width=shape.ffn.width - 8)
+    step = layer_parameters(dense, 0, shape) - layer_parameters(dense, 0, narrower)
     assert abs(planned.decoder_parameters_after - target.remaining) <= step
 
 
@@ -80,9 +81,8 @@ def test_only_methods_that_need_gradients_have_a_gradient_pass(plan):
     names = [stage.name for stage in gradients.stages]
     assert names.index("gradient pass") == names.index("dense pass") + 1 == names.index("prune") - 1
     back, forth = stage(gradients, "gradient pass"), stage(gradients, "dense pass")
-    assert forth.forward_flops == stage(plain, "dense pass").forward_flops
-    assert 2 < back.forward_flops / forth.forward_flops < 3  # forward once more and back, and the head
-    assert back.statistics_flops > 0 == forth.statistics_flops == stage(gradients, "prune").statistics_flops
+    assert forth.half_flops == stage(plain, "dense pass").half_flops
+    assert 2 < back.half_flops / forth.half_flops < 4  # forward once more and back, the moments and the head
 
 
 def test_hidden_states_of_all_layers_wait_for_the_gradients(plan, headers_70b):
@@ -94,14 +94,14 @@ def test_hidden_states_of_all_layers_wait_for_the_gradients(plan, headers_70b):
 def test_layers_distil_side_by_side(plan):
     alone, four = (plan(cluster=Cluster(cpus=count), distill=True, method="flap") for count in (1, 4))
     assert stage(four, "distill").seconds < stage(alone, "distill").seconds
-    assert stage(four, "distill").forward_flops == stage(alone, "distill").forward_flops > 0
+    assert stage(four, "distill").half_flops == stage(alone, "distill").half_flops > 0
 
 
 def test_layers_that_learn_end_to_end_hand_a_step_on_in_parts(plan):
     distill = {"objective": "logits", "batch": 8}
     alone, four = (plan(cluster=Cluster(cpus=count), distill=distill, method="flap") for count in (1, 4))
     assert stage(four, "distill").seconds < stage(alone, "distill").seconds
-    assert stage(four, "distill").forward_flops == stage(alone, "distill").forward_flops > 0
+    assert stage(four, "distill").half_flops == stage(alone, "distill").half_flops > 0
 
 
 def test_a_faster_disk_shortens_what_waits_for_it(plan):
@@ -123,9 +123,8 @@ def test_bytes_are_those_of_the_files(plan, small):
 
 def test_statistics_and_solves_count_where_a_method_has_them(plan):
     plain, quadratic = plan(method="magnitude"), plan(method="oops")
-    assert stage(plain, "prune").statistics_flops == stage(plain, "prune").solve_flops == 0
-    assert stage(quadratic, "prune").statistics_flops > 0
-    assert stage(quadratic, "prune").solve_flops > 0
+    assert stage(plain, "prune").float64_flops == 0 < stage(quadratic, "prune").float64_flops
+    assert stage(quadratic, "prune").half_flops > stage(plain, "prune").half_flops
 
 
 def test_what_fits_is_said_to_fit(plan, headers_70b):
@@ -179,13 +178,12 @@ def test_a_layer_that_fits_on_no_gpu_asks_for_larger_ones(plan, headers_70b):
 def test_offloaded_solves_take_the_hosts_time(plan, headers_70b):
     here, there = (plan(headers_70b, Cluster(gpus=1), method="slimgpt", offload=given) for given in (False, True))
     assert stage(there, "prune").seconds > 2 * stage(here, "prune").seconds
-    assert stage(there, "prune").solve_flops == stage(here, "prune").solve_flops
+    assert stage(there, "prune").float64_flops == stage(here, "prune").float64_flops
 
 
-def test_planning_imports_no_ray():
-    code = "import sys, distprune.planning; print('ray' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+def test_planning_starts_no_ray(plan):
+    plan(method="magnitude")
+    assert not ray.is_initialized()
 
 
 # ------------------------------------------------------------------ the command

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from distprune.engine.telemetry.progress import Assignment, Progress, WorkerName
 from distprune.reporting import console_progress
-from distprune.reporting.progress import PlainProgress, TerminalProgress, clock
+from distprune.reporting.live_progress import PlainProgress, TerminalProgress, clock
 
 A, B = WorkerName(0, "node-a"), WorkerName(1, "node-b")
 

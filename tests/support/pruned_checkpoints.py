@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distprune.export.layouts import Layout, modeling_files, output_config, plainest_layout
+from distprune.export.output_config import Layout, modeling_files, output_config, plainest_layout
 from distprune.layers.architecture import Architecture
 from distprune.layers.module import said_shape
 

@@ -17,7 +17,7 @@ from distprune.engine.stages.context import RunContext
 from distprune.engine.stages.merging import MergeShards
 from distprune.engine.worker.host_tensor import HostTensor, unpack_all
 from distprune.engine.worker.write_tasks import Copy
-from distprune.export.layouts import modeling_files, output_config, plainest_layout
+from distprune.export.output_config import modeling_files, output_config, plainest_layout
 from distprune.layers.shapes import LayerShape
 from distprune.storage import staged
 

@@ -47,7 +47,6 @@ from distprune.methods.curvature.curves import (
 from distprune.methods.curvature.even import even_profile
 from distprune.methods.curvature.menus import Reach, allocate_globally, smallest
 from distprune.methods.curvature.stock import allocate_equally, choices_alike
-from distprune.methods.curvature.work import profile_work, pruning_work
 from distprune.methods.units import (
     heads_of_groups,
     keep_heads,
@@ -56,7 +55,6 @@ from distprune.methods.units import (
     keep_values,
     rotate_values,
 )
-from distprune.methods.work import Problem, SolveWork
 from distprune.solvers import linear_branch, output_projections, ridge_towards
 from distprune.statistics import Cross, Gram, LayerStatistics, Moment, ScalingPower
 
@@ -217,9 +215,6 @@ class Curvature(Method):
         return Linear(refitted, projection.bias)
 
     # ---------------------------------------------------------------- what it takes
-
-    def solve_work(self, problem: Problem) -> SolveWork:
-        return profile_work(problem) if problem.planned is None else pruning_work(problem)
 
 
 def truncated(projection: Linear, rank: int | None, profile: Profile, name: str) -> Projection:

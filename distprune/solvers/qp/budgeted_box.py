@@ -19,23 +19,29 @@ class BudgetedBox:
         lower, upper: (rows, n), may be infinite.
         cost: (n,), of any sign.
         limit: (rows,).
+        is_cut: False where no row has a budget.
     """
 
     lower: Tensor
     upper: Tensor
     cost: Tensor
     limit: Tensor
+    is_cut: bool = True
 
     def rows(self, index: Tensor) -> BudgetedBox:
-        return BudgetedBox(self.lower[index], self.upper[index], self.cost, self.limit[index])
+        return BudgetedBox(self.lower[index], self.upper[index], self.cost, self.limit[index], self.is_cut)
 
     def seen_from(self, points: Tensor) -> BudgetedBox:
         """The sets of the steps that lead from these points to the rows' sets."""
-        return BudgetedBox(self.lower - points, self.upper - points, self.cost, self.limit - points @ self.cost)
+        return BudgetedBox(
+            self.lower - points, self.upper - points, self.cost, self.limit - points @ self.cost, self.is_cut
+        )
 
     def project(self, points: Tensor) -> Tensor:
         """The nearest point of each row's set, (rows, n)."""
         nearest = points.clamp(self.lower, self.upper)
+        if not self.is_cut:
+            return nearest
         over = rows_where(nearest @ self.cost > self.limit, expected=len(points))
         if len(over):
             nearest[over] = self.rows(over)._project_to_the_limit(points[over])

@@ -157,7 +157,7 @@ def _in_unit_diagonal_coordinates(
 
     curvature = hessian.diagonal()
     scale = torch.where(curvature > 0, curvature.rsqrt(), 1.0)
-    feasible = BudgetedBox(lower / scale, upper / scale, cost * scale, limit)
+    feasible = BudgetedBox(lower / scale, upper / scale, cost * scale, limit, budget is not None)
     return scale, _Program(scale[:, None] * hessian * scale, linear * scale, feasible)
 
 

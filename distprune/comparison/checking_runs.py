@@ -7,12 +7,12 @@ from pathlib import Path
 
 from distprune.budgets import outer_parameters
 from distprune.calibration import load_tokenizer
-from distprune.calibration.model import check_sequence_length, load_config
 from distprune.calibration.own_samples import opening_token
-from distprune.calibration.sources import read_source
+from distprune.calibration.text_sources import read_source
 from distprune.calibration.tokenizer import tokenize
+from distprune.calibration.whole_model import check_sequence_length, load_config
 from distprune.checkpoint import check_free_space
-from distprune.comparison.evaluation import Evaluation
+from distprune.comparison.evaluating import Evaluation
 from distprune.comparison.runs import Run, naming
 from distprune.engine.run.preflight import Job, check_job
 from distprune.errors import InputError

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distprune.calibration.model import check_sequence_length, load_config
+from distprune.calibration.whole_model import check_sequence_length, load_config
 from distprune.checkpoint.upload import local_path, scheme_of
-from distprune.comparison.checks import check_own_samples, check_room, check_runs
+from distprune.comparison.checking_runs import check_own_samples, check_room, check_runs
 from distprune.comparison.runs import Run
 from distprune.config import PruneConfig
 from distprune.engine.run.preflight import overlap
 from distprune.errors import InputError
 from distprune.pipeline.calibrating import Calibrate
-from distprune.pipeline.config import EvaluateConfig, PipelineConfig
-from distprune.pipeline.evaluation import check_measurable
 from distprune.pipeline.execution import Execution
+from distprune.pipeline.measuring import check_measurable
 from distprune.pipeline.plan import PipelinePlan
 from distprune.pipeline.publishing import Publish
+from distprune.pipeline.settings import EvaluateConfig, PipelineConfig
 from distprune.storage import is_url, location
 
 

@@ -1,4 +1,5 @@
-"""The attention kernel of a GPU, on tensors of an imagined one, for which torch would choose none that is fused."""
+"""What torch would do otherwise where tensors have no values: choose the attention of a GPU that is only imagined, and
+find no eigenvectors where eigenvalues alone are asked for."""
 
 from __future__ import annotations
 
@@ -10,10 +11,12 @@ from torch.overrides import TorchFunctionMode
 aten = torch.ops.aten
 
 
-class FusedAttention(TorchFunctionMode):
-    """While it is entered, attention on another device than the CPU takes a fused kernel."""
+class AsWithValues(TorchFunctionMode):
+    """While it is entered, torch chooses the kernels that it would for tensors with values."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.linalg.eigvalsh:
+            return aten._linalg_eigh(*args, compute_v=False)[0]
         if function is F.scaled_dot_product_attention and args[0].device.type != "cpu":
             return attention(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))

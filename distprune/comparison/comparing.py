@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from distprune.budgets import outer_parameters
-from distprune.comparison.checks import check_own_samples, check_room, check_runs, check_text
-from distprune.comparison.evaluation import Evaluation, evaluate_apart
+from distprune.comparison.checking_runs import check_own_samples, check_room, check_runs, check_text
+from distprune.comparison.evaluating import Evaluation, evaluate_apart
 from distprune.comparison.runs import MethodOptions, Settings, list_runs, naming
 from distprune.config import PruneConfig
 from distprune.engine import RunRecord, prune

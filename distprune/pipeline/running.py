@@ -12,13 +12,13 @@ from distprune.engine.run.signals import sigterm_interrupts
 from distprune.engine.telemetry.log import RunLog
 from distprune.engine.telemetry.progress import Progress
 from distprune.errors import GateFailed, InputError
-from distprune.pipeline.checks import check_pipeline
-from distprune.pipeline.config import PipelineConfig
+from distprune.pipeline.checking_steps import check_pipeline
 from distprune.pipeline.course import Course, sum_up
-from distprune.pipeline.evaluation import Measured
 from distprune.pipeline.execution import Execution
 from distprune.pipeline.gate import Miss, check_metrics, judge
+from distprune.pipeline.measuring import Measured
 from distprune.pipeline.plan import PipelinePlan, ResultPlan, plan_pipeline
+from distprune.pipeline.settings import PipelineConfig
 from distprune.pipeline.state import StepRecords
 from distprune.pipeline.step import Surroundings
 from distprune.pipeline.summary import (

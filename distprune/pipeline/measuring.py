@@ -9,7 +9,7 @@ from pathlib import Path
 from distprune.engine.evaluators import spread, workers_asked_for
 from distprune.evaluation import EvaluationOptions, Loading, evaluate_models
 from distprune.evaluation.side_by_side import check_tasks, check_text
-from distprune.pipeline.config import EvaluateConfig
+from distprune.pipeline.settings import EvaluateConfig
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pruned_checkpoints import write_pruned
 from small_models import small_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distprune.export.layouts import modeling_files, output_config, plainest_layout
+from distprune.export.output_config import modeling_files, output_config, plainest_layout
 from distprune.layers.architecture import Architecture
 from distprune.layers.module import said_shape
 from distprune.modeling import load
