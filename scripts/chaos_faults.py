@@ -33,7 +33,7 @@ class Scene:
             entry[1]()
 
     def calm(self) -> None:
-        """Do at once what was to follow, and mend the cluster."""
+        """Do at once what was to follow, and repair the cluster."""
         for _, action in self._later:
             action()
         self._later.clear()

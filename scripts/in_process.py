@@ -97,7 +97,7 @@ class InProcess:
         Args:
             tokens: of the calibration set, int32 (samples, length).
         """
-        ids = torch.from_numpy(tokens)
+        ids = torch.tensor(tokens)
         dense = self._dense_pass(ids)
         profiles = self._gradient_pass(ids, dense.states) if self.worker.has_gradient_pass else dense.profiles
         target = target_of(self.config, self.model.architecture, stored_sizes(self.model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from distprune.methods import make_method
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in SCRIPTS.glob("*.py")))
@@ -21,3 +23,11 @@ def test_the_ablations_of_the_benchmark_are_options_of_their_methods():
     for method, variants in import_module("benchmark").ABLATIONS.items():
         for variant in variants.values():
             make_method(method, variant.get("options", {}))
+
+
+@pytest.mark.parametrize(
+    "file", [ROOT / "tests" / "quick.txt", *sorted(SCRIPTS.glob("*.sh"))], ids=lambda file: file.name
+)
+def test_the_tests_that_are_chosen_are_there(file):
+    chosen = re.findall(r"\btests/[\w/.]+", file.read_text())
+    assert not [name for name in chosen if not (ROOT / name).exists()]
