@@ -20,7 +20,7 @@ from distprune.calibration import open_calibration
 from distprune.cli import app
 from distprune.comparison import ComparisonRow, Evaluation
 from distprune.comparison import comparing as comparison_driver
-from distprune.comparison.evaluating import evaluate_apart
+from distprune.comparison.scoring import evaluate_apart
 from distprune.config import PruneConfig
 from distprune.engine.telemetry.process_memory import PeakMemory, peak_memory
 from distprune.engine.telemetry.progress import Progress

@@ -2,6 +2,7 @@
 
 from distprune.budgets.accounting import decoder_parameters, layer_parameters, outer_parameters
 from distprune.budgets.allocation import Allocation, Curve, allocate
+from distprune.budgets.filling import affordable_neurons, aligned, fill_with_ffn, neurons_amount
 from distprune.budgets.layouts import (
     Layout,
     are_alike,
@@ -21,7 +22,6 @@ from distprune.budgets.resources import (
     rest_amount,
 )
 from distprune.budgets.target import Target, target_of
-from distprune.budgets.uniform import affordable_neurons, aligned, fill_with_ffn, neurons_amount
 
 __all__ = [
     "RESOURCES",

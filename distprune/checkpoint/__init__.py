@@ -9,7 +9,7 @@ from distprune.checkpoint.gguf import import_gguf
 from distprune.checkpoint.hub import HubFiles, HubModel, find_on_hub, open_on_hub
 from distprune.checkpoint.infos import TensorInfo, describe, entry_of
 from distprune.checkpoint.mishaps import failures_explained
-from distprune.checkpoint.parts import PartFolder, WrittenFile
+from distprune.checkpoint.part_folder import PartFolder, WrittenFile
 from distprune.checkpoint.publish import (
     hold_lock,
     is_locked,

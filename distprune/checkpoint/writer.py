@@ -16,7 +16,7 @@ from distprune.checkpoint.disk import GB
 from distprune.checkpoint.durable import move, read_tensors, write_tensors, write_text
 from distprune.checkpoint.headers import read_header
 from distprune.checkpoint.layout import INDEX_FILE
-from distprune.checkpoint.parts import OFFERED, SUFFIX, PartFolder, WrittenFile, separate_in_memory
+from distprune.checkpoint.part_folder import OFFERED, SUFFIX, PartFolder, WrittenFile, separate_in_memory
 from distprune.errors import StorageFailed
 from distprune.storage import location, make_folder
 

@@ -12,8 +12,8 @@ from distprune.calibration.text_sources import read_source
 from distprune.calibration.tokenizer import tokenize
 from distprune.calibration.whole_model import check_sequence_length, load_config
 from distprune.checkpoint import check_free_space
-from distprune.comparison.evaluating import Evaluation
 from distprune.comparison.runs import Run, naming
+from distprune.comparison.scoring import Evaluation
 from distprune.engine.run.preflight import Job, check_job
 from distprune.errors import InputError
 from distprune.evaluation.text import whole_text

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 
 from distprune.budgets import outer_parameters
 from distprune.comparison.checking_runs import check_own_samples, check_room, check_runs, check_text
-from distprune.comparison.evaluating import Evaluation, evaluate_apart
 from distprune.comparison.runs import MethodOptions, Settings, list_runs, naming
+from distprune.comparison.scoring import Evaluation, evaluate_apart
 from distprune.config import PruneConfig
 from distprune.engine import RunRecord, prune
 from distprune.engine.driver import one_of_each_kind, worker_pool

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distprune.calibration.whole_model import check_sequence_length, input_device, load_config, load_model
 from distprune.calibration.text_sources import TextSource, read_source
 from distprune.calibration.tokenizer import load_tokenizer, tokenize
+from distprune.calibration.whole_model import check_sequence_length, input_device, load_config, load_model
 from distprune.errors import InputError
 from distprune.evaluation.text import whole_text
 from distprune.hardware import AUTO, name_of

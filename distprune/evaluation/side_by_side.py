@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from distprune.calibration.whole_model import load_config
 from distprune.calibration.text_sources import read_source
+from distprune.calibration.whole_model import load_config
 from distprune.errors import InputError
 from distprune.evaluation.answering import Answering, Loading
 from distprune.evaluation.perplexity import PerplexityResult, check_counts, perplexity_result, read_windows

@@ -13,7 +13,7 @@ from distprune.budgets import Target, are_alike, fill_with_ffn
 from distprune.errors import InputError
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import LayerShape
-from distprune.methods.even import ProfileRead, UnknownProfile, with_fewer_groups
+from distprune.methods.even_layers import ProfileRead, UnknownProfile, with_fewer_groups
 from distprune.statistics import LayerStatistics, Moment
 
 #: What the dense pass, or the gradient pass, leaves of one layer for planning and pruning: named tensors, which wait on
@@ -187,8 +187,9 @@ class Method(BaseModel):
             return self.plan(target, [profiles[shape] for shape in dense], align)
         except ProfileRead:
             target = replace(target, resource="parameters")
-            fewer = [with_fewer_groups(target, index, target.decoder_sparsity) for index in range(len(dense))]
-            return fill_with_ffn(target, fewer, align)
+            if "heads" in self.removes:
+                dense = [with_fewer_groups(target, index, target.decoder_sparsity) for index in range(len(dense))]
+            return fill_with_ffn(target, dense, align)
 
     def profile_bytes(self, hidden_size: int, shape: LayerShape) -> int:
         """What a layer's profile takes, where that is not little against the layer itself."""

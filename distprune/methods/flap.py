@@ -24,7 +24,7 @@ from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear
 from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
 from distprune.layers.sites import ATTENDED, NEURONS, Site
 from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
-from distprune.methods.even import with_heads
+from distprune.methods.even_layers import with_heads
 from distprune.methods.units import column_energy, heads_of_groups, keep_heads, keep_neurons, sum_by_unit
 from distprune.solvers import channels_of, most_important
 from distprune.statistics import LayerStatistics, Mean, Moment, Power

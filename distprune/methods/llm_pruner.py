@@ -36,8 +36,8 @@ from distprune.layers.sites import (
     Site,
 )
 from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
-from distprune.methods.even import with_fewer_groups
-from distprune.methods.uniform import keep_best_groups, keep_best_neurons
+from distprune.methods.even_layers import with_fewer_groups
+from distprune.methods.scored_units import keep_best_groups, keep_best_neurons
 from distprune.methods.units import sum_by_unit
 from distprune.statistics import Cross, LayerStatistics, Moment
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distprune.layers.parts import Attention, FeedForward
 from distprune.layers.shapes import LayerShape
-from distprune.methods.uniform import ScoredUnits
+from distprune.methods.scored_units import ScoredUnits
 from distprune.methods.units import column_energy, row_energy, sum_by_unit
 from distprune.statistics import LayerStatistics, Moment
 

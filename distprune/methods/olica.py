@@ -226,8 +226,6 @@ def can_shrink_attention(removable: Removable) -> bool:
     return removable.values and removable.factors
 
 
-
-
 def kept_rank(out_features: int, in_features: int, sparsity: float, align: int) -> int:
     """The rank at which two factors of an (out, in) matrix hold the fraction 1 - ``sparsity`` of its parameters."""
     rank = ceil((1 - sparsity) * out_features * in_features / (out_features + in_features))

@@ -26,7 +26,7 @@ from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear
 from distprune.layers.shapes import AttentionShape, LayerShape
 from distprune.layers.sites import ATTENDED, ATTENTION_INPUT, FFN_INPUT, NEURONS, Site
 from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
-from distprune.methods.even import with_heads
+from distprune.methods.even_layers import with_heads
 from distprune.methods.units import (
     column_energy,
     head_interaction,
@@ -253,7 +253,6 @@ class Oops(Method):
         return Linear(solution.x, projection.bias)
 
     # ---------------------------------------------------------------- what it takes
-
 
 
 def grouped_head_interaction(attention: Attention, group_gram: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear
 from distprune.layers.shapes import LayerShape
 from distprune.layers.sites import ATTENDED, NEURONS
 from distprune.methods.base import LayerToPrune, Method, Plan, Profile
-from distprune.methods.even import with_fewer_groups
+from distprune.methods.even_layers import with_fewer_groups
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
 from distprune.solvers import eliminate
 from distprune.statistics import Gram, LayerStatistics, Moment

@@ -16,7 +16,7 @@ from distprune.layers.parts import Attention, FeedForward
 from distprune.layers.shapes import LayerShape
 from distprune.layers.sites import ATTENDED, NEURONS
 from distprune.methods.base import of_parts
-from distprune.methods.uniform import ScoredUnits
+from distprune.methods.scored_units import ScoredUnits
 from distprune.methods.units import sum_by_unit
 from distprune.statistics import LayerStatistics, Moment, Power
 

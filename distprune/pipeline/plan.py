@@ -11,7 +11,7 @@ from typing import Any
 from distprune.calibration import open_calibration
 from distprune.config import PruneConfig, load_config
 from distprune.pipeline.calibrating import Calibrate, plan_calibration
-from distprune.pipeline.evaluating import Evaluate, plan_evaluation
+from distprune.pipeline.evaluate_step import Evaluate, plan_evaluation
 from distprune.pipeline.pruning import Prune
 from distprune.pipeline.publishing import Publish
 from distprune.pipeline.settings import CalibrationConfig, PipelineConfig, percent

@@ -12,6 +12,7 @@ import torch
 from torch.utils import backend_registration
 
 NAME = "imagined"
+LIBRARY = torch.library.Library("_", "IMPL")
 
 
 @cache
@@ -21,6 +22,8 @@ def imagined_gpu() -> torch.device:
     if name == "privateuseone":
         backend_registration._setup_privateuseone_for_python_backend(NAME, _Nothing(), _NothingThere())
         name = NAME
+        # There is no list of what to cast, so distillation is counted in float32: more than it takes.
+        LIBRARY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     return torch.device(name, 0)
 
 
@@ -44,6 +47,9 @@ class _Nothing:
 
     def device_count(self) -> int:
         return 0
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
 
 
 class _NothingThere(torch._C._acc.PrivateUse1Hooks):

@@ -12,8 +12,8 @@ from distprune.engine.run.record import parameter_counts
 from distprune.hardware import AUTO, ComputeDtype, compute_dtype
 from distprune.planning import memory as constants
 from distprune.planning.cluster import Cluster
-from distprune.planning.headers import open_headers
 from distprune.planning.memory import MemoryPlan, plan_memory
+from distprune.planning.model_from_headers import open_headers
 from distprune.planning.scenario import Scenario, make_scenario, settled_dtype
 from distprune.planning.simulated_run import StagePlan, plan_stages
 from distprune.planning.verdict import Verdict, judge

@@ -1,4 +1,4 @@
-"""What code that goes by its tensors' values does where they have none: in a plan, which runs it to count operations."""
+"""What code that goes by its tensors' values does where they have none: in a plan, which counts operations."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distprune.budgets import outlier_ratio, outlier_weighted
-from distprune.budgets.uniform import share_out
+from distprune.budgets.filling import share_out
 
 
 def test_the_ratio_counts_the_entries_far_above_the_mean_of_the_layer():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_architectures import BIASES, tiny
 
 from distprune.budgets import Target, aligned, decoder_parameters, fill_with_ffn
-from distprune.budgets.uniform import share_out
+from distprune.budgets.filling import share_out
 from distprune.errors import InputError
 from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from distprune.checkpoint import PartFolder, ShardWriter, WrittenFile, writer
-from distprune.checkpoint.parts import OFFERED
+from distprune.checkpoint.part_folder import OFFERED
 from distprune.errors import StorageFailed
 
 

@@ -15,7 +15,7 @@ from distprune import api
 from distprune.calibration import load_tokenizer
 from distprune.calibration.whole_model import load_model
 from distprune.comparison.checking_runs import check_text
-from distprune.comparison.evaluating import Evaluation, evaluate_apart
+from distprune.comparison.scoring import Evaluation, evaluate_apart
 from distprune.config import PruneConfig
 from distprune.errors import InputError
 from distprune.evaluation import evaluate_perplexity, perplexity_of_model

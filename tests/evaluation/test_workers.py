@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from distprune import api
-from distprune.engine.scheduler import pool
 from distprune.engine import evaluators
+from distprune.engine.scheduler import pool
 from distprune.errors import InputError
 from distprune.evaluation import ModelEvaluation
 

@@ -14,7 +14,7 @@ from distprune.errors import InputError
 from distprune.layers.architecture import Architecture
 from distprune.layers.shapes import LayerShape
 from distprune.methods import Profile, make_method
-from distprune.methods.even import with_heads
+from distprune.methods.even_layers import with_heads
 
 LAYERS, HIDDEN, FFN, ALIGN = 4, 256, 1024, 8
 LAYOUTS = ("free", "heterogeneous", "stock")

@@ -14,7 +14,7 @@ from distprune.layers.parts import DecoderLayer, Linear, LowRank, outputs_of
 from distprune.layers.shapes import LayerShape
 from distprune.layers.sites import ATTENTION_OUTPUT, FFN_OUTPUT, NEURONS, Site
 from distprune.methods import Profile, make_method
-from distprune.methods.even import with_heads
+from distprune.methods.even_layers import with_heads
 from distprune.methods.units import keep_rotary_pairs
 from distprune.statistics import Gram
 

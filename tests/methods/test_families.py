@@ -6,12 +6,13 @@ import pytest
 import torch
 from tiny_families import FAMILIES, HIDDEN, tiny_model
 
-from distprune.budgets import Target
+from distprune.budgets import Target, layout_of
 from distprune.layers.architecture import Architecture
 from distprune.layers.runner import LayerRunner
 from distprune.methods import METHODS, LayerToPrune
 from distprune.statistics import LayerStatistics, sites_of
 
+LAYOUTS = ("free", "heterogeneous", "stock")
 #: So that no layer is to stay whole.
 OPTIONS = {"llm-pruner": {"first_layers": 0, "last_layers": 0}, "slimgpt": {"first_layer": 1.0}}
 
@@ -39,19 +40,30 @@ def test_each_method_prunes_what_the_family_can_lose(family):
             runner.observe(layer, index, hidden_states, statistics.update, sites)
         return statistics
 
-    target = Target(model, 0.1)
     for name in METHODS:
         method = METHODS[name](**OPTIONS.get(name, {}))
-        method.check_target(target, 4)
         profiles = []
         for index, layer in enumerate(layers):
             moments = [*method.dense_moments(layer.shape), *method.gradient_moments(layer.shape)]
             profiles.append(method.profile(layer, observe(layer, index, moments)))
-        plan = method.plan(target, profiles, 4)
-        assert plan != target.dense_shapes
-        for index, (layer, planned) in enumerate(zip(layers, plan, strict=True)):
-            statistics = observe(layer, index, method.pruning_moments(layer.shape, planned))
-            again = lambda variation, moments, index=index: observe(variation, index, moments)  # noqa: E731
-            pruned = method.prune(LayerToPrune(index, layer, planned, statistics, profiles[index], again))
-            assert pruned.shape == planned, name
-            assert runner.run(pruned, index, hidden_states).isfinite().all(), name
+        for layout in method.layouts:
+            target = Target(model, 0.1, layout=layout)
+            if name == "flap" and layout == "heterogeneous":
+                method = METHODS[name](compensation=False)
+            method.check_target(target, 4)
+            plan = method.plan(target, profiles, 4)
+            assert plan != target.dense_shapes
+            assert layout == "free" or layout_of(model, plan) in ("stock", layout)
+            for index, (layer, planned) in enumerate(zip(layers, plan, strict=True)):
+                statistics = observe(layer, index, method.pruning_moments(layer.shape, planned))
+                again = lambda variation, moments, index=index: observe(variation, index, moments)  # noqa: E731
+                pruned = method.prune(LayerToPrune(index, layer, planned, statistics, profiles[index], again))
+                assert pruned.shape == planned, name
+                assert runner.run(pruned, index, hidden_states).isfinite().all(), name
+
+
+def test_the_readme_says_which_methods_offer_which_layout():
+    offered = {layout: {name for name in METHODS if layout in METHODS[name].layouts} for layout in LAYOUTS}
+    assert offered["free"] == set(METHODS) and len(METHODS) == 8
+    assert offered["heterogeneous"] == set(METHODS) - {"olica"}
+    assert offered["stock"] == {"curvature", "magnitude", "wanda-sp"}

@@ -15,7 +15,7 @@ from distprune.layers.architecture import Architecture
 from distprune.layers.parts import Linear
 from distprune.layers.shapes import LayerShape
 from distprune.layers.sites import ATTENDED, ATTENTION_OUTPUT, FFN_OUTPUT, NEURONS, Site
-from distprune.methods.even import with_heads
+from distprune.methods.even_layers import with_heads
 from distprune.methods.flap import Flap, fluctuation
 
 ALIGN = 8

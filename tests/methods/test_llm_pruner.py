@@ -14,7 +14,7 @@ from distprune.budgets import Target, decoder_parameters
 from distprune.errors import InputError
 from distprune.layers.runner import LayerRunner
 from distprune.layers.shapes import LayerShape
-from distprune.methods.even import with_heads
+from distprune.methods.even_layers import with_heads
 from distprune.methods.llm_pruner import LLMPruner
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
 

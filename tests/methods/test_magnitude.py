@@ -12,7 +12,7 @@ from tiny_architectures import tiny
 from distprune.budgets import Target, decoder_parameters, is_heterogeneous
 from distprune.errors import InputError
 from distprune.layers.architecture import Architecture
-from distprune.methods.even import with_heads
+from distprune.methods.even_layers import with_heads
 from distprune.methods.magnitude import Magnitude
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
 from distprune.methods.wanda_sp import WandaSp

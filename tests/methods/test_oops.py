@@ -14,7 +14,7 @@ from distprune.budgets import Target, decoder_parameters, is_heterogeneous
 from distprune.errors import ConvergenceWarning, InputError
 from distprune.layers.sites import ATTENDED, NEURONS
 from distprune.methods import make_method
-from distprune.methods.even import with_heads
+from distprune.methods.even_layers import with_heads
 from distprune.methods.oops import grouped_head_interaction
 from distprune.methods.units import head_interaction
 from distprune.solvers import box_ridge

@@ -15,7 +15,7 @@ from distprune.errors import InputError
 from distprune.layers.architecture import Architecture
 from distprune.layers.parts import map_tensors
 from distprune.layers.sites import ATTENDED, NEURONS
-from distprune.methods.even import with_heads
+from distprune.methods.even_layers import with_heads
 from distprune.methods.slimgpt import SlimGPT, incremental_sparsities
 
 

@@ -10,7 +10,7 @@ import torch
 
 from distprune.layers.parts import Attention, FeedForward, Linear, LowRank
 from distprune.layers.sites import ATTENDED, NEURONS
-from distprune.methods.even import with_heads
+from distprune.methods.even_layers import with_heads
 from distprune.methods.units import (
     channels_of,
     head_interaction,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distprune.layers.sites import ATTENDED, NEURONS
-from distprune.methods.even import with_heads
+from distprune.methods.even_layers import with_heads
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
 from distprune.methods.wanda_sp import WandaSp
 

@@ -6,8 +6,8 @@ import pytest
 
 from distprune.config import PruneConfig
 from distprune.planning import Cluster, worker_needs
-from distprune.planning.headers import open_headers
 from distprune.planning.memory import CUDA_CONTEXT, FRAGMENTATION
+from distprune.planning.model_from_headers import open_headers
 
 
 def needs(model, device: str, **options) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from distprune.budgets import fill_with_ffn
 from distprune.layers.sites import FFN_OUTPUT, NEURONS
 from distprune.methods import Method, Plan
 from distprune.methods.base import of_parts
-from distprune.methods.uniform import keep_best_neurons
+from distprune.methods.scored_units import keep_best_neurons
 from distprune.statistics import Cross
 
 

@@ -54,7 +54,7 @@ class ProveLayer(Task):
         states = states.to(worker.device, runner.dtype)
         state = worker.model.read_state(self.index)
         placed = {name: tensor.to(worker.device, runner.dtype) for name, tensor in state.items()}
-        with torch.inference_mode():
+        with torch.no_grad():
             original = build_from_state(architecture, self.index, placed)
             wanted = runner.forward(original, self.index, states)
             rebuilt = runner.build(architecture.layer_from_state(self.index, state), self.index, runner.dtype)

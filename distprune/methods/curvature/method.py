@@ -44,7 +44,7 @@ from distprune.methods.curvature.curves import (
     truncations,
     truncations_bytes,
 )
-from distprune.methods.curvature.even import even_profile
+from distprune.methods.curvature.even_profile import even_profile
 from distprune.methods.curvature.menus import Reach, allocate_globally, smallest
 from distprune.methods.curvature.stock import allocate_equally, choices_alike
 from distprune.methods.units import (

@@ -10,7 +10,7 @@ from distprune.budgets import Target, has_plain_heads
 from distprune.layers.shapes import LayerShape
 from distprune.methods.base import Plan, Profile
 from distprune.methods.curvature.menus import Reach, ffn_costs_by_width
-from distprune.methods.even import with_heads
+from distprune.methods.even_layers import with_heads
 
 
 @dataclass(frozen=True)

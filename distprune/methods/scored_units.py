@@ -15,7 +15,7 @@ from distprune.budgets import Target, fill_with_ffn
 from distprune.layers.parts import Attention, DecoderLayer, FeedForward
 from distprune.layers.shapes import AttentionShape, FeedForwardShape
 from distprune.methods.base import LayerToPrune, Method, Plan, Profile
-from distprune.methods.even import with_fewer_groups, with_plain_groups
+from distprune.methods.even_layers import with_fewer_groups, with_plain_groups
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
 from distprune.solvers import most_important
 from distprune.statistics import LayerStatistics
