@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import ray
 from rich.console import Console
 from rich.table import Table
 from smollm2 import bundled_smollm2
@@ -25,6 +26,8 @@ LAYOUTS = ("free", "heterogeneous", "stock")
 def main() -> None:
     arguments = parse_arguments()
     model = str(resolve_model(arguments.model or str(bundled_smollm2())))
+    cpus = arguments.workers * arguments.threads_per_worker
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     table = Table("model", "layout written", "removed", "predicted rise of the loss", "perplexity")
     with TemporaryDirectory() as scratch:
         calibration = arguments.calibration or Path(scratch, "calibration.arrow")
