@@ -129,7 +129,7 @@ class Chaos:
         return planned
 
     def run(self, setting: Setting, output: Path, planned: list[Planned]) -> Trial:
-        """Prune, with faults, and go on as often as the driver was ended by one of them."""
+        """Prune, with faults, and resume as often as the driver was ended by one of them."""
         trial, log, began = Trial(), output.with_name(f"{output.name}.log"), time.monotonic()
         driver = self.scene.driver = self.start(setting, output, log)
         reached: dict[int, float] = {}
@@ -197,7 +197,7 @@ def steps_done(output: Path) -> int:
 
 
 def is_published(output: Path) -> bool:
-    """Whether there is nothing left to go on with: a signal came when all was done."""
+    """Whether there is nothing left to resume: a signal came when all was done."""
     return output.exists() and not partial_directory(output).exists()
 
 

@@ -41,7 +41,7 @@ class Part:
         return HERE / f"gpu_check_{self.name}.py"
 
 
-PARTS = [Part("correctness", 60), Part("layers", 100), Part("end_to_end", 320), Part("serving", 60)]
+PARTS = [Part("correctness", 90), Part("layers", 100), Part("end_to_end", 320), Part("serving", 60)]
 
 
 def main() -> None:
@@ -77,9 +77,11 @@ def run(part: Part, arguments: argparse.Namespace) -> dict:
     rows.unlink(missing_ok=True)
     command = [sys.executable, part.script, "--device", arguments.device, "--out", arguments.out, "--rows", rows]
     command += ["--layers", str(arguments.layers)] if arguments.layers else []
+    paths = [str(HERE.parent), str(HERE.parent / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     start, ended = time.perf_counter(), "done"
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
             if status := process.wait(part.limit * arguments.limit):
                 ended = f"failed with status {status}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# See that distprune is right and fast on this machine's GPU, in nine minutes and without internet:
+# See that distprune is right and fast on this machine's GPU, in ten minutes and without internet:
 #     [WHEELS=FOLDER] scripts/gpu_check.sh [--out FOLDER] [--parts correctness layers ...]
 # It takes the packages that are installed, and from the folder WHEELS those that are not. Needs a CUDA GPU of 40 GB or
 # more; `--device cpu` tries the script itself, at a small size.

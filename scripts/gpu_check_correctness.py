@@ -1,7 +1,8 @@
 """Part of the GPU check: every method gives on the GPU what it gives on the CPU, and the same bytes twice.
 
-A small model of random weights is pruned by every method. Its loss on the calibration set must agree, in float32 within
-a thousandth and in bfloat16 within a hundredth. With `--offload`, two runs must give the same bytes.
+Small models of random weights are pruned: a Llama by every method, and other families by curvature. The loss on the
+calibration set must agree, in float32 within a thousandth and in bfloat16 within a hundredth. Two runs must give the
+same bytes.
 """
 
 from __future__ import annotations
@@ -14,57 +15,76 @@ import numpy as np
 import torch
 from gpu_check_report import Rows, part_arguments
 from in_process import InProcess, Result
-from random_model import config_of, make_calibration, make_model
+from random_model import config_of, make_calibration, make_model, random_pruned
+from tiny_families import tiny_config
+from transformers import PreTrainedConfig
 
 from distprune.config import PruneConfig
-from distprune.decoder_layer import state_of
+from distprune.layers.architecture import Architecture
 from distprune.methods import METHODS
 
 WITHIN = {"float32": 1e-3, "bfloat16": 1e-2}
+#: Norms of other kinds and sliding windows, fused projections, mixers beside attention, and no gate.
+FAMILIES = ("gemma3_text", "phi3", "qwen3_5_text", "gpt_neox")
 
 
 def main() -> None:
     arguments = part_arguments(__doc__)
     rows, device = Rows(arguments.rows), torch.device(arguments.device)
     with TemporaryDirectory() as scratch:
-        folder = Path(scratch, "model")
-        make_model(folder, config_of("tiny"), dtype=torch.float32, gain=1.5)
-        tokens = make_calibration(Path(scratch, "calibration.arrow"), folder, 16, 64)
+        llama = Check(rows, Path(scratch, "llama"), config_of("tiny"), device)
         for method in METHODS:
-            compare_with_cpu(rows, method, folder, tokens, device)
-        compare_with_cpu(rows, "magnitude", folder, tokens, device, distill=True)
+            llama.compare_with_cpu(method)
+        llama.compare_with_cpu("magnitude", distill=True)
         for method in METHODS:
-            repeat(rows, method, folder, tokens, device, offload=True)
-        repeat(rows, "curvature", folder, tokens, device)
-        repeat(rows, "magnitude", folder, tokens, device, distill=True)
+            llama.repeat(method, offload=True)
+        llama.repeat("curvature")
+        llama.repeat("magnitude", distill=True)
+        for model_type in FAMILIES:
+            family = Check(rows, Path(scratch, model_type), tiny_config(model_type), device)
+            family.compare_with_cpu("curvature")
+            family.repeat("curvature")
     compare_flash_attention(rows, device)
 
 
-def prune(method: str, folder: Path, tokens: np.ndarray, device: torch.device, **options: object) -> Result:
-    config = PruneConfig(model=str(folder), output=folder / "none", method=method, sparsity=0.3, **options)
-    return InProcess(config, folder, device).prune(tokens)
+class Check:
+    """Runs on one small model of random weights.
 
+    Args:
+        folder: where it is written to.
+        device: what is compared with the CPU.
+    """
 
-def compare_with_cpu(
-    rows: Rows, method: str, folder: Path, tokens: np.ndarray, device: torch.device, **options: object
-) -> None:
-    for dtype, within in WITHIN.items():
-        here, there = (
-            prune(method, folder, tokens, place, dtype=dtype, **options).loss for place in (torch.device("cpu"), device)
-        )
-        difference = abs(there - here) / here
-        found = f"loss {there:.4f}, on the CPU {here:.4f}: {difference:.1e} apart"
-        rows.add(", ".join([method, *options, dtype]), found, difference <= within, loss=there, cpu=here)
+    def __init__(self, rows: Rows, folder: Path, config: PreTrainedConfig, device: torch.device):
+        self.rows, self.folder, self.device, self.name = rows, folder / "model", device, config.model_type
+        make_model(self.folder, config, dtype=torch.float32, gain=1.5)
+        self.tokens: np.ndarray = make_calibration(folder / "calibration.arrow", self.folder, 16, 64)
 
+    def compare_with_cpu(self, method: str, **options: object) -> None:
+        for dtype, within in WITHIN.items():
+            places = torch.device("cpu"), self.device
+            here, there = (self._prune(method, place, dtype=dtype, **options).loss for place in places)
+            difference = abs(there - here) / here
+            found = f"loss {there:.4f}, on the CPU {here:.4f}: {difference:.1e} apart"
+            what = ", ".join([self.name, method, *options, dtype])
+            self.rows.add(what, found, difference <= within, loss=there, cpu=here)
 
-def repeat(rows: Rows, method: str, folder: Path, tokens: np.ndarray, device: torch.device, **options: object) -> None:
-    first, second = (prune(method, folder, tokens, device, dtype="bfloat16", **options) for _ in range(2))
-    same = all(
-        torch.equal(tensor, state_of(after)[name])
-        for before, after in zip(first.layers, second.layers, strict=True)
-        for name, tensor in state_of(before).items()
-    )
-    rows.add(", ".join([method, *options, "twice"]), "the same bytes" if same else "other bytes", same)
+    def repeat(self, method: str, **options: object) -> None:
+        first, second = (self._prune(method, self.device, dtype="bfloat16", **options) for _ in range(2))
+        same = all(map(self._are_equal, range(len(first.layers)), first.layers, second.layers))
+        what = ", ".join([self.name, method, *options, "twice"])
+        self.rows.add(what, "the same bytes" if same else "other bytes", same)
+
+    def _prune(self, method: str, device: torch.device, **options: object) -> Result:
+        folder = self.folder
+        config = PruneConfig(model=str(folder), output=folder / "none", method=method, sparsity=0.3, **options)
+        run = InProcess(config, folder, device)
+        self.names = run.model.architecture.names
+        return run.prune(self.tokens)
+
+    def _are_equal(self, index: int, *layers) -> bool:
+        before, after = (self.names(index).state_of(layer) for layer in layers)
+        return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def compare_flash_attention(rows: Rows, device: torch.device) -> None:
@@ -72,14 +92,9 @@ def compare_flash_attention(rows: Rows, device: torch.device) -> None:
     if importlib.util.find_spec("flash_attn") is None or device.type != "cuda":
         rows.add("flash attention", "not installed: not run")
         return
-    from distprune.modeling import PrunedConfig, PrunedForCausalLM
-
-    shape = {"query_heads": 8, "kv_heads": 2, "query_key_dim": 64, "value_dim": 48, "ffn_width": 704}
-    config = PrunedConfig(
-        vocab_size=512, hidden_size=512, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=2,
-        intermediate_size=704, layer_shapes=[shape] * 2, dtype=torch.bfloat16,
-    )  # fmt: skip
-    model = PrunedForCausalLM(config).to(device, torch.bfloat16).eval()
+    architecture = Architecture(config_of("tiny", hidden_size=512, intermediate_size=704))
+    narrow = [shape.with_attention(value_dim=48) for shape in architecture.dense_shapes]
+    model = random_pruned(architecture, narrow, dtype=torch.bfloat16, device=device)
     ids = torch.arange(256, device=device).view(2, 128)
     logits = []
     for implementation in ("sdpa", "flash_attention_2"):

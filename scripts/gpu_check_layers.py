@@ -1,15 +1,17 @@
 """Part of the GPU check: how fast one layer of 8B's and of 70B's shape is pruned, task by task and solve by solve.
 
 Every figure stands beside what this GPU's matrix products reach, measured first: a task's floor is what its operations
-take at those rates. Peak memory stands beside what `distprune plan` predicts.
+take at those rates, as `distprune plan` counts them. Peak memory stands beside what the plan predicts.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -21,13 +23,14 @@ from torch import Tensor
 
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
-from distprune.engine.worker.pass_tasks import Backward, CloseLayer, Sweep
-from distprune.engine.worker.prune_task import Prune
-from distprune.planning import Cluster
-from distprune.planning.kernels import EIGEN, FLOAT32, FLOAT64, HALF, PASS
+from distprune.engine.worker.task import Task
+from distprune.planning import Cluster, Rates
+from distprune.planning.counting import Counts
+from distprune.planning.kernels import EIGEN, FLOAT32, FLOAT64, HALF
 from distprune.planning.memory import TaskPeak, task_peaks
 from distprune.planning.rehearsal import Rehearsed
-from distprune.planning.scenario import Scenario, make_scenario
+from distprune.planning.scenario import make_scenario
+from distprune.planning.timing import Clock
 from distprune.solvers import (
     eliminate,
     elimination_path,
@@ -60,39 +63,11 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What matrix products reach, in FLOP/s, and copies within the GPU and from the host's ordinary memory, in B/s."""
-
-    half: float
-    single: float
-    double: float
-    memory: float
-    to_host: float
-    to_device: float
-
-    def floor(self, task: Rehearsed, samples: int) -> float:
-        """Seconds that a task's operations take at these rates, copies between GPU and host left out.
-
-        An eigendecomposition of an n x n matrix counts 9n³ operations, half of which no hardware does as products.
-        """
-        half, single = (flops(task, samples, kind) / rate for kind, rate in ((HALF, self.half), (FLOAT32, self.single)))
-        passed = task.on(samples, lambda done: done.counts.bytes(PASS))
-        return half + single + flops(task, samples, FLOAT64, EIGEN) / self.double + passed / self.memory
-
-
-def flops(task: Rehearsed, samples: int, *kinds: str) -> float:
-    """A task's operations of some kinds."""
-    return task.on(samples, lambda done: done.counts.flops(*kinds))
-
-
 def main() -> None:
     arguments = part_arguments(__doc__)
     rows, device = Rows(arguments.rows), torch.device(arguments.device)
     ceilings = measure_ceilings(device, 8192 if device.type == "cuda" else 512)
-    rows.add(
-        "ceilings", ", ".join(f"{name} {value:.3g}" for name, value in asdict(ceilings).items()), **asdict(ceilings)
-    )
+    rows.add("ceilings", ", ".join(f"{name} {value:.3g}" for name, value in ceilings.items()), **ceilings)
     sizes = SIZES[arguments.device]
     for size in sizes:
         with TemporaryDirectory(dir=arguments.out) as scratch:
@@ -101,7 +76,7 @@ def main() -> None:
             make_model(folder, config, device=device)
             tokens = make_calibration(Path(scratch, "calibration.arrow"), folder, size.windows, size.length)
             for method in METHODS:
-                measure_method(rows, method, size, folder, tokens, device, ceilings)
+                measure_method(rows, method, size, folder, tokens, device, clock_of(ceilings))
     for size in sizes:
         measure_solves(rows, size, device, ceilings)
 
@@ -109,21 +84,33 @@ def main() -> None:
 # ---------------------------------------------------------------- ceilings
 
 
-def measure_ceilings(device: torch.device, width: int) -> Ceilings:
+def measure_ceilings(device: torch.device, width: int) -> dict[str, float]:
+    """What matrix products reach, in FLOP/s, and copies within the GPU and from the host's ordinary memory, in B/s."""
+
     def products(dtype: torch.dtype, width: int) -> float:
         left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
         return 2 * width**3 / seconds_of(lambda: left @ right, device)
 
     block = torch.randn(width, width, device=device)
     on_host = torch.randn(width, width)
-    return Ceilings(
-        half=products(torch.bfloat16, width),
-        single=products(torch.float32, width),
-        double=products(torch.float64, width // 2),
-        memory=2 * block.nbytes / seconds_of(lambda: block.clone(), device),
-        to_host=block.nbytes / seconds_of(lambda: on_host.copy_(block), device),
-        to_device=block.nbytes / seconds_of(lambda: block.copy_(on_host), device),
-    )
+    return {
+        "half": products(torch.bfloat16, width),
+        "float32": products(torch.float32, width),
+        "float64": products(torch.float64, width // 2),
+        "memory": 2 * block.nbytes / seconds_of(lambda: block.clone(), device),
+        "to host": block.nbytes / seconds_of(lambda: on_host.copy_(block), device),
+        "to device": block.nbytes / seconds_of(lambda: block.copy_(on_host), device),
+    }
+
+
+def clock_of(ceilings: Mapping[str, float]) -> Clock:
+    """Tells the seconds that kernels take at these rates, copies between GPU and host left out.
+
+    An eigendecomposition of an n x n matrix counts 9n³ operations, half of which no hardware does as products.
+    """
+    rates = {field.name: inf for field in fields(Rates)} | {"launch": 0.0, "eigen": ceilings["float64"]}
+    reached = Rates(**rates | {name: ceilings[name] for name in ("half", "float32", "float64", "memory")})
+    return Clock(reached, reached, reading=inf)
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, times: int = 3) -> float:
@@ -147,7 +134,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure_method(
-    rows: Rows, method: str, size: Size, folder: Path, tokens: np.ndarray, device: torch.device, ceilings: Ceilings
+    rows: Rows, method: str, size: Size, folder: Path, tokens: np.ndarray, device: torch.device, clock: Clock
 ) -> None:
     config = PruneConfig(
         model=str(folder), output=folder / "none", method=method, sparsity=0.3, micro_batch=size.micro_batch,
@@ -155,56 +142,58 @@ def measure_method(
     )  # fmt: skip
     InProcess(config, folder, device).prune(tokens[:1])  # what is first of its kind is slow
     tasks = InProcess(config, folder, device).prune(tokens).tasks
-    scenario = make_scenario(config, Checkpoint.open(folder), Cluster(gpus=int(device.type == "cuda")), "h100", {})
-    for name, task in rehearsed(scenario).items():
-        tell_task(rows, f"{size.shape} {method}: {name}", tasks[name], task, ceilings, size)
+    hardware, gpus = ("h100", 1) if device.type == "cuda" else ("cpu", 0)
+    scenario = make_scenario(config, Checkpoint.open(folder), Cluster(gpus=gpus), hardware, {})
+    takes = [scenario.rehearsal.layer(index) for index in range(scenario.layers)]
+    for task, measured in tasks.items():
+        if of_layers := [of_layer[task] for of_layer in takes if task in of_layer]:
+            tell_task(rows, f"{size.shape} {method}: {task.kind()}", measured, of_layers, size.windows, clock)
     tell_memory(rows, f"{size.shape} {method}: memory", tasks, task_peaks(scenario), device)
 
 
-def rehearsed(scenario: Scenario) -> dict[str, Rehearsed]:
-    """What each task does for the last layer, which stands for all."""
-    takes = scenario.rehearsal.layer(scenario.layers - 1)
-    found = {"dense pass": takes[Sweep], "profile": takes[CloseLayer], "prune": takes[Prune]}
-    return found | ({"gradient pass": takes[Backward]} if scenario.needs_gradients else {})
+def tell_task(
+    rows: Rows, what: str, measured: Measured, of_layers: Sequence[Rehearsed], windows: int, clock: Clock
+) -> None:
+    """A task of one layer: its seconds, and those that what was counted while it was rehearsed takes at least."""
 
+    def a_layer(figure: Callable[[Counts], float]) -> float:
+        return fmean(rehearsed.on(windows, lambda done: figure(done.counts)) for rehearsed in of_layers)
 
-def tell_task(rows: Rows, what: str, measured: Measured, task: Rehearsed, ceilings: Ceilings, size: Size) -> None:
-    seconds, floor = measured.seconds / size.layers, ceilings.floor(task, size.windows)
-    operations = flops(task, size.windows, HALF, FLOAT32, FLOAT64, EIGEN)
+    seconds, floor = measured.seconds / measured.calls, a_layer(clock.seconds)
+    operations = a_layer(lambda counts: counts.flops(HALF, FLOAT32, FLOAT64, EIGEN))
     found = f"{seconds:.2f} s a layer, {operations / seconds / 1e12:.0f} TFLOP/s; "
     found += f"floor {floor:.2f} s ({floor / seconds:.0%})"
     rows.add(what, found, seconds=seconds, floor=floor, flops=operations, peak=measured.peak)
 
 
 def tell_memory(
-    rows: Rows, what: str, tasks: dict[str, Measured], peaks: dict[str, TaskPeak], device: torch.device
+    rows: Rows,
+    what: str,
+    tasks: Mapping[type[Task], Measured],
+    peaks: Mapping[str, TaskPeak],
+    device: torch.device,
 ) -> None:
-    """Of the whole run, and by task; a profile's solve counts with the pass that it follows."""
+    """Of the whole run, and by task."""
     measured = max(task.peak for task in tasks.values())
     planned = max(peak.device for peak in peaks.values())
     off = planned / measured - 1 if measured else 0.0
-    by_task = {name: task.peak for name, task in tasks.items()}
     found = f"peak {measured / 2**30:.1f} GiB, planned {planned / 2**30:.1f} ({off:+.0%})"
-    rows.add(
-        what,
-        found,
-        device.type == "cpu" or off >= -0.15,
-        measured=by_task,
-        planned={name: peak.device for name, peak in peaks.items()},
-    )
+    by_task = {task.kind(): each.peak for task, each in tasks.items()}
+    by_plan = {name: peak.device for name, peak in peaks.items()}
+    rows.add(what, found, device.type == "cpu" or off >= -0.15, measured=by_task, planned=by_plan)
 
 
 # ---------------------------------------------------------------- solves
 
 
-def measure_solves(rows: Rows, size: Size, device: torch.device, ceilings: Ceilings) -> None:
+def measure_solves(rows: Rows, size: Size, device: torch.device, ceilings: Mapping[str, float]) -> None:
     for name, dtype, operations, solve in solves(size, device):
         try:
             seconds = seconds_of(solve, device, times=1)
         except RuntimeError as error:  # out of memory, or not positive definite
             rows.add(f"{size.shape} {name}", str(error).splitlines()[0], False)
             continue
-        ceiling = ceilings.double if dtype == torch.float64 else ceilings.single
+        ceiling = ceilings[str(dtype).removeprefix("torch.")]
         share = operations / seconds / ceiling
         found = f"{seconds:.2f} s, {operations / seconds / 1e12:.2f} TFLOP/s ({share:.0%} of the ceiling)"
         rows.add(f"{size.shape} {name}", found, seconds=seconds, flops=operations, share=share)

@@ -1,39 +1,38 @@
-"""Part of the GPU check: prefill and decoding of the dense model, and of pruned ones in both layouts.
+"""Part of the GPU check: prefill and decoding of the dense model, and of pruned ones in the free and the stock layout.
 
 Random weights, since speed does not depend on them: the dense 8B shape, what curvature left of it in the part before
-(else what olica would leave), and the stock layout at the same sparsity.
+(else what it would leave of layers that are all alike), and the stock layout at the same sparsity.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from gpu_check_report import Rows, part_arguments
-from random_model import config_of
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from random_model import config_of, random_of, random_pruned
+from transformers import AutoConfig, PreTrainedModel
 
 from distprune.budgets import Target
 from distprune.evaluation.speed import measure
-from distprune.families import family_of
+from distprune.layers.architecture import Architecture
 from distprune.methods import make_method
 from distprune.methods.curvature.menus import Reach
-from distprune.methods.curvature.stock import equal_shapes
-from distprune.modeling import PrunedConfig, PrunedForCausalLM
+from distprune.methods.curvature.stock import choices_alike
 
 SPARSITY = 0.3
 BATCHES = {"cuda": (1, 16, 64), "cpu": (1, 4)}
 SHAPE = {"cuda": "8b", "cpu": "tiny"}
 PROMPT, NEW, ROUNDS = 512, 64, 3
+ALIGN, LEAST = 8, 0.2
 
 
 def main() -> None:
     arguments = part_arguments(__doc__)
-    rows, device = Rows(arguments.rows), torch.device(arguments.device)
+    rows = Rows(arguments.rows)
     dense: dict[int, tuple[float, float]] = {}
-    for name, model in models(arguments, device):
+    for name, model in models(arguments):
         for batch in BATCHES[arguments.device]:
             prefill, decode = best_speed(model, batch)
             dense.setdefault(batch, (prefill, decode))
@@ -45,38 +44,18 @@ def main() -> None:
         del model
 
 
-def models(arguments, device: torch.device) -> Iterator[tuple[str, PreTrainedModel]]:
+def models(arguments: argparse.Namespace) -> Iterator[tuple[str, PreTrainedModel]]:
     changes = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
-    config = config_of(SHAPE[arguments.device], **changes)
-    family = family_of(config)
-    target = Target(family.dense_config(config), SPARSITY)
-    yield "dense", build(LlamaForCausalLM, config, device)
-    yield "free", build(PrunedForCausalLM, free_config(arguments.out, target), device)
-    stock, _ = equal_shapes(target, Reach(8, 0.2))[-1]  # with all of its heads
-    yield "stock", build(LlamaForCausalLM, family.stock_config(config, stock), device)
-
-
-def free_config(out: Path, target: Target) -> PrunedConfig:
-    for method in ("curvature", "olica"):
-        if (out / f"{method}-pruned" / "config.json").is_file():
-            return PrunedConfig.from_pretrained(out / f"{method}-pruned")
-    shapes = make_method("olica", {}).even_shapes(target, 8)
-    return PrunedConfig(**{**target.config.to_dict(), "layer_shapes": [asdict(shape) for shape in shapes]})
-
-
-def build(
-    model_class: type[PreTrainedModel], config: LlamaConfig | PrunedConfig, device: torch.device
-) -> PreTrainedModel:
-    """Make a model of random weights on the device, without a checkpoint."""
-    with torch.device("meta"):
-        model = model_class(config).to(torch.bfloat16)
-    model = model.to_empty(device=device).eval()
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data.normal_(std=0.02)
-        else:
-            tensor.zero_()
-    return model
+    architecture = Architecture(config_of(SHAPE[arguments.device], **changes))
+    places = {"dtype": torch.bfloat16, "device": arguments.device}
+    yield "dense", random_of(architecture.config, **places)
+    if (left := arguments.out / "curvature-pruned" / "config.json").is_file():
+        yield "free", random_of(AutoConfig.from_pretrained(left), **places)
+    else:
+        shapes = make_method("curvature", {}).even_shapes(Target(architecture, SPARSITY), ALIGN)
+        yield "free", random_pruned(architecture, shapes, **places)
+    *_, with_all_heads = choices_alike(Target(architecture, SPARSITY, layout="stock"), Reach(ALIGN, LEAST))
+    yield "stock", random_pruned(architecture, with_all_heads.shapes, **places)
 
 
 def best_speed(model: PreTrainedModel, batch: int) -> tuple[float, float]:

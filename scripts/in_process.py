@@ -3,43 +3,71 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from distprune.decoder_layer import DecoderLayer
-from distprune.determinism import make_cuda_deterministic
 from torch import Tensor
 
 from distprune.budgets import target_of
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
-from distprune.distillation.layerwise import Batch
-from distprune.engine.worker.layer_worker import LayerTasks
-from distprune.engine.worker.weights import Model
-from distprune.families import family_of
+from distprune.engine.run.preflight import dense_model, stored_dtype, stored_sizes
+from distprune.engine.worker.distill_task import Distill
+from distprune.engine.worker.layer_worker import Finished, LayerWorker
+from distprune.engine.worker.pass_tasks import (
+    Backward,
+    CloseLayer,
+    CloseLoss,
+    Embed,
+    LossGradient,
+    OpenBackward,
+    OpenForward,
+    OpenLoss,
+    Sweep,
+)
+from distprune.engine.worker.prune_task import Prune
+from distprune.engine.worker.task import Task
 from distprune.hardware import AUTO, compute_dtype
+from distprune.layers.determinism import make_cuda_deterministic
+from distprune.layers.parts import DecoderLayer
+from distprune.layers.shapes import LayerShape
+from distprune.methods import Profile
+from distprune.planning.rehearsal import CloseAfterForward
 
 
 @dataclass
 class Measured:
-    """Seconds of all calls of one task, and the most bytes that torch held on the GPU in any."""
+    """Seconds of all tasks of one class, and the most bytes that torch held on the GPU in any."""
 
     seconds: float = 0.0
     calls: int = 0
     peak: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
-    """A pruned model: its layers, its loss in nats a token on the calibration set, and what each task took."""
+    """A pruned model: its layers, its loss in nats a token on the calibration set, and what the tasks took, by their
+    classes."""
 
     layers: list[DecoderLayer]
     loss: float
-    tasks: dict[str, Measured] = field(default_factory=dict)
+    tasks: dict[type[Task], Measured]
+
+
+@dataclass(frozen=True)
+class DensePass:
+    """What the dense pass leaves: the hidden states at every layer's input and at the model's end, and of every layer
+    its profile and what is carried to its pruning."""
+
+    states: list[Tensor]
+    profiles: list[Profile]
+    carried: list[dict[str, Tensor]]
 
 
 class InProcess:
@@ -54,15 +82,13 @@ class InProcess:
     def __init__(self, config: PruneConfig, folder: Path, device: torch.device):
         if device.type == "cuda":
             make_cuda_deterministic()
-        checkpoint = Checkpoint.open(folder)
-        family = family_of(checkpoint.config)
-        self.model = Model(family, family.dense_config(checkpoint.config), checkpoint)
+        self.model = dense_model(Checkpoint.open(folder))
         if config.dtype == AUTO:
-            dtype = compute_dtype(checkpoint.tensors[family.embedding].dtype, device)
-            config = config.model_copy(update={"dtype": dtype.name})
+            config = config.model_copy(update={"dtype": compute_dtype(stored_dtype(self.model), device).name})
         self.config, self.device = config, device
-        self.tasks = LayerTasks(config, self.model, device)
-        self.measured: dict[str, Measured] = {}
+        self.worker = LayerWorker(config, self.model, device)
+        self.layers = range(self.model.architecture.num_layers)
+        self.measured: dict[type[Task], Measured] = defaultdict(Measured)
 
     def prune(self, tokens: np.ndarray) -> Result:
         """The dense pass, the gradient pass where the method has one, the plan, the pruning of all layers, and
@@ -71,73 +97,77 @@ class InProcess:
         Args:
             tokens: of the calibration set, int32 (samples, length).
         """
-        method, dense = self.tasks.method, self.model.dense
-        layers = range(dense.num_hidden_layers)
-        inputs, profiles = self._dense_pass(tokens)
-        if method.gradient_moments(dense.layer_shape(0)):
-            profiles = self._gradient_pass(tokens, inputs)
-        with self.timed("plan"):
-            sizes = self.model.family.stored_sizes(self.model.checkpoint.tensors, dense)
-            target = target_of(self.config, dense, sizes)
-            plan = method.plan(target, profiles, self.config.align)
-        states, pruned = inputs[0], []
-        for index in layers:
-            with self.timed("prune"):
-                result = self.tasks.prune(index, states, plan[index], profiles[index], {}, propagate=True)
-            states = result.output
-            pruned.append(result.layer)
+        ids = torch.tensor(tokens)
+        dense = self._dense_pass(ids)
+        profiles = self._gradient_pass(ids, dense.states) if self.worker.has_gradient_pass else dense.profiles
+        target = target_of(self.config, self.model.architecture, stored_sizes(self.model))
+        plan = self.worker.method.plan(target, profiles, self.config.align)
+        pruned = self._pruning_pass(plan, profiles, dense)
         if self.config.distill:
-            pruned = [self._distill(index, layer, inputs) for index, layer in enumerate(pruned)]
-        return Result(pruned, self._loss(pruned, inputs[0], tokens), self.measured)
+            pruned = [self._distill(index, layer, dense.states) for index, layer in enumerate(pruned)]
+        return Result(pruned, self._loss(pruned, dense.states[0], ids), self.measured)
 
-    def _dense_pass(self, tokens: np.ndarray) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """The hidden states at every layer's input and at the model's end, and the profiles."""
-        with self.timed("embed"):
-            inputs = [self.tasks.embed(tokens)]
-        profiles = []
-        for index in range(self.model.dense.num_hidden_layers):
-            with self.timed("read"):
-                self.tasks.open_layer(index)
-            with self.timed("dense pass"):
-                inputs.append(self.tasks.sweep(index, 0, inputs[-1]))
-            with self.timed("profile"):
-                profiles.append(self.tasks.profile(index, 1)[0])
-        return inputs, profiles
+    def _dense_pass(self, ids: Tensor) -> DensePass:
+        passed = DensePass([self._run(Embed(ids))], [], [])
+        for index in self.layers:
+            self._run(OpenForward(index))
+            passed.states.append(self._run(Sweep(index, 0, passed.states[-1])))
+            closing = CloseAfterForward if self.worker.has_gradient_pass else CloseLayer
+            profile, carried = self._run(closing(index, 1))
+            passed.profiles.append(profile)
+            passed.carried.append(carried)
+        return passed
 
-    def _gradient_pass(self, tokens: np.ndarray, inputs: list[Tensor]) -> list[dict[str, Tensor]]:
-        layers = self.model.dense.num_hidden_layers
-        profiles: list[dict[str, Tensor]] = [{} for _ in range(layers)]
-        with self.timed("loss's gradient"):
-            self.tasks.open_head()
-            gradient = self.tasks.loss_gradient(inputs[-1], tokens)
-            self.tasks.losses()
-        for index in reversed(range(layers)):
-            self.tasks.open_backward(index)
-            with self.timed("gradient pass"):
-                gradient = self.tasks.backward(index, 0, inputs[index], gradient)
-            with self.timed("profile"):
-                profiles[index] = self.tasks.profile(index, 1)[0]
+    def _gradient_pass(self, ids: Tensor, states: list[Tensor]) -> list[Profile]:
+        profiles: list[Profile] = [{} for _ in self.layers]
+        gradient, _ = self._loss_gradient(states[-1], ids)
+        for index in reversed(self.layers):
+            self._run(OpenBackward(index))
+            gradient = self._run(Backward(index, 0, states[index], gradient))
+            profiles[index], _ = self._run(CloseLayer(index, 1))
         return profiles
 
-    def _distill(self, index: int, layer: DecoderLayer, inputs: list[Tensor]) -> DecoderLayer:
-        """The layer after learning what the dense one gives, layer by layer."""
-        end = self.config.distill.end_of_look_ahead(index, len(inputs) - 1)
-        with self.timed("distill"):
-            return self.tasks.distill(index, layer, Batch(inputs[index], inputs[index + 1], inputs[end]))[0]
+    def _pruning_pass(self, plan: list[LayerShape], profiles: list[Profile], dense: DensePass) -> list[DecoderLayer]:
+        """Blocks begin on the dense model's hidden states, as in a run."""
+        pruned, states, block = [], dense.states[0], self.config.block_length(len(self.layers))
+        for index in self.layers:
+            begins = index % block == 0
+            states, carried = (dense.states[index], dense.carried[index]) if begins else (states, {})
+            task = Prune(index, states, plan[index], profiles[index], carried, propagates=block > 1)
+            finished, states, _ = self._run(task)
+            pruned.append(self._layer_of(index, finished, plan[index]))
+        return pruned
 
-    def _loss(self, layers: list[DecoderLayer], states: Tensor, tokens: np.ndarray) -> float:
+    def _distill(self, index: int, layer: DecoderLayer, states: list[Tensor]) -> DecoderLayer:
+        """The layer after learning what the dense one gives, layer by layer."""
+        end = self.config.distill.end_of_look_ahead(index, len(self.layers))
+        finished, _ = self._run(Distill(index, layer, states[index], states[index + 1], states[end]))
+        return self._layer_of(index, finished, layer.shape)
+
+    def _layer_of(self, index: int, finished: Finished, shape: LayerShape) -> DecoderLayer:
+        return self.model.from_disk(index, finished.written, shape, finished.rotary_pairs)
+
+    def _loss(self, layers: list[DecoderLayer], states: Tensor, ids: Tensor) -> float:
         for index, layer in enumerate(layers):
-            states = self.tasks.runner.run(layer, index, states)
-        self.tasks.open_head()
-        self.tasks.loss_gradient(states, tokens)
-        samples, length = tokens.shape
-        return self.tasks.losses().sum().item() / (samples * (length - 1))
+            states = self.worker.runner.run(layer, index, states)
+        _, losses = self._loss_gradient(states, ids)
+        samples, length = ids.shape
+        return losses.sum().item() / (samples * (length - 1))
+
+    def _loss_gradient(self, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss's gradient at the model's end, and each sample's loss."""
+        self._run(OpenLoss())
+        return self._run(LossGradient(states, ids)), self._run(CloseLoss())
+
+    def _run(self, task: Task) -> Any:
+        with self._measured(type(task)):
+            return task.run(self.worker)
 
     @contextmanager
-    def timed(self, task: str) -> Iterator[None]:
-        """Adds what happens inside to the task's seconds and peak, and prints them, in case no more follows."""
-        measured = self.measured.setdefault(task, Measured())
-        on_gpu = self.device.type == "cuda"
+    def _measured(self, kind: type[Task]) -> Iterator[None]:
+        """Adds what happens inside to the seconds and peak of a class of tasks, and prints it, in case no more
+        follows."""
+        measured, on_gpu = self.measured[kind], self.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -149,4 +179,4 @@ class InProcess:
         seconds = time.perf_counter() - start
         measured.seconds += seconds
         measured.calls += 1
-        print(f"  {self.tasks.method.name}, {task}: {seconds:.3f} s", flush=True)
+        print(f"  {self.worker.method.name}, {kind.kind()}: {seconds:.3f} s", flush=True)

@@ -12,30 +12,32 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
+from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 import torch
+from in_process import InProcess
 from plotly.subplots import make_subplots
 from random_model import SHAPES, config_of, make_calibration, make_model
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from distprune.budgets import Target
 from distprune.calibration import open_calibration
-from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.engine.scheduler.simulation import Costs, Machines, Pass, simulate
-from distprune.engine.worker.layer_worker import LayerTasks
-from distprune.engine.worker.weights import Model
-from distprune.families import family_of
-from distprune.hardware import compute_dtype
+from distprune.engine.worker.check_tasks import CheckLayer
+from distprune.engine.worker.layer_worker import LayerWorker
+from distprune.engine.worker.pass_tasks import Advance, CloseLayer, Embed, OpenForward, Sweep
+from distprune.engine.worker.prune_task import Prune
+from distprune.engine.worker.task import Task
 
 WINDOW = 128  # tokens
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -88,29 +90,30 @@ def measure(arguments: argparse.Namespace) -> Costs:
     torch.set_num_threads(arguments.threads)
     with TemporaryDirectory(dir=arguments.scratch) as scratch:
         model, calibration = Path(scratch, "model"), Path(scratch, "calibration.arrow")
-        # The last layer is never calibrated, so of two the first is.
+        # The last layer never gets a linear branch, so of two the first does.
         make_model(model, config_of(arguments.shape, num_hidden_layers=2))
         make_calibration(calibration, model, arguments.tokens // WINDOW, WINDOW)
-        checkpoint = Checkpoint.open(model)
-        family = family_of(checkpoint.config)
-        dtype = compute_dtype(checkpoint.tensors[family.embedding].dtype, "cpu").name
-        config = PruneConfig(model=str(model), output="none", method=arguments.method, dtype=dtype)
-        opened = Model(family, family.dense_config(checkpoint.config), checkpoint)
-        return time_tasks(LayerTasks(config, opened, torch.device("cpu")), open_calibration(calibration).tokens)
+        config = PruneConfig(model=str(model), output="none", method=arguments.method)
+        worker = InProcess(config, model, torch.device("cpu")).worker
+        return time_tasks(worker, torch.tensor(open_calibration(calibration).tokens))
 
 
-def time_tasks(tasks: LayerTasks, tokens: np.ndarray) -> Costs:
-    states = tasks.embed(tokens)
-    check, _ = timed(lambda: tasks.check_layer(0))
-    forward, _ = timed(lambda: tasks.advance(0, states))
+def time_tasks(worker: LayerWorker, ids: Tensor) -> Costs:
+    def timed(task: Task) -> tuple[float, Any]:
+        start = time.perf_counter()
+        value = task.run(worker)
+        return time.perf_counter() - start, value
+
+    _, states = timed(Embed(ids))
+    check, _ = timed(CheckLayer(0))
+    forward, _ = timed(Advance(0, states))
     # Nothing is carried from the second layer of a block, nor to the first one here.
-    read, _ = timed(lambda: tasks.open_layer(1))
-    swept, _ = timed(lambda: tasks.sweep(1, 0, states))
-    profile, (remembered, _) = timed(lambda: tasks.profile(1, 1))
-    plan = tasks.method.plan(Target(tasks.dense, 0.3), [remembered] * 2, align=8)
-    pruned = tasks.prune(0, states, plan[0], remembered, {}, propagate=False)
-    weights = tasks.family.layer_to_checkpoint(pruned.layer, 0)
-    seconds = pruned.report.seconds
+    read, _ = timed(OpenForward(1))
+    swept, _ = timed(Sweep(1, 0, states))
+    profile, (remembered, _) = timed(CloseLayer(1, 1))
+    architecture = worker.architecture
+    plan = worker.method.plan(Target(architecture, 0.3), [remembered] * 2, align=8)
+    _, (finished, _, report) = timed(Prune(0, states, plan[0], remembered, {}, propagates=False))
     return Costs(
         start=START_SECONDS,
         check=check,
@@ -118,18 +121,12 @@ def time_tasks(tasks: LayerTasks, tokens: np.ndarray) -> Costs:
         forward=forward,
         dense_statistics=max(0.0, swept - forward),
         profile=profile,
-        statistics=max(0.0, seconds["statistics"] - forward),
-        carried=bool(tasks.method.carried_moments(tasks.dense.layer_shape(0))),
-        solve=seconds["solve"],
+        statistics=max(0.0, report.seconds["statistics"] - forward),
+        carried=bool(worker.method.carried_moments(architecture.dense_shape(0))),
+        solve=report.seconds["solve"],
         states=states.nbytes,
-        pruned=sum(tensor.nbytes for tensor in weights.values()),
+        pruned=sum(tensor.nbytes for tensor in finished.written.values()),
     )
-
-
-def timed(task: Callable) -> tuple[float, object]:
-    start = time.perf_counter()
-    value = task()
-    return time.perf_counter() - start, value
 
 
 # ---------------------------------------------------------------- efficiency

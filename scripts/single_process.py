@@ -2,10 +2,10 @@
 
     python scripts/single_process.py MODEL --calibration calib.arrow --output pruned --sparsity 0.3 --threads 2
 
-The yardstick that scripts/speed.py measures distprune with. Mathematics, budget, calibration set and the dtype of
-forward passes are distprune's, so that results can be compared; how it is computed shares nothing with it. It is no
-worse a program than need be: its batches are as large, and it keeps second moments where they are enough. It knows
-Llama models without biases.
+The yardstick that scripts/speed.py measures distprune with. Mathematics, budget, calibration set, the dtype of forward
+passes and the format of the result are distprune's, so that results can be compared; how it is computed shares nothing
+with it. It is no worse a program than need be: its batches are as large, and it keeps second moments where they are
+enough. It knows Llama models without biases.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from distprune.budgets import Target
 from distprune.calibration import open_calibration
 from distprune.calibration.whole_model import load_config, load_model
-from distprune.families import family_of
+from distprune.export.output_config import output_config
+from distprune.layers.architecture import Architecture
+from distprune.layers.module import say_shape
+from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
 from distprune.methods import make_method
-from distprune.modeling import LayerShape, PrunedConfig, PrunedForCausalLM
+from distprune.modeling.modeling_pruned import PrunedLlamaForCausalLM
 
 BATCH = 16
 PUBLISHED_TOKENS = 128 * 128
@@ -43,13 +45,11 @@ def main() -> None:
     with timed("load"):
         model = load_model(arguments.model, "cpu")
         tokens = torch.from_numpy(open_calibration(arguments.calibration).tokens.astype("int64"))
-    stored = load_config(arguments.model).dtype
+    stored, architecture = load_config(arguments.model).dtype, Architecture(model.config)
     with timed("dense pass"):
         profiles = dense_pass(model, tokens)
-    dense = family_of(model.config).dense_config(model.config)
-    plan = OLICA.plan(Target(dense, arguments.sparsity), profiles, align=8)
-    shapes = [asdict(shape) for shape in plan]
-    pruned = PrunedForCausalLM(PrunedConfig(**{**dense.to_dict(), "layer_shapes": shapes})).to(model.dtype).eval()
+    plan = OLICA.plan(Target(architecture, arguments.sparsity), profiles, align=8)
+    pruned = empty_pruned(architecture, plan).to(model.dtype).eval()
     prune_layers(model, pruned, plan, tokens, sequential=arguments.propagation == "full")
     with timed("save"):
         outside = {name: tensor for name, tensor in model.state_dict().items() if ".layers." not in name}
@@ -68,6 +68,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--propagation", choices=("1", "full"), default="full")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
+
+
+def empty_pruned(architecture: Architecture, plan: list[LayerShape]) -> PreTrainedModel:
+    """A model of layers of these shapes, which is still to be filled. No rotary pairs go."""
+    said = [say_shape(architecture.dense_shape(index), shape, None) for index, shape in enumerate(plan)]
+    config = output_config(architecture, architecture.config, said, "free")
+    return PrunedLlamaForCausalLM(LlamaConfig.from_dict(config))
 
 
 @contextmanager
@@ -149,15 +156,15 @@ def prune_layers(model: nn.Module, pruned: nn.Module, plan: list[LayerShape], to
     for index, shape in enumerate(plan):
         layer = model.model.layers[index]
         with timed("statistics"):
-            sums, ffn_inputs, output = collect(model, index, states, keep_inputs=shape.calibration_rank is not None)
+            sums, ffn_inputs, output = collect(model, index, states, keep_inputs=shape.ffn.branch_rank is not None)
         rms = {name: (total / tokens.numel()).sqrt() for name, total in sums.items() if name != "values"}
         with timed("solve"):
-            state = prune_attention(layer, shape, rms, sums["values"] / tokens.numel())
-            ffn, dropped = prune_ffn(layer, shape, rms)
+            state = prune_attention(layer, shape.attention, rms, sums["values"] / tokens.numel())
+            ffn, dropped = prune_ffn(layer, shape.ffn, rms)
             state |= ffn
-        if shape.calibration_rank:
+        if shape.ffn.branch_rank:
             with timed("calibrate"):
-                state |= calibrate(layer.mlp, dropped, ffn_inputs, shape.calibration_rank)
+                state |= calibrate(layer.mlp, dropped, ffn_inputs, shape.ffn.branch_rank)
         state["input_layernorm.weight"] = layer.input_layernorm.weight
         state["post_attention_layernorm.weight"] = layer.post_attention_layernorm.weight
         pruned.model.layers[index].load_state_dict(state)
@@ -192,7 +199,9 @@ def collect(model: nn.Module, index: int, states: Tensor, *, keep_inputs: bool) 
         return sums, kept, run_layer(model, index, states)
 
 
-def prune_attention(layer: nn.Module, shape: LayerShape, rms: dict[str, Tensor], values: Tensor) -> dict[str, Tensor]:
+def prune_attention(
+    layer: nn.Module, shape: AttentionShape, rms: dict[str, Tensor], values: Tensor
+) -> dict[str, Tensor]:
     attention = layer.self_attn
     groups, x_rms = shape.kv_heads, rms["attention_input"]
     value = attention.v_proj.weight.float().unflatten(0, (groups, -1))  # (g, v, d)
@@ -207,9 +216,15 @@ def prune_attention(layer: nn.Module, shape: LayerShape, rms: dict[str, Tensor],
         kept = importance.argsort(descending=True)[: shape.value_dim].sort().values
         new_values.append(rotated_value[kept])
         new_outputs.append(rotated_output[:, :, kept].flatten(1))
-    state = {"self_attn.v_proj.weight": torch.cat(new_values), "self_attn.o_proj.weight": torch.cat(new_outputs, dim=1)}
+    # Values that are narrower than the class makes them stand beside it.
+    place = "self_attn.narrow" if shape.value_dim < len(values[0, 0]) else "self_attn"
+    state = {f"{place}.v_proj.weight": torch.cat(new_values), f"{place}.o_proj.weight": torch.cat(new_outputs, dim=1)}
     for name, rank in (("q_proj", shape.query_rank), ("k_proj", shape.key_rank)):
-        left, right = truncate(getattr(attention, name).weight.float(), x_rms, rank)
+        weight = getattr(attention, name).weight
+        if rank is None:
+            state[f"self_attn.{name}.weight"] = weight
+            continue
+        left, right = truncate(weight.float(), x_rms, rank)
         state |= {f"self_attn.left.{name}.weight": left, f"self_attn.right.{name}.weight": right}
     return state
 
@@ -221,14 +236,14 @@ def truncate(weight: Tensor, scale: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * s[:rank], v[:rank] / scale
 
 
-def prune_ffn(layer: nn.Module, shape: LayerShape, rms: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+def prune_ffn(layer: nn.Module, shape: FeedForwardShape, rms: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """The FFN's pruned weights, and the neurons that are gone."""
     gate, up, down = (getattr(layer.mlp, f"{name}_proj").weight.float() for name in ("gate", "up", "down"))
     rows = (up * rms["ffn_input"]).norm(dim=1) + (gate * rms["ffn_input"]).norm(dim=1)
     order = (rows + down.norm(dim=0) * rms["ffn_neurons"]).argsort(descending=True)
     least = int(OLICA.keep_least * len(order))
-    kept = torch.cat([order[: shape.ffn_width - least], order[len(order) - least :]]).sort().values
-    dropped = order[shape.ffn_width - least : len(order) - least]
+    kept = torch.cat([order[: shape.width - least], order[len(order) - least :]]).sort().values
+    dropped = order[shape.width - least : len(order) - least]
     weights = {"gate": gate[kept], "up": up[kept], "down": down[:, kept]}
     return {f"mlp.{name}_proj.weight": weight for name, weight in weights.items()}, dropped
 
@@ -244,7 +259,7 @@ def calibrate(ffn: nn.Module, dropped: Tensor, inputs: list[Tensor], rank: int) 
     weights = torch.sigmoid((correlation - correlation.mean()) / OLICA.channel_temperature)
     u, s, v = torch.linalg.svd(solution.T * weights[:, None], full_matrices=False)
     left, right = u[:, :rank] * s[:rank] / weights[:, None], v[:rank]
-    return {"mlp.left.calibration.weight": left, "mlp.right.calibration.weight": right}
+    return {"mlp.left.branch.weight": left, "mlp.right.branch.weight": right}
 
 
 if __name__ == "__main__":

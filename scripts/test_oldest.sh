@@ -11,6 +11,6 @@ export PYTHON=$python VENV=${OLDEST_VENV:-.venv-oldest} EXTRA=cluster,test PIP_C
 TORCH_VERSION=$(sed -n 's/^torch==//p' "$constraints")
 export TORCH_VERSION
 if [ $# -eq 0 ]; then
-    set -- -n "${PROCESSES:-2}" --dist loadfile @tests/quick.txt tests/solvers tests/calibration tests/test_forward.py tests/test_config.py
+    set -- -n "${PROCESSES:-2}" --dist loadfile @tests/quick.txt tests/solvers tests/calibration tests/test_config.py
 fi
 scripts/test.sh "$@"
