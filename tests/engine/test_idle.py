@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
+from distprune import load
 from distprune.methods import METHODS
 
 Tensors = dict[str, torch.Tensor]
@@ -87,7 +87,7 @@ def assert_finite(folder: Path) -> None:
         for name, tensor in load_file(file).items():
             assert tensor.isfinite().all(), name
     json.loads((folder / "distprune_run.json").read_text(), parse_constant=lambda what: pytest.fail(f"records {what}"))
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = load(folder)
     assert model(torch.arange(2, 18)[None]).logits.isfinite().all()
 
 

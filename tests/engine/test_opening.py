@@ -103,9 +103,8 @@ def test_a_tokenizer_with_code_of_its_own_keeps_it_where_it_is_trusted(prune_her
     prune_here(tmp_path / "pruned", model, distill=False, trust_remote_code=trust)
     opened = AutoTokenizer.from_pretrained(tmp_path / "pruned", trust_remote_code=True)
     assert (type(opened).__name__ == "Own") == trust
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True).config.layer_shapes
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True).config.pruned_layers
     assert json.loads((tmp_path / "pruned" / "config.json").read_text())["auto_map"].keys() == {
-        "AutoConfig",
         "AutoModel",
         "AutoModelForCausalLM",
     }

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from transformers import AutoModelForCausalLM
 
+import distprune
 from distprune import InputError
 from distprune.errors import GateFailed
-from distprune.pipeline import evaluating
+from distprune.pipeline import evaluate_step
 from distprune.pipeline.measuring import Measured
 
 EVERYTHING, NOTHING = {"perplexity": {"at_most": 1e9}}, {"perplexity": {"at_most": 1.0}}
@@ -32,7 +32,7 @@ def scores(monkeypatch):
     def measure(model, *_):
         return Measured(given.get(Path(model).name, given["dense"]), {})
 
-    monkeypatch.setattr(evaluating, "measure", measure)
+    monkeypatch.setattr(evaluate_step, "measure", measure)
     return given
 
 
@@ -53,7 +53,7 @@ def test_the_most_pruned_result_that_passes_is_published_once(run_pipeline, scor
     assert str(miss) == "perplexity 15 is above 12 (at_most_times_dense)"
     assert summary.results[1].perplexity.times_dense == 1.5
     assert os.listdir(shop) == ["m-20"]
-    AutoModelForCausalLM.from_pretrained(shop / "m-20")
+    distprune.load(shop / "m-20")
 
     made = (shop / "m-20").stat().st_ino
     assert publishing(run_pipeline(changes)) == {"20": "unchanged", "30": "skipped"}

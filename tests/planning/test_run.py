@@ -160,9 +160,7 @@ def test_the_fix_names_an_option_that_makes_it_fit(plan, headers_70b, options, c
         (8, {"sequence_length": 2048}, "--offload --micro-batch 8"),
     ],
 )
-def test_a_gpu_that_holds_a_layer_but_not_what_its_solve_takes_has_it_offloaded(
-    plan, headers_70b, nodes, options, fix
-):
+def test_a_gpu_that_holds_a_layer_but_not_what_its_solve_takes_has_it_offloaded(plan, headers_70b, nodes, options, fix):
     cluster = Cluster(gpus=8, nodes=nodes, gpu_memory=12 * 10**9, host_memory=10**11)
     verdict = plan(headers_70b, cluster, method="oops", **options).verdict
     assert "a GPU's 11.2 GiB" in verdict.problem
