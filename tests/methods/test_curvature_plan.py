@@ -188,6 +188,15 @@ def test_a_model_whose_attention_is_worth_nothing_keeps_it_in_the_first_layer():
     assert [shape.attention is not None for shape in plan] == [True, False, False, False]
 
 
+def test_every_layer_keeps_attention_where_that_is_asked_for():
+    model = model_of("multi-head")
+    profiles = [free(profile, *ATTENTION) for profile in profiles_of(model)]
+    target = Target(model, 0.5)
+    plan = planned(target, profiles, keep_attention=True)
+    assert all(shape.attention is not None for shape in plan)
+    assert target.amount(plan) <= target.remaining
+
+
 def test_groups_values_and_pairs_that_cost_nothing_go_and_the_others_stay():
     """What the profile says is free is as much as must go."""
     model = model_of("grouped queries")

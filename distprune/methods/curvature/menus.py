@@ -37,11 +37,17 @@ class Menu:
 
 @dataclass(frozen=True)
 class Reach:
-    """How far parts may be cut: widths are multiples of ``align``, and a part keeps at least the share ``least`` of
-    every width, or goes whole."""
+    """How far parts may be cut.
+
+    Attributes:
+        align: widths are multiples of it.
+        least: a part keeps at least this share of every width, or goes whole.
+        keeps_attention: whether no layer's attention goes whole.
+    """
 
     align: int
     least: float
+    keeps_attention: bool = False
 
     def widths(self, dense: int) -> list[int]:
         """The widths that one of ``dense`` may be cut to, ascending, itself the last."""
@@ -79,16 +85,16 @@ def attention_menu(target: Target, index: int, profile: Profile, reach: Reach) -
     options: list[Option] = [*narrower_heads(target, index, profile, reach)]
     if "query_costs" in profile and target.removable(index).factors:
         options += factored(target, index, profile, reach)
-    if may_lose_attention(target, index):
+    if may_lose_attention(target, index, reach):
         options.append((None, float(profile["group_costs"][-1])))
     shapes, costs = map(list, zip(*options, strict=True))
     return Menu(index, "attention", shapes, costs, [target.attention_amount(index, shape) for shape in shapes])
 
 
-def may_lose_attention(target: Target, index: int) -> bool:
+def may_lose_attention(target: Target, index: int, reach: Reach) -> bool:
     """Whether the layer's attention may go whole: one layer at least must keep it, and the first that has it does."""
     first = next(place for place, shape in enumerate(target.dense_shapes) if shape.attention)
-    return index != first and target.removable(index).attention
+    return index != first and target.removable(index).attention and not reach.keeps_attention
 
 
 def narrower_heads(target: Target, index: int, profile: Profile, reach: Reach) -> Iterator[Option]:
@@ -212,7 +218,7 @@ def smallest(target: Target, reach: Reach) -> list[LayerShape]:
     for index, dense in enumerate(target.dense_shapes):
         attention, ffn, removable = dense.attention, dense.ffn, target.removable(index)
         if attention:
-            options = [None] if may_lose_attention(target, index) else head_shapes(target, index, reach)
+            options = [None] if may_lose_attention(target, index, reach) else head_shapes(target, index, reach)
             attention = min(options, key=lambda shape: target.attention_amount(index, shape))
         if ffn and removable.neurons:
             ffn = replace(ffn, width=reach.widths(ffn.width)[0])

@@ -84,6 +84,7 @@ class Curvature(Method):
     branch_damping: float = Field(0.1, gt=0, description="penalty on a weight of a branch, over the same mean")
     calibrated: bool = Field(True, description="narrow FFNs may get a linear branch of low rank beside them")
     largest_cut: float = Field(0.8, gt=0, le=1, description="share of a width that may go where its module stays")
+    keep_attention: bool = Field(False, description="no layer's attention goes whole, since vLLM takes no such layer")
 
     # ---------------------------------------------------------------- the gradient pass
 
@@ -129,12 +130,15 @@ class Curvature(Method):
     def check_target(self, target: Target, align: int) -> None:
         super().check_target(target, align)
         if target.sparsity:
-            check_reachable(target, Reach(align, 1 - self.largest_cut))
+            check_reachable(target, self._reach(align))
+
+    def _reach(self, align: int) -> Reach:
+        return Reach(align, 1 - self.largest_cut, self.keep_attention)
 
     def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         if target.sparsity == 0:
             return Plan(target.dense_shapes, predicted_loss=0.0, gap=0.0)
-        reach = Reach(align, 1 - self.largest_cut)
+        reach = self._reach(align)
         if target.layout == "stock":
             return allocate_equally(target, profiles, reach)
         return allocate_globally(target, profiles, reach)
