@@ -101,3 +101,14 @@ def test_importing_distprune_starts_neither_ray_nor_a_download():
     code = "import sys, distprune; print('ray' in sys.modules, 'pyarrow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_mathematics_and_layers_are_typed_strictly():
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_file_name_occurs_once():
+    names = [file.name for file in PACKAGE.rglob("*.py") if file.name not in ("__init__.py", "__main__.py")]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})

@@ -72,7 +72,7 @@ class DiskNames:
     @cached_property
     def _trees(self) -> dict[str, str]:
         # Of two that are tied, the first is the one that is stored.
-        return {disk: tree for tree, disk in reversed(self.stored.items())}
+        return {disk: tree for tree, disk in reversed(list(self.stored.items()))}
 
     @cached_property
     def _modules(self) -> dict[str, str]:

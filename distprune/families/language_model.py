@@ -21,7 +21,7 @@ def language_config(config: PreTrainedConfig) -> tuple[PreTrainedConfig, bool]:
     Raises:
         InputError: the model has an encoder beside its decoder, or several language models.
     """
-    file = Path(config.name_or_path, "config.json")
+    file = Path(config.name_or_path or "", "config.json")
     if config.is_encoder_decoder:
         raise InputError(
             f"{file}: model_type '{config.model_type}' has an encoder beside its decoder. Give a model with a decoder "
@@ -54,7 +54,7 @@ def whole_model(config: PreTrainedConfig) -> PreTrainedModel:
     except Exception as error:  # classes ask for packages and for settings, each in its own way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{Path(config.name_or_path, 'config.json')}: transformers can't build the {config.model_type} model that "
+            f"{Path(config.name_or_path or '', 'config.json')}: transformers can't build the {config.model_type} model that "
             f"the language model is a part of ({reason}). Install what it asks for, or give a release of the language "
             "model alone."
         ) from error

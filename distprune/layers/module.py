@@ -61,16 +61,16 @@ def build_from_state(architecture: Architecture, index: int, state: Mapping[str,
 def empty_layer(architecture: Architecture, index: int, shape: LayerShape | None = None) -> nn.Module:
     """A layer of the model as a module of its family's class on the meta device, as an earlier pruning has left it, or
     with other numbers of heads and neurons."""
-    dense, is_pruned = architecture.dense_layer(index), pruned_layer(architecture.config, index) is not None
-    if shape is None and is_pruned:
+    dense, said = architecture.dense_layer(index), pruned_layer(architecture.config, index)
+    if shape is None and said is not None:
         shape = dense.shape
     with empty_weights():
         module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
-        if is_pruned:
+        if said is not None and shape is not None:
             pairs = None if dense.attention is None else dense.attention.rotary_pairs
             pairs = None if pairs is None or shape.attention is None else pairs[: shape.attention.kv_heads]
-            said = dict(pruned_layer(architecture.config, index)) | say_shape(dense.shape, shape, pairs)
-            reshape_layer(module, family_names(architecture.family), said, index)
+            reshaped = {**said, **say_shape(dense.shape, shape, pairs)}
+            reshape_layer(module, family_names(architecture.family), reshaped, index)
     return module
 
 
@@ -78,6 +78,7 @@ def empty_model(architecture: Architecture) -> PreTrainedModel:
     """The whole model on the meta device, its layers as an earlier pruning has left them."""
     model = build_on_meta(architecture.config)
     layers = model.get_submodule(architecture.layers_path)
+    assert isinstance(layers, nn.ModuleList)
     for index in range(len(layers)):
         layers[index] = empty_layer(architecture, index)
     return model

@@ -100,8 +100,9 @@ class Shell:
         """Free the memory of some of these tensors, which have to be filled again before they are asked for."""
         for name in names:
             path, _, own = name.rpartition(".")
-            parameters = self.model.get_submodule(path)._parameters
-            parameters[own] = nn.Parameter(parameters[own].to("meta"), requires_grad=False)
+            module = self.model.get_submodule(path)
+            tensor = module.get_parameter(own)
+            module._parameters[own] = nn.Parameter(tensor.to("meta"), requires_grad=False)
 
     def _fill_with_zeros(self, except_for: set[str]) -> None:
         """Stand-ins for small tensors that don't matter to what is asked."""
@@ -142,14 +143,14 @@ class Shell:
         """The logits (tokens, vocabulary) of hidden states (tokens, d) at the last layer's output."""
         self._injected = hidden_states[None]
         try:
-            nothing = self._no_embeddings(*self._injected.shape[:2], self._injected.dtype)
+            nothing = self._no_embeddings(1, len(hidden_states), hidden_states.dtype)
             return self.model(inputs_embeds=nothing, use_cache=False).logits[0]
         finally:
             self._injected = None
 
     def _no_embeddings(self, samples: int, length: int, dtype: torch.dtype) -> Tensor:
         """Embeddings that don't matter. Those of some families are narrower than the hidden states made of them."""
-        width = self.model.get_input_embeddings().weight.shape[1]
+        _, width = self.model.get_input_embeddings().get_parameter("weight").shape
         return torch.zeros(samples, length, width, dtype=dtype, device=self.device)
 
     def _run_to(self, index: int, **inputs: Tensor) -> None:

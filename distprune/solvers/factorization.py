@@ -18,7 +18,7 @@ def in_float64_on_failure(solve: Callable[..., Tensor], *operands: Tensor) -> Te
         solution = solve(*operands)
         if torch.isfinite(solution).all():
             return solution
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         pass
     return solve(*(operand.double() for operand in operands)).to(operands[0].dtype)
 

@@ -34,7 +34,7 @@ class AndersonAcceleration:
         length = residual.norm(dim=1, keepdim=True)
         failed = ~(length <= 2 * self._shortest)
         self._shortest = torch.fmin(self._shortest, length)
-        if self._image is not None:
+        if self._image is not None and self._residual is not None:
             image, residual = torch.where(failed, self._image, image), torch.where(failed, self._residual, residual)
             self._image_differences[:, self._slot] = image - self._image
             self._residual_differences[:, self._slot] = residual - self._residual
@@ -42,14 +42,14 @@ class AndersonAcceleration:
             self._residual_differences[failed.squeeze(1)] = 0
             self._slot = (self._slot + 1) % self._image_differences.shape[1]
         self._image, self._residual = image, residual
-        self.point = self._extrapolated()
+        self.point = self._extrapolated(image, residual)
 
     def keep(self, rows: Tensor) -> None:
         """Goes on, after a step or more, with these rows alone: a mask (rows,)."""
         for name in vars(self).keys() - {"_slot"}:
             setattr(self, name, getattr(self, name)[rows])
 
-    def _extrapolated(self) -> Tensor:
+    def _extrapolated(self, image: Tensor, residual: Tensor) -> Tensor:
         """T(p) - ΔT γ; the plain step T(p) where nothing is remembered."""
         differences = self._residual_differences
         normal = differences @ differences.mT
@@ -57,5 +57,5 @@ class AndersonAcceleration:
         size = normal.diagonal(dim1=1, dim2=2).amax(dim=1)
         finfo = torch.finfo(normal.dtype)
         normal.diagonal(dim1=1, dim2=2).add_((finfo.eps * 1e3 * size + finfo.tiny)[:, None])
-        combination, _ = torch.linalg.solve_ex(normal, differences @ self._residual[:, :, None])
-        return self._image - (self._image_differences.mT @ combination).squeeze(2)
+        combination, _ = torch.linalg.solve_ex(normal, differences @ residual[:, :, None])
+        return image - (self._image_differences.mT @ combination).squeeze(2)

@@ -79,8 +79,9 @@ def solve_box_qp(
     """
     reachable = 1e3 * torch.finfo(linear.dtype).eps <= tolerance
     dtype = linear.dtype if reachable else torch.float64
-    like = {"dtype": linear.dtype, "device": linear.device}
-    lower, upper = (torch.as_tensor(bound, **like).expand_as(linear) for bound in (lower, upper))
+    lower, upper = (
+        torch.as_tensor(bound, dtype=linear.dtype, device=linear.device).expand_as(linear) for bound in (lower, upper)
+    )
     scale, program = _in_unit_diagonal_coordinates(hessian, linear, lower, upper, budget, dtype)
 
     if starts_anywhere := start is None:
@@ -167,7 +168,7 @@ def _factor(hessian: Tensor) -> Tensor:
     damped.diagonal().add_(PENALTY)
     try:
         return torch.linalg.cholesky(damped)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         message = "A quadratic program's Hessian is not positive semidefinite: add to its diagonal."
         raise InputError(message) from error
 
