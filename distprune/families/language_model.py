@@ -53,8 +53,9 @@ def whole_model(config: PreTrainedConfig) -> PreTrainedModel:
             return own._from_config(config) if own else AutoModelForImageTextToText.from_config(config)
     except Exception as error:  # classes ask for packages and for settings, each in its own way
         reason = " ".join(str(error).split()) or type(error).__name__
+        file = Path(config.name_or_path or "", "config.json")
         raise InputError(
-            f"{Path(config.name_or_path or '', 'config.json')}: transformers can't build the {config.model_type} model that "
+            f"{file}: transformers can't build the {config.model_type} model that "
             f"the language model is a part of ({reason}). Install what it asks for, or give a release of the language "
             "model alone."
         ) from error
