@@ -22,8 +22,14 @@ def test_a_gpu_must_hold_what_the_plan_gives_to_one_worker(plan, headers_70b):
     assert resident == planned.worker_resident - planned.store
 
 
-def test_on_the_cpu_a_worker_needs_no_gpu_and_the_whole_model_at_no_time(plan, small):
+def test_on_the_cpu_a_worker_needs_no_gpu_and_the_whole_model_at_no_time(plan, small, monkeypatch):
+    monkeypatch.setattr("distprune.planning.needs.LITTLE", 1e12)  # as if the host were small
     planned = plan(small, Cluster(cpus=1)).memory
     device, resident = needs(small, "cpu")
     assert device == 0
     assert 0 < resident < planned.worker_resident
+
+
+def test_a_model_that_the_host_holds_many_times_over_is_not_rehearsed(small, monkeypatch):
+    monkeypatch.setattr("distprune.planning.needs.make_scenario", None)
+    assert needs(small, "cpu") == (0, 0)
