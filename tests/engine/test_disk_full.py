@@ -39,7 +39,7 @@ FILES = {
     "distilled layer": r"parts/distilled-layer-00001\.safetensors",
     "embedding": r"parts/outer-0\.safetensors",
     "configuration": r"checkpoint/config\.json",
-    "model class": r"checkpoint/modeling_distprune\.py",
+    "model class": r"checkpoint/modeling_pruned\.py",
     "plan of the shards": r"parts/assembly\.json",
     "shard": r"model-\d+-of-\d+\.safetensors",
     "index": r"checkpoint/model\.safetensors\.index\.json",
