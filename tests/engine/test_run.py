@@ -80,12 +80,14 @@ def test_tokenizer_and_generation_config_travel_along_and_an_old_calibration_set
     names = {file.name for file in pruned[0].iterdir() if "safetensors" not in file.name}
     assert names == {
         "config.json",
-        "configuration_distprune.py",
         "distprune_config.yaml",
         "distprune_log.jsonl",
         "distprune_run.json",
         "generation_config.json",
-        "modeling_distprune.py",
+        "modeling_pruned.py",
+        "pruned_attention.py",
+        "pruned_layers.py",
+        "pruned_projections.py",
         "tokenizer.json",
         "tokenizer_config.json",
     }
