@@ -31,6 +31,17 @@ from distprune.engine.worker.actor import Worker
 
 STOP = RayRuntime.stop
 
+#: They take torch's one place for devices from outside, which plans for GPUs take too: a process has room for one.
+ON_A_PRETENDED_GPU = {"test_gpu_placement.py", "test_moments_on_gpu.py"}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave those files to a run of what needs the machine to itself, and to one that names them."""
+    named = any(collection_path.name in argument for argument in config.args)
+    asked_for = config.option.markexpr.startswith("alone")
+    return True if collection_path.name in ON_A_PRETENDED_GPU and not (named or asked_for) else None
+
+
 SENTENCES = [
     "The river runs down to the sea, and the sea sends rain back to the hills.",
     "A pruner takes away what a model can do without, and mends what is left.",

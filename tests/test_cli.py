@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import ray
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config

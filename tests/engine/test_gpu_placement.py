@@ -14,6 +14,8 @@ from distprune.engine.worker.layer_worker import LayerWorker
 from distprune.layers.runner import LayerRunner
 from distprune.methods import METHODS
 
+pytestmark = pytest.mark.alone  # see conftest
+
 IDS = torch.arange(24).reshape(2, 12)
 
 

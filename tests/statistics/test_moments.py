@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pretend_gpu import pretend_gpu
 from safetensors.torch import load_file, save_file
 
 from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
@@ -172,25 +171,6 @@ def test_a_gram_matrix_wider_than_its_tiles_is_whole_and_symmetric():
     gram = collect([Gram(X)], {X: x}).gram(X)
     assert_equal(gram, x.double().numpy().T @ x.double().numpy() / 50)
     assert torch.equal(gram[TILE:, :TILE], gram[:TILE, TILE:].T)
-
-
-@pytest.mark.parametrize("moment", EVERYTHING, ids=str)
-def test_totals_are_kept_in_the_hosts_memory_if_so_told(moment):
-    """Wide enough that products come there in several strips of rows."""
-    generator = torch.Generator().manual_seed(0)
-    activations = {site: torch.randn(50, 60 * width, generator=generator).bfloat16() for site, width in WIDTHS.items()}
-    if isinstance(moment, ScalingPower):
-        moment = ScalingPower(X, G, 3, 120)
-    statistics = LayerStatistics([moment], torch.device("cpu"))
-    with pretend_gpu() as gpu:
-        moved = {site: values.to(gpu) for site, values in activations.items()}
-        for start in (0, 25):
-            statistics.update({site: values[start : start + 25] for site, values in moved.items()})
-    average = statistics._average(moment)
-    assert average.device.type == "cpu"
-    here = LayerStatistics([moment])
-    here.update(activations)
-    assert_equal(average, here._average(moment).double().numpy())
 
 
 def test_a_moment_is_held_once_and_reads_the_same_twice(activations):
