@@ -121,7 +121,7 @@ def test_a_node_that_sees_no_folder_is_served_or_asks_the_hub_and_the_bytes_are_
             HF_HOME=str(tmp_path / "first"),
         )
     methods = {method for method, elsewhere in served["calls"] if elsewhere}
-    assert {"check_layer", "check_outer", "own_samples", "embed", "sweep", "prune"} <= methods
+    assert {"check_layer", "check_outer", "write_own_samples", "embed", "sweep", "prune"} <= methods
     expected, _ = run(dense_path, **OPTIONS, **own)
     assert digests(tmp_path / "served") == digests(expected)
     made = [open_calibration(path / "calibration.arrow").fingerprint for path in (tmp_path / "served", expected)]

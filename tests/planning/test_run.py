@@ -180,9 +180,9 @@ def test_offloaded_solves_take_the_hosts_time(plan, headers_70b):
     assert stage(there, "prune").float64_flops == stage(here, "prune").float64_flops
 
 
-def test_planning_starts_no_ray(plan):
+def test_planning_starts_no_ray(plan, monkeypatch):
+    monkeypatch.setattr(ray, "init", None)  # other tests may have started one
     plan(method="magnitude")
-    assert not ray.is_initialized()
 
 
 # ------------------------------------------------------------------ the command
