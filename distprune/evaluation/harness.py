@@ -21,11 +21,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from lm_eval.tasks import TaskManager
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from distprune.errors import InputError
 from distprune.evaluation.answering import Answering, Loading
 from distprune.evaluation.environment import environment
+from distprune.modeling.loading import without_weights
 
 # lm-eval's own, which it sets once; set before each batch, sampled text depends on nothing but the batch.
 SEED = 1234
@@ -164,7 +165,7 @@ class AskingModel(HFLM):
     def __init__(self, folder: Path, loading: Loading, model: Answering):
         trusted = {"trust_remote_code": loading.trust_remote_code}
         with torch.device("meta"):
-            shell = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **trusted), **trusted)
+            shell = without_weights(AutoConfig.from_pretrained(folder, **trusted), **trusted)
         with without_warnings():
             # Lm-eval gives all windows of all documents at once to a model of such a batch size.
             super().__init__(pretrained=shell, tokenizer=str(folder), batch_size=sys.maxsize, **trusted)

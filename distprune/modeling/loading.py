@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -22,6 +23,13 @@ def load(model: str | PathLike, **options: Any) -> PreTrainedModel:
     of_hub = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
     config = options.pop("config", None) or AutoConfig.from_pretrained(model, **of_hub)
     return class_of(config).from_pretrained(model, config=config, **options)
+
+
+def without_weights(config: Any, **options: Any) -> PreTrainedModel:
+    """A model of a checkpoint's configuration, its weights as they happen to be: for the meta device."""
+    opener = class_of(config)
+    make = opener._from_config if issubclass(opener, PreTrainedModel) else partial(opener.from_config, **options)
+    return make(config)
 
 
 def class_of(config: Any) -> type:

@@ -56,3 +56,10 @@ def plan(small) -> Callable[..., RunPlan]:
         return plan_run(config, cluster or Cluster(cpus=2), hardware=hardware, rates=rates)
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A model of 70 billion parameters takes half a minute to plan for."""
+    for item in items:
+        if "headers_70b" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
