@@ -18,6 +18,7 @@ from distprune.engine.worker.pass_tasks import Backward, CloseLayer, OpenBackwar
 from distprune.engine.worker.prune_task import Prune
 from distprune.methods import METHODS
 from distprune.planning import Cluster
+from distprune.planning.memory import task_peaks
 from distprune.planning.rehearsal import CloseAfterForward
 from distprune.planning.scenario import make_scenario
 
