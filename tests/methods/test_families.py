@@ -62,7 +62,7 @@ def test_each_method_prunes_what_the_family_can_lose(family):
                 assert runner.run(pruned, index, hidden_states).isfinite().all(), name
 
 
-def test_the_readme_says_which_methods_offer_which_layout():
+def test_the_page_says_which_methods_offer_which_layout():
     offered = {layout: {name for name in METHODS if layout in METHODS[name].layouts} for layout in LAYOUTS}
     assert offered["free"] == set(METHODS) and len(METHODS) == 8
     assert offered["heterogeneous"] == set(METHODS) - {"olica"}

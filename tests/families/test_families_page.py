@@ -1,4 +1,4 @@
-"""The README's table of families says what the code finds out."""
+"""The table of families says what the code finds out."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from tiny_families import FAMILIES, tiny_config
 
 from distprune.layers.architecture import Architecture
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 COLUMNS = ("heads", "values", "pairs", "factors", "neurons", "branch")
 WHOLE = {"both": {"attention", "ffn"}, "attention": {"attention"}, "FFN": {"ffn"}}
 
 
 def rows() -> dict[str, set[str]]:
     """``model_type`` -> what the table says may go."""
-    table = README.read_text().split("### Families")[1].split("###")[0]
+    table = PAGE.read_text().split("## What may go from which family")[1]
     found = {}
     for line in table.splitlines():
         if line.startswith("| ") and "`" in line and "model_type" not in line:
