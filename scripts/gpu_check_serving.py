@@ -59,7 +59,7 @@ def models(arguments: argparse.Namespace) -> Iterator[tuple[str, PreTrainedModel
 
 
 def best_speed(model: PreTrainedModel, batch: int) -> tuple[float, float]:
-    """Tokens a second of prefill and of decoding, over the whole batch: the best of some rounds, but for the first."""
+    """Tokens a second of prefill and of decoding, over the whole batch: the best of some rounds, the first excepted."""
     rounds = [measure(model, batch, PROMPT, NEW) for _ in range(ROUNDS + 1)][1:]
     return max(made.prefill for made in rounds), max(made.decode for made in rounds)
 

@@ -40,7 +40,7 @@ Select = Callable[[Tensor], Tensor]
 def build_module(architecture: Architecture, index: int, layer: DecoderLayer) -> nn.Module:
     """The layer as a module of its family's class, on the layer's device and in its dtype.
 
-    Its parameters are the layer's own tensors and not copies of them, but for projections that the family keeps in one
+    Its parameters are the layer's own tensors and not copies of them, except for projections that the family keeps in one
     matrix.
     """
     shape = layer.shape

@@ -1,4 +1,4 @@
-"""Whole runs on a GPU that is only pretended: whatever meets there must have been moved there."""
+"""Whole runs on a stand-in for a GPU: whatever meets there must have been moved there."""
 
 from __future__ import annotations
 

@@ -111,9 +111,9 @@ def test_what_is_wrong_is_named_with_the_file(load, changes, message):
         load(changes)
 
 
-def test_the_readme_shows_a_pipeline(load):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (shown,) = (block.partition("```")[0] for block in readme.split("```yaml\n")[1:] if "sparsities:" in block)
+def test_the_page_on_clusters_shows_a_pipeline(load):
+    page = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text()
+    (shown,) = (block.partition("```")[0] for block in page.split("```yaml\n")[1:] if "sparsities:" in block)
     assert load(shown).gate.perplexity.at_most_times_dense == 1.3
 
 

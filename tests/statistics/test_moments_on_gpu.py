@@ -1,4 +1,4 @@
-"""Moments of activations on a GPU, pretended, whose totals are kept in the host's memory."""
+"""Moments of activations on a stand-in for a GPU, whose totals are kept in the host's memory."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def made_at(repository: str) -> Path:
 
 
 def is_made(config: PruneConfig) -> bool:
-    """Whether an earlier call has made the output with the same configuration, but for a dtype that is "auto"."""
+    """Whether an earlier call has made the output with the same configuration, except for a dtype that is "auto"."""
     file = config.output / CONFIG_FILE
     if config.restart or not file.is_file():
         return False

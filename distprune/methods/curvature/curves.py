@@ -119,7 +119,7 @@ def greatest_rank(out: int, inputs: int) -> int:
 
 
 def truncations_bytes(hidden_size: int, shape: AttentionShape) -> int:
-    """Of what :func:`truncations` gives, but for the costs."""
+    """Of what :func:`truncations` gives, except for the costs."""
     sizes = {
         "query": (shape.query_heads * shape.query_key_dim, hidden_size),
         "key": (shape.kv_heads * shape.query_key_dim, hidden_size),
