@@ -40,8 +40,8 @@ Select = Callable[[Tensor], Tensor]
 def build_module(architecture: Architecture, index: int, layer: DecoderLayer) -> nn.Module:
     """The layer as a module of its family's class, on the layer's device and in its dtype.
 
-    Its parameters are the layer's own tensors and not copies of them, except for projections that the family keeps in one
-    matrix.
+    Its parameters are the layer's own tensors and not copies of them, except for projections that the family keeps in
+    one matrix.
     """
     shape = layer.shape
     with empty_weights():
