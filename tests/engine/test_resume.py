@@ -92,7 +92,7 @@ def test_own_samples_are_drawn_once(run, output, digests, calls):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_process_that_is_told_to_stop_can_be_gone_on_with(run, save_model, calibrate, digests, output, sent):
+def test_a_run_that_is_told_to_stop_is_resumed_by_the_same_command(run, save_model, calibrate, digests, output, sent):
     model = save_model(num_hidden_layers=24)
     options = {
         "--calibration": calibrate(model),
@@ -117,7 +117,7 @@ def test_a_process_that_is_told_to_stop_can_be_gone_on_with(run, save_model, cal
             told.append(line)
     assert process.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130), "".join(told)
     if sent != signal.SIGKILL:
-        assert "The same command goes on" in told[-1]
+        assert "resumes where it stopped" in told[-1]
     assert status(output).state == "stopped"
     folder, _ = run(model, output=output, sparsity=0.3)
     assert digests(folder) == digests(run(model, sparsity=0.3)[0])
