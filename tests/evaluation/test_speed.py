@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from distprune import api
 from distprune.calibration.whole_model import load_model
 from distprune.errors import InputError
 from distprune.evaluation import SpeedOptions
 from distprune.evaluation.speed import Measurement, batch_speed, measure, sizes_of
+from distprune.layers.architecture import Architecture
 from distprune.resident import peak_resident
 
 MIB = 2**20
@@ -24,8 +25,7 @@ def test_cache_and_parameters_are_those_of_the_layers_shapes(pruned):
     model = load_model(folder, "cpu", "float32")
     found, sizes = measure(model, batch=2, prompt=5, new=3), sizes_of(model)
 
-    config = AutoModelForCausalLM.from_pretrained(folder).config
-    shapes = [config.layer_shape(index) for index in range(config.num_hidden_layers)]
+    shapes = [shape.attention for shape in Architecture(AutoConfig.from_pretrained(folder)).dense_shapes]
     assert found.cache == 4 * sum(shape.kv_heads * (shape.query_key_dim + shape.value_dim) for shape in shapes)
     assert found.prefill > 0 and found.decode > 0
     assert sizes.parameters == 4 * record.total_parameters_after
