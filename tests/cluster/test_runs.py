@@ -36,6 +36,7 @@ def test_it_is_a_configuration(run):
     assert options_of(run, "prune") == {"config": run}
 
 
+@pytest.mark.slow  # a plan for a large model takes a minute
 @pytest.mark.parametrize("run", RUNS)
 def test_it_fits_the_machines_that_it_names(run, tmp_path):
     asked = options_of(run, "plan")
