@@ -51,4 +51,4 @@ def test_the_silent_progress_says_nothing(capsys):
 
 def test_workers_and_their_assignments_have_names():
     assert [str(WorkerName(3)), str(WORKER)] == ["worker 3", "node/3"]
-    assert [str(Assignment("check_outer")), str(Assignment("open_forward", 7))] == ["check outer", "open layer 7"]
+    assert [str(Assignment("check_outer")), str(Assignment("open_forward", 7))] == ["check outer", "open forward 7"]
