@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from distprune.errors import InputError
 from distprune.families import TABLES, Family, family_of
-from distprune.layers.describing import describe, full_attention
+from distprune.layers.describing import describe
 from distprune.layers.names import LayerNames
 from distprune.layers.parts import Attention, DecoderLayer
 from distprune.layers.removing import find_removable
@@ -254,7 +254,7 @@ class Architecture:
     def _describe(self, index: int) -> _Dense:
         config, cls = self.layer_config(index), self._classes[index]
         base = describe(self.family, cls, config, index)
-        names = LayerNames(self.family, full_attention(base))
+        names = LayerNames(self.family, base.shape.attention)
         said = pruned_layer(self.config, index)
         return _Dense(base if said is None else as_pruned(base, said), names)
 

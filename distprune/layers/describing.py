@@ -23,11 +23,6 @@ def describe(family: Family, cls: type[nn.Module], config: PreTrainedConfig, ind
     return LayerNames(family, shape.attention).layer_from_state(module.state_dict(), shape)
 
 
-def full_attention(layer: DecoderLayer) -> AttentionShape | None:
-    """The attention that a layer's class makes."""
-    return layer.shape.attention
-
-
 def attention_shape(family: Family, module: nn.Module, config: PreTrainedConfig) -> AttentionShape | None:
     """The shape of a layer's attention; None where it is of a kind that is not known."""
     attention = getattr(module, family.attention, None)

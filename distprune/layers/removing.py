@@ -23,10 +23,8 @@ def find_removable(architecture: Architecture, index: int) -> Removable:
     found: dict[str, bool] = {}
     if layer.attention is not None:
         shape = layer.attention.shape
-        beside = {
-            name.removeprefix(family.attention + ".") for name in layer.rest if name.startswith(family.attention + ".")
-        }
-        normed = {name for name in beside if name.split(".")[0] in HEAD_NORMS}
+        beside = {name.split(".")[1] for name in layer.rest if architecture.names(index).is_in_attention(name)}
+        normed = beside.intersection(HEAD_NORMS)
         # Gates, norms or sinks of what attention gives know their values one by one.
         has_values_of_its_own = outputs_of(layer.attention.query) != shape.query_heads * shape.query_key_dim
         mixes = family.mixes_pairs
