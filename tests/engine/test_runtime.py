@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -15,7 +15,13 @@ from distprune.engine.run.preflight import check_job
 from distprune.engine.scheduler.ray_cluster import WorkerPlan
 from distprune.engine.scheduler.runtime import RayRuntime
 from distprune.engine.worker.host_tensor import whole_of
+from distprune.engine.worker.task import Task
 from distprune.engine.worker.weights import weight_access
+
+
+@dataclass(frozen=True)
+class Look(Task):
+    """Asks for what a worker was given."""
 
 
 @ray.remote
@@ -26,7 +32,7 @@ class Keeper:
         self.server, self.told = server, whole_of(told)
 
     @ray.method(max_task_retries=-1)
-    def look(self) -> tuple[int, int, dict]:
+    def run(self, kind: type[Task]) -> tuple[int, int, dict]:
         served = ray.get(self.server.read.remote("model.norm.weight")).array
         return os.getpid(), len(served), self.told
 
@@ -43,14 +49,14 @@ def test_a_worker_whose_arguments_are_large_starts_again_when_it_is_lost(
     job = check_job(config)
     [info, *_] = job.checkpoint.tensors.values()
     many = dict(job.checkpoint.tensors) | {os.urandom(50).hex(): info for _ in range(3000)}  # hard to compress
-    job = replace(job, checkpoint=replace(job.checkpoint, tensors=many))
+    job = replace(job, model=replace(job.model, checkpoint=replace(job.checkpoint, tensors=many)))
     with weight_access(job, plan) as access:
         runtime = RayRuntime(plan, config, access)
         worker = runtime.start_worker()
-        process, *kept = ray.get(runtime.call(worker, "look")[0], timeout=60)
+        process, *kept = ray.get(runtime.call(worker, Look(), ())[0], timeout=60)
         time.sleep(1)  # for what nobody refers to any more to be deleted
         os.kill(process, signal.SIGKILL)
-        again, *kept_again = ray.get(runtime.call(worker, "look")[0], timeout=60)
+        again, *kept_again = ray.get(runtime.call(worker, Look(), ())[0], timeout=60)
         ray.kill(worker)
     assert again != process
     assert kept == kept_again
