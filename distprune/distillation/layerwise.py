@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distprune.config import DistillConfig
-from distprune.distillation.trainable import BETAS, TrainableLayer
+from distprune.distillation.trainable import TrainableLayer, adam_w
 from distprune.layers.determinism import deterministic_attention
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.runner import LayerRunner
@@ -128,7 +128,7 @@ class Student:
         """Run the optimizer over all epochs. Returns the loss of every step."""
         options, losses = self._options, []
         parameters = self._trainable.parameters.values()
-        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=BETAS, weight_decay=0.0, fused=True)
+        optimizer = adam_w(parameters, options.learning_rate)
         batches = list(shuffled_batches(len(samples), options))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(len(batches)))
         for batch in batches:

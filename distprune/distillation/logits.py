@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distprune.config import DistillConfig
-from distprune.distillation.trainable import BETAS, TrainableLayer
+from distprune.distillation.trainable import TrainableLayer, adam_w
 from distprune.layers.determinism import deterministic_attention
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.runner import LayerRunner
@@ -79,7 +79,7 @@ class Student:
         """A step of AdamW at that learning rate, by the gradients that have passed. Returns what is learnt now."""
         if not self._parameters:  # no weights, nothing to learn
             return {}
-        optimizer = torch.optim.AdamW(self._parameters.values(), lr=rate, betas=BETAS, weight_decay=0.0, fused=True)
+        optimizer = adam_w(self._parameters.values(), rate)
         if self._learnt:
             for name, parameter in self._parameters.items():
                 moments = {moment: self._learnt[f"{name}.{moment}"] for moment in MOMENTS}

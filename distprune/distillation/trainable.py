@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +57,10 @@ class TrainableLayer:
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Its output for hidden states in the runner's dtype for gradients, on its device."""
-        dtype = self._runner.gradient_dtype
-        with torch.autocast(self._runner.device.type, dtype, enabled=dtype != torch.float32):
+        dtype, device = self._runner.gradient_dtype, self._runner.device
+        if dtype == torch.float32 or not _is_supported(device):
+            return self._runner.forward(self._module, self._index, hidden_states)
+        with torch.autocast(device.type, dtype):
             return self._runner.forward(self._module, self._index, hidden_states)
 
     def layer(self) -> DecoderLayer:
@@ -93,3 +96,15 @@ class UpdatedLinear(nn.Module):
     def folded(self, weight: Tensor) -> Tensor:
         """W + BA of a weight W, (out, in) in its dtype."""
         return (weight.float() + self.left.detach() @ self.right.detach()).to(weight.dtype)
+
+
+def adam_w(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+    """Both distillations' optimizer, one kernel a step."""
+    parameters = list(parameters)
+    fused = all(_is_supported(parameter.device) for parameter in parameters)
+    return torch.optim.AdamW(parameters, learning_rate, BETAS, weight_decay=0.0, fused=fused)
+
+
+def _is_supported(device: torch.device) -> bool:
+    """Whether torch has automatic casts and fused optimizers there: not on the device that a plan imagines."""
+    return torch.amp.is_autocast_available(device.type)

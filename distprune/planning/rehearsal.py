@@ -53,7 +53,7 @@ from distprune.layers.shapes import LayerShape
 from distprune.methods import make_method
 from distprune.planning.as_with_values import AsWithValues
 from distprune.planning.counting import Counting, Counts
-from distprune.planning.imagined_gpu import imagined_gpu
+from distprune.planning.imagined_gpu import IMAGINED_GPU
 from distprune.planning.valueless_checkpoint import ValuelessCheckpoint
 
 
@@ -174,7 +174,7 @@ class Rehearsal:
     @cached_property
     def worker(self) -> LayerWorker:
         """Does the tasks. What it makes once and keeps, masks and positions, is not counted."""
-        device = torch.device("cpu") if self.device == "cpu" else imagined_gpu()
+        device = torch.device("cpu") if self.device == "cpu" else IMAGINED_GPU
         model = replace(self.model, checkpoint=ValuelessCheckpoint(self.model.checkpoint))
         worker = LayerWorker(self.config.model_copy(update={"device": self.device}), model, device)
         runner = worker.runner

@@ -12,7 +12,7 @@ from distprune.layers.architecture import Architecture
 from distprune.layers.runner import LayerRunner
 from distprune.planning.as_with_values import AsWithValues
 from distprune.planning.counting import Counting
-from distprune.planning.imagined_gpu import imagined_gpu
+from distprune.planning.imagined_gpu import IMAGINED_GPU
 from distprune.planning.kernels import EIGEN, FLOAT32, FLOAT64, HALF, LINK
 
 
@@ -64,12 +64,12 @@ def test_solves_count_their_operations(solve, kind, flops):
 
 def test_a_gpus_tensors_are_told_from_the_hosts():
     def there_and_back():
-        there = torch.empty(1000).to(imagined_gpu())
+        there = torch.empty(1000).to(IMAGINED_GPU)
         return (there + 1).cpu()
 
     counts = counted(there_and_back)
     assert counts.bytes(LINK) == 8000
-    assert counts.peak == {"cpu": 4000, "imagined": 8000}
+    assert counts.peak == {"cpu": 4000, "lazy": 8000}
 
 
 def test_views_and_memory_that_is_not_filled_cost_nothing():
