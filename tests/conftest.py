@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -154,8 +155,9 @@ def dense_path(save_model) -> Path:
 
 @pytest.fixture(scope="session")
 def calibrate(tmp_path_factory) -> Callable[[Path], Path]:
-    """Eight random windows of sixteen tokens for a model that `save_model` made."""
+    """Eight random windows of sixteen tokens for a model that `save_model` made, written once for each folder."""
 
+    @cache
     def write(model: Path) -> Path:
         path = tmp_path_factory.mktemp("calibration") / "calibration.arrow"
         vocabulary, length = AutoConfig.from_pretrained(model).get_text_config().vocab_size, 16

@@ -68,15 +68,25 @@ class Here:
         self.value = value
 
 
-@pytest.fixture
-def prune_here(monkeypatch, save_model, calibrate) -> Callable[..., RunRecord]:
-    """Prunes a Llama of three layers, or another model, into a folder, with every stage there is, in this process."""
-    monkeypatch.setattr(driver, "RayRuntime", InlineRuntime)
-    monkeypatch.setattr(driver, "connected", nullcontext)
+@pytest.fixture(scope="session")
+def llama(save_model) -> Path:
+    """A Llama of three layers, which tests leave as it is."""
+    return save_model(num_hidden_layers=3)
+
+
+def do_without_ray(patch: pytest.MonkeyPatch) -> None:
+    """From now on, runs make their calls in this process."""
+    patch.setattr(os, "fsync", lambda _: None)  # the machine does not fail, and disks may be slow
+    patch.setattr(driver, "RayRuntime", InlineRuntime)
+    patch.setattr(driver, "connected", nullcontext)
     for module in (driver, weights):
-        monkeypatch.setattr(module, "alive_nodes", lambda: [{"CPU": 1.0}])
-    monkeypatch.setattr(run_dtype, "nodes_with_room", lambda _: [])
-    llama = save_model(num_hidden_layers=3)
+        patch.setattr(module, "alive_nodes", lambda: [{"CPU": 1.0}])
+    patch.setattr(run_dtype, "nodes_with_room", lambda _: [])
+
+
+@pytest.fixture(scope="session")
+def prune_llama(llama, calibrate) -> Callable[..., RunRecord]:
+    """Prunes the Llama, or another model, into a folder, with every stage there is."""
 
     def prune_one(output: Path, model: Path = llama, **changes) -> RunRecord:
         options = {"device": "cpu", "workers": 1, "micro_batch": 3, **OPTIONS} | changes
@@ -85,6 +95,23 @@ def prune_here(monkeypatch, save_model, calibrate) -> Callable[..., RunRecord]:
         return prune(str(model), output, **options)
 
     return prune_one
+
+
+@pytest.fixture
+def prune_here(prune_llama, monkeypatch) -> Callable[..., RunRecord]:
+    """The same in this process."""
+    do_without_ray(monkeypatch)
+    return prune_llama
+
+
+@pytest.fixture(scope="session")
+def undisturbed_here(prune_llama, digests, tmp_path_factory) -> dict[str, str]:
+    """The digests of what `prune_here` makes, whoever writes the parts."""
+    output = tmp_path_factory.mktemp("undisturbed") / "pruned"
+    with pytest.MonkeyPatch.context() as patch:
+        do_without_ray(patch)
+        prune_llama(output)
+    return digests(output)
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_a_range_of_workers_is_for_clusters_that_grow():
 
 
 def test_a_run_waits_for_the_fewest_workers_and_takes_those_that_join(run, new_workers, monkeypatch):
-    """Of 4 workers the cluster has room for 2 at first; when the run has begun, room for the others is freed."""
+    """Of 3 workers the cluster has room for 2 at first; when the run has begun, room for the third is freed."""
     free = ray.available_resources()["CPU"]
     holder = ray.remote(num_cpus=free - 2)(Holder).remote()
     ray.get(holder.ready.remote())
@@ -119,9 +119,8 @@ def test_a_run_waits_for_the_fewest_workers_and_takes_those_that_join(run, new_w
 
     monkeypatch.setattr(WorkerPool, "_employ", note_and_employ)
     monkeypatch.setattr(WorkerPool, "__init__", note_and_init)
-    _, record = run(workers="2:4", propagation=1, progress=Frees())
-    assert record.workers == 4
-    assert len(set(employed)) > 2
+    _, record = run(workers="2:3", propagation=1, progress=Frees())
+    assert record.workers == len(set(employed)) == 3
 
 
 def free_cpus() -> float:

@@ -20,7 +20,7 @@ def stored(folder):
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request, save_model):
     sizes = {name: value for name, value in FAMILIES[request.param].items() if name not in OF_THE_TOKENIZER}
     return save_model(request.param, **sizes)

@@ -59,10 +59,9 @@ def test_model_and_output_in_an_object_store_give_the_same_bytes_and_leave_nothi
     assert status(str(bucket / "pruned")).state == "finished"
 
 
-def test_the_driver_may_write_all_parts_to_an_object_store_too(prune_here, digests, bucket, tmp_path):
-    prune_here(tmp_path / "pruned", writes="driver")
+def test_the_driver_may_write_all_parts_to_an_object_store_too(prune_here, undisturbed_here, bucket):
     prune_here(bucket / "pruned", writes="driver")
-    assert digests_in(bucket / "pruned") == digests(tmp_path / "pruned")
+    assert digests_in(bucket / "pruned") == undisturbed_here
 
 
 class Killed(BaseException):
@@ -91,13 +90,11 @@ class MortalStore:
 
 
 def test_a_driver_killed_at_any_change_of_an_object_store_resumes_to_the_same_bytes(
-    prune_here, bucket, monkeypatch, digests, tmp_path
+    prune_here, undisturbed_here, bucket, monkeypatch
 ):
     monkeypatch.setattr(runtime, "write_behind", at_once)
     monkeypatch.setattr(lease, "EXPIRY", 0.0)
     monkeypatch.setattr(lease.time, "sleep", lambda _: None)
-    prune_here(tmp_path / "pruned")
-    undisturbed = digests(tmp_path / "pruned")
     store = MortalStore(monkeypatch)
     prune_here(bucket / "whole")
     changes = store.changes
@@ -108,9 +105,9 @@ def test_a_driver_killed_at_any_change_of_an_object_store_resumes_to_the_same_by
         with pytest.raises(Killed):
             prune_here(output)
         store.most = None
-        assert not (output / "config.json").is_file() or digests_in(output) == undisturbed, step
+        assert not (output / "config.json").is_file() or digests_in(output) == undisturbed_here, step
         prune_here(output)
-        assert digests_in(output) == undisturbed, step
+        assert digests_in(output) == undisturbed_here, step
         assert [file for file in objects_in(bucket) if "partial" in str(file)] == [], step
 
 
@@ -202,7 +199,7 @@ def test_a_lease_that_a_dead_run_left_is_taken_over(bucket, monkeypatch):
 
 
 def test_a_store_that_takes_no_more_ends_the_run_with_a_message_and_it_resumes(
-    prune_here, bucket, digests, monkeypatch, tmp_path
+    prune_here, undisturbed_here, bucket, monkeypatch
 ):
     put = MemoryFileSystem.put_file
 
@@ -216,5 +213,4 @@ def test_a_store_that_takes_no_more_ends_the_run_with_a_message_and_it_resumes(
         with pytest.raises(RunFailed, match=r"offered: can't be written \(ExpiredToken\)\. Check the network"):
             prune_here(bucket / "pruned")
     prune_here(bucket / "pruned")
-    prune_here(tmp_path / "pruned")
-    assert digests_in(bucket / "pruned") == digests(tmp_path / "pruned")
+    assert digests_in(bucket / "pruned") == undisturbed_here

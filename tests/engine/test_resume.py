@@ -91,11 +91,23 @@ def test_own_samples_are_drawn_once(run, output, digests, calls):
     assert (folder / "calibration.arrow").is_file()
 
 
+@pytest.fixture(scope="module")
+def long_model(save_model) -> Path:
+    """So many layers that a signal arrives while they are pruned."""
+    return save_model(num_hidden_layers=24)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_long(run, long_model, digests) -> dict[str, str]:
+    return digests(run(long_model, sparsity=0.3)[0])
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_told_to_stop_is_resumed_by_the_same_command(run, save_model, calibrate, digests, output, sent):
-    model = save_model(num_hidden_layers=24)
+def test_a_run_that_is_told_to_stop_is_resumed_by_the_same_command(
+    run, long_model, undisturbed_long, calibrate, digests, output, sent
+):
     options = {
-        "--calibration": calibrate(model),
+        "--calibration": calibrate(long_model),
         "--output": output,
         "--method": "olica",
         "--sparsity": 0.3,
@@ -105,7 +117,7 @@ def test_a_run_that_is_told_to_stop_is_resumed_by_the_same_command(run, save_mod
         "--address": ray.get_runtime_context().gcs_address,
     }
     arguments = [str(part) for option in options.items() for part in option]
-    command = [sys.executable, "-m", "distprune.cli", "prune", str(model), *arguments]
+    command = [sys.executable, "-m", "distprune.cli", "prune", str(long_model), *arguments]
     # Where the tests run in the background, SIGINT is ignored, and children inherit that.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
@@ -119,5 +131,5 @@ def test_a_run_that_is_told_to_stop_is_resumed_by_the_same_command(run, save_mod
     if sent != signal.SIGKILL:
         assert "resumes where it stopped" in told[-1]
     assert status(output).state == "stopped"
-    folder, _ = run(model, output=output, sparsity=0.3)
-    assert digests(folder) == digests(run(model, sparsity=0.3)[0])
+    folder, _ = run(long_model, output=output, sparsity=0.3)
+    assert digests(folder) == undisturbed_long

@@ -11,7 +11,7 @@ import time
 import boto3
 import pytest
 
-from distprune import status
+from distprune import InputError, status
 from distprune.storage import copy, location, objects_in
 
 
@@ -45,7 +45,7 @@ def model(bucket, dense_path):
 
 
 def test_from_s3_to_s3_by_two_workers_interrupted_and_resumed(
-    run, dense_path, calibration_path, digests, bucket, model, tmp_path, monkeypatch
+    prune_here, dense_path, calibration_path, digests, bucket, model, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("DISTPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -62,9 +62,9 @@ def test_from_s3_to_s3_by_two_workers_interrupted_and_resumed(
     assert status(str(output)).state == "stopped"
     done = subprocess.run(pruning, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    there, _ = run(sparsity=0.3, max_shard_size=60_000, calibration=calibration_path)
-    assert digests_in(output) == digests(there)
     assert objects_in(bucket / "pruned.partial") == []
-    again = subprocess.run(pruning, capture_output=True, text=True, timeout=240, check=False)
-    assert again.returncode == 2
-    assert "s3://shared/pruned exists" in again.stderr
+    options = {"sparsity": 0.3, "max_shard_size": 60_000, "propagation": "full", "distill": None}
+    prune_here(tmp_path / "there", dense_path, calibration=calibration_path, **options)
+    assert digests_in(output) == digests(tmp_path / "there")
+    with pytest.raises(InputError, match="s3://shared/pruned exists"):
+        prune_here(output, dense_path)

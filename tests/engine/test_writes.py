@@ -110,7 +110,9 @@ def test_what_a_node_that_does_not_see_the_output_finishes_is_written_by_the_dri
     assert digests(hidden / "pruned") == digests(there)
 
 
-def test_a_disk_that_is_full_for_a_worker_ends_the_run_with_its_message(prune_here, digests, monkeypatch, tmp_path):
+def test_a_disk_that_is_full_for_a_worker_ends_the_run_with_its_message(
+    prune_here, undisturbed_here, digests, monkeypatch, tmp_path
+):
     def full(self, tensors):
         from distprune.checkpoint import failures_explained
 
@@ -121,5 +123,4 @@ def test_a_disk_that_is_full_for_a_worker_ends_the_run_with_its_message(prune_he
         patch.setattr(PartFolder, "write", full)
         prune_here(tmp_path / "pruned")
     prune_here(tmp_path / "pruned")
-    prune_here(tmp_path / "undisturbed")
-    assert digests(tmp_path / "pruned") == digests(tmp_path / "undisturbed")
+    assert digests(tmp_path / "pruned") == undisturbed_here

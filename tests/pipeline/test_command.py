@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ray
@@ -80,12 +81,17 @@ def test_a_file_that_is_no_pipeline_is_refused_in_a_sentence(command):
     assert "pipeline.yaml: prune: 'sparsity' is not given here, but by sparsities." in refused.stderr
 
 
+@pytest.fixture(scope="module")
+def long_model(save_model) -> Path:
+    """So many layers that a signal arrives while they are pruned."""
+    return save_model(num_hidden_layers=24)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_ends_on_its_way_resumes_and_gives_the_same_bytes(
-    run, run_pipeline, save_model, pipeline_file, settings, work, digests, sent
+    run, run_pipeline, long_model, pipeline_file, settings, work, digests, sent
 ):
-    model = save_model(num_hidden_layers=24)
-    settings |= {"model": str(model), "sparsities": [0.3], "address": ray.get_runtime_context().gcs_address}
+    settings |= {"model": str(long_model), "sparsities": [0.3], "address": ray.get_runtime_context().gcs_address}
     command = [sys.executable, "-m", "distprune.cli", "pipeline", str(pipeline_file(settings)), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         told = []
@@ -101,5 +107,5 @@ def test_a_process_that_ends_on_its_way_resumes_and_gives_the_same_bytes(
     summary = run_pipeline()
     assert [step.state for step in summary.steps] == ["unchanged", "unchanged", "done", "done"]
     assert "run resumed" in (work / "pruned-30" / "distprune_log.jsonl").read_text()
-    folder, _ = run(model, sparsity=0.3, calibration=work / "calibration.arrow")
+    folder, _ = run(long_model, sparsity=0.3, calibration=work / "calibration.arrow")
     assert digests(work / "pruned-30") == digests(folder)
