@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import distprune
 from distprune.calibration import generate_own_samples, load_tokenizer
 from distprune.calibration.whole_model import load_model
-from distprune.checkpoint import resolve_model
+from distprune.checkpoint import Checkpoint, resolve_model
 from distprune.evaluation import generate_sentence, perplexity_of_model
 
 
@@ -31,6 +31,14 @@ def pruned(smollm2: Path, tmp_path_factory) -> tuple[Path, distprune.engine.RunR
         str(smollm2), output, sparsity=0.2, workers=2, samples=32, sequence_length=64, propagation="full"
     )
     return output, record
+
+
+def test_a_quantized_model_is_imported_and_speaks(smollm2):
+    assert len(Checkpoint.open(smollm2).tensors) == 272
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    reply = load_model(smollm2, "cpu").generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert "Paris" in tokenizer.decode(reply[0])
 
 
 def test_a_fifth_of_the_decoder_is_gone(pruned):

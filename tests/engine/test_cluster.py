@@ -222,7 +222,7 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interruption_halfway_through_leaving_ray_does_not_end_the_process(run, sent):
     """Ray would end it, at the next object reference that dies, where it had not shut down altogether."""
     address = ray.get_runtime_context().gcs_address
@@ -245,7 +245,7 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.6])
+@pytest.mark.parametrize("seconds", [pytest.param(0.1, marks=pytest.mark.slow), 0.6])
 def test_sigterm_waits_until_a_local_ray_has_ended(seconds):
     """Which takes more than a second, in most of which Ray has reset the handler."""
     ended = subprocess.run([sys.executable, "-c", ENDS_RAY, str(seconds)], check=False)

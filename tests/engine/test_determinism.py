@@ -161,6 +161,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow  # test_chaos loses a node too
 def test_two_nodes_one_of_which_is_lost_give_the_same_bytes(
     by_one_worker, dense_path, calibration_path, digests, tmp_path
 ):

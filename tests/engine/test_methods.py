@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from itertools import cycle, repeat
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,13 +23,22 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def family_path(request, save_model):
-    return save_model(request.param, **MODELS[request.param])
+#: Every method with every option of saving that Llama stands for, and with one other family.
+CASES = [
+    ("llama", "olica", True),
+    *(("llama", name, False) for name in METHODS),
+    *zip(cycle(["mistral", "qwen2", "qwen3"]), METHODS, repeat(False), strict=False),
+]
 
 
-@pytest.mark.parametrize(("method", "count_embeddings"), [("olica", True), *((name, False) for name in METHODS)])
-def test_the_result_opens_generates_and_meets_the_target(run, family_path, method, count_embeddings):
+@pytest.fixture(scope="module")
+def saved(save_model) -> Callable[[str], Path]:
+    return cache(lambda family: save_model(family, **MODELS[family]))
+
+
+@pytest.mark.parametrize(("family", "method", "count_embeddings"), CASES)
+def test_the_result_opens_generates_and_meets_the_target(run, saved, family, method, count_embeddings):
+    family_path = saved(family)
     folder, record = run(family_path, method=method, sparsity=0.3, count_embeddings=count_embeddings, align=ALIGN)
     dense = AutoModelForCausalLM.from_pretrained(family_path)
     pruned = load(folder)

@@ -32,7 +32,7 @@ def bucket(s3_environment):
 
 def command(model, output, calibration, *more: str) -> list[str]:
     options = {"--output": output, "--calibration": calibration, "--method": "olica", "--sparsity": 0.3}
-    options |= {"--micro-batch": 3, "--device": "cpu", "--workers": 2, "--max-shard-size": 60_000}
+    options |= {"--micro-batch": 3, "--device": "cpu", "--max-shard-size": 60_000}
     given = [str(part) for option in options.items() for part in option]
     return [sys.executable, "-m", "distprune.cli", "prune", str(model), *given, *more]
 
@@ -44,14 +44,14 @@ def model(bucket, dense_path):
     return bucket / "dense"
 
 
-def test_from_s3_to_s3_by_two_workers_interrupted_and_resumed(
+def test_from_s3_to_s3_by_one_worker_interrupted_and_resumed_by_two(
     prune_here, dense_path, calibration_path, digests, bucket, model, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("DISTPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     output = bucket / "pruned"
-    pruning = command(model, output, calibration_path)
-    first = subprocess.Popen(pruning, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    by_one, by_two = (command(model, output, calibration_path, "--workers", count) for count in "12")
+    first = subprocess.Popen(by_one, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while first.poll() is None and not any(
         "pruned-layer" in file.name for file in objects_in(bucket / "pruned.partial")
     ):
@@ -60,7 +60,7 @@ def test_from_s3_to_s3_by_two_workers_interrupted_and_resumed(
     told, _ = first.communicate(timeout=120)
     assert first.returncode == 130, told
     assert status(str(output)).state == "stopped"
-    done = subprocess.run(pruning, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(by_two, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert objects_in(bucket / "pruned.partial") == []
     options = {"sparsity": 0.3, "max_shard_size": 60_000, "propagation": "full", "distill": None}

@@ -9,8 +9,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 from distprune.modeling import load
 
 
+# The layout free has all that a compiler may stumble over; the model class is the same for heterogeneous.
+@pytest.mark.parametrize(
+    "layout",
+    ["free", *(pytest.param(plainer, marks=pytest.mark.slow) for plainer in ("heterogeneous", "stock"))],
+)
 @torch.no_grad()
-def test_compiled_models_compute_the_same(checkpoint, tokens):
+def test_compiled_models_compute_the_same(pruned, tokens, layout):
+    checkpoint = pruned(layout)
     model = load(checkpoint.folder)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -77,15 +77,16 @@ def test_a_stock_checkpoint_is_transformers_own(pruned, tokens):
         torch.testing.assert_close(model(tokens).logits, checkpoint.oracle(tokens).logits, atol=2e-5, rtol=1e-4)
 
 
-def test_the_folder_alone_is_enough_with_trust_remote_code(checkpoint, tmp_path):
+@pytest.mark.parametrize("layout", ["heterogeneous", "free"])
+def test_the_folder_alone_is_enough_with_trust_remote_code(pruned, layout, tmp_path):
+    checkpoint = pruned(layout)
     found_file, resaved = tmp_path / "found.safetensors", tmp_path / "resaved"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, str(checkpoint.folder), str(resaved), str(found_file)]
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    prefix = "" if checkpoint.layout == "stock" else "Pruned"
-    assert run.stdout.split() == [prefix + "LlamaForCausalLM", prefix + "LlamaModel"]
+    assert run.stdout.split() == ["PrunedLlamaForCausalLM", "PrunedLlamaModel"]
     found, ids = load_file(found_file), torch.arange(3, 20).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(found["logits"], checkpoint.oracle(ids).logits, atol=5e-5, rtol=1e-4)
