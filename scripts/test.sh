@@ -8,11 +8,13 @@ scripts/setup.sh "$venv" "${EXTRA:-dev}"
 # Tests that need llama.cpp are skipped where there is no wheel of it.
 "$venv/bin/python" -m pip install --quiet --only-binary :all: llama-cpp-python 2>/dev/null ||
     echo "No wheel of llama-cpp-python fits this machine; with a compiler: pip install 'distprune[llama-cpp]'"
-# Two at a time, but for those that need the machine to themselves; a file's tests share what takes long to make.
+# Two at a time, in the order that tests/conftest.py gives; a file's tests share what takes long to make. Those that need
+# a process or most of the machine to themselves come last.
 run_tests() { "$venv/bin/python" -m pytest --durations=10 "$@"; }
 if [ $# -gt 0 ]; then
     run_tests -m "not slow" "$@"
 else
-    run_tests -n "${PROCESSES:-2}" --dist loadfile -m "not slow and not alone"
-    run_tests -m "alone and not slow"
+    two_at_a_time=(-n "${PROCESSES:-2}" --dist loadfile --no-loadscope-reorder)
+    run_tests "${two_at_a_time[@]}" -m "not slow and not alone"
+    run_tests "${two_at_a_time[@]}" -m "alone and not slow"
 fi

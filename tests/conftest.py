@@ -32,7 +32,7 @@ from distprune.engine.worker.actor import Worker
 
 STOP = RayRuntime.stop
 
-#: They take torch's one place for devices from outside, which plans for GPUs take too: a process has room for one.
+#: They take torch's one place for devices from outside, which a process must give away before its first backward pass.
 ON_A_PRETENDED_GPU = {"test_gpu_placement.py", "test_moments_on_gpu.py"}
 
 
@@ -41,6 +41,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     named = any(collection_path.name in argument for argument in config.args)
     asked_for = config.option.markexpr.startswith("alone")
     return True if collection_path.name in ON_A_PRETENDED_GPU and not (named or asked_for) else None
+
+
+#: No other file takes half as long.
+LONGEST = {"test_real_model.py", "test_s3.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take long, those that start Ray, so that no process is left with one at the end.
+
+    The real model starts and stops a Ray of its own, which a process can do before the tests' Ray has been started.
+    """
+    with_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in with_ray))
 
 
 SENTENCES = [
