@@ -28,7 +28,13 @@ def main() -> None:
     model = str(resolve_model(arguments.model or str(bundled_smollm2())))
     cpus = arguments.workers * arguments.threads_per_worker
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    console = Console(soft_wrap=True)
     table = Table("model", "layout written", "removed", "predicted rise of the loss", "perplexity")
+
+    def add(*row: str) -> None:
+        console.print(", ".join(cell for cell in row if cell))  # should the next run fail
+        table.add_row(*row)
+
     with TemporaryDirectory() as scratch:
         calibration = arguments.calibration or Path(scratch, "calibration.arrow")
         if arguments.calibration is None:
@@ -39,7 +45,7 @@ def main() -> None:
                 samples=arguments.samples,
                 sequence_length=arguments.sequence_length,
             )
-        table.add_row("dense", "", "", "", f"{perplexity(model, arguments):.2f}")
+        add("dense", "", "", "", f"{perplexity(model, arguments):.2f}")
         for layout in LAYOUTS:
             output = Path(scratch, layout)
             record = distprune.prune(
@@ -52,14 +58,14 @@ def main() -> None:
                 workers=arguments.workers,
                 threads_per_worker=arguments.threads_per_worker,
             )
-            table.add_row(
+            add(
                 layout,
                 record.layout,
                 f"{record.decoder_sparsity:.2%}",
                 f"{record.predicted_loss:.3f}",
                 f"{perplexity(str(output), arguments):.2f}",
             )
-    Console(soft_wrap=True).print(table)
+    console.print(table)
 
 
 def parse_arguments() -> argparse.Namespace:

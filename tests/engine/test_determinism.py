@@ -73,9 +73,9 @@ def test_losing_workers_in_the_middle_of_calls_gives_the_same_bytes(by_one_worke
 def test_losing_workers_in_the_gradient_pass_gives_the_same_bytes(run, lose, digests):
     options = {"method": "llm-pruner", "sparsity": 0.3}
     expected = digests(run(**options)[0])
-    lost = lose(first_of({("close_loss", None), ("backward", 1), ("close_layer", 3)}))
+    lost = lose(first_of({("close_loss", None), ("backward", 1)}))
     folder, _ = run(workers=2, **options)
-    assert [call.losses for call in lost] == [1, 1, 1, 1]  # a profile ends the dense pass of a layer too
+    assert [call.losses for call in lost] == [1, 1]
     assert digests(folder) == expected
 
 
@@ -87,7 +87,7 @@ def test_losing_a_worker_that_distils_gives_the_same_bytes(distilled_by_one_work
     assert digests(folder) == distilled_by_one_worker
 
 
-@pytest.mark.parametrize("hanging", [("prune", 3), ("sweep", 2)])
+@pytest.mark.parametrize("hanging", [pytest.param(("prune", 3), marks=pytest.mark.slow), ("sweep", 2)])
 def test_a_call_that_hangs_is_taken_over_and_gives_the_same_bytes(
     by_one_worker, run, new_workers, digests, monkeypatch, hanging
 ):

@@ -33,12 +33,9 @@ def prune_elsewhere(dense_path, calibration_path, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"TMPDIR": LONG}, f"distprune: TMPDIR {LONG}: is "),
-        ({"TMPDIR": "/dev/null"}, f"{NO_RAY} /dev/null/ray can't be made"),
-        (
-            {"TMPDIR": "/tmp", "RAY_TMPDIR": "/dev/null"},
-            f"{NO_RAY} /dev/null/ray can't be made",
-        ),
+        pytest.param({"TMPDIR": LONG}, f"distprune: TMPDIR {LONG}: is ", marks=pytest.mark.slow),
+        pytest.param({"TMPDIR": "/dev/null"}, f"{NO_RAY} /dev/null/ray can't be made", marks=pytest.mark.slow),
+        ({"TMPDIR": "/tmp", "RAY_TMPDIR": "/dev/null"}, f"{NO_RAY} /dev/null/ray can't be made"),
     ],
 )
 def test_a_temporary_folder_that_ray_cannot_use_is_named_with_the_variable(

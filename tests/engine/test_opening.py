@@ -59,6 +59,8 @@ FAMILIES = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     "qwen3": {"head_dim": 16},
 }
+#: The tests of configurations open every family's in this process.
+OTHERS = sorted(FAMILIES.keys() - {"llama"})
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def open_all(prune_here, save_model, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_result_opens_without_the_package_as_its_original_does(open_all, family):
     of_original, of_result, *refusals, spoken = open_all(WITHOUT_THE_PACKAGE, family)
     assert of_result == of_original
@@ -89,7 +91,7 @@ def test_a_result_opens_without_the_package_as_its_original_does(open_all, famil
     assert spoken.startswith(f"Pruned{family.title()}ForCausalLM The river")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["mistral", pytest.param("llama", marks=pytest.mark.slow)])
 def test_with_the_package_it_opens_without_trust(open_all, family):
     (spoken,) = open_all(WITH_THE_PACKAGE, family)
     assert spoken.startswith(f"Pruned{family.title()}ForCausalLM The river")

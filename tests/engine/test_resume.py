@@ -102,7 +102,10 @@ def undisturbed_long(run, long_model, digests) -> dict[str, str]:
     return digests(run(long_model, sparsity=0.3)[0])
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sent",
+    [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGINT, signal.SIGKILL))],
+)  # test_chaos sends all three
 def test_a_run_that_is_told_to_stop_is_resumed_by_the_same_command(
     run, long_model, undisturbed_long, calibrate, digests, output, sent
 ):

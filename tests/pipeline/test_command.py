@@ -87,7 +87,7 @@ def long_model(save_model) -> Path:
     return save_model(num_hidden_layers=24)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_process_that_ends_on_its_way_resumes_and_gives_the_same_bytes(
     run, run_pipeline, long_model, pipeline_file, settings, work, digests, sent
 ):
