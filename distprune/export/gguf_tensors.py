@@ -1,23 +1,31 @@
-"""The tensors of a Llama as GGUF files hold them."""
+"""The tensors of a Llama or a Mixtral as GGUF files hold them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from distprune.checkpoint import Checkpoint
 from distprune.errors import InputError
+from distprune.families.disk_names import DiskNames, disk_names
+from distprune.families.reading import read_tensors
 from distprune.layers.architecture import Architecture
+from distprune.layers.module import empty_model
 
 QUANTIZATIONS = {np.float16: GGMLQuantizationType.F16, np.float32: GGMLQuantizationType.F32}
+#: Ends of the names of what is special in a mixture of experts.
+ROUTER, GATE_AND_UP = ".mlp.gate.weight", ".experts.gate_up_proj"
+WEIGHT = ".weight"
+OF_ROTARY_EMBEDDING = ("rope_parameters", "head_dim", "hidden_size", "num_attention_heads", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def gguf_tensors(checkpoint: Checkpoint, architecture: str, dtype: str) -> Itera
     for index in range(model.num_layers):
         tensors = model.layer_tensors(index, model.dense_shape(index))
         expected |= {model.layer_prefix(index) + name: dims for name, dims in tensors.items()}
-    checkpoint.check_shapes(expected)
+    stored = Stored(checkpoint, disk_names(empty_model(model), checkpoint))
     kind = gguf.MODEL_ARCH.DECI if architecture == "deci" else gguf.MODEL_ARCH.LLAMA
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     scaling = rope_scaling(config)
@@ -58,26 +66,59 @@ def gguf_tensors(checkpoint: Checkpoint, architecture: str, dtype: str) -> Itera
         yield GgufTensor("rope_freqs.weight", tuple(scaling.shape), np.float32, lambda: scaling)
     matrix = np.float16 if dtype == "f16" else np.float32
     for name, shape in expected.items():
-        yield GgufTensor(
-            names.get_name(name, try_suffixes=(".weight",)),
-            shape,
-            matrix if len(shape) > 1 else np.float32,
-            lambda name=name: weights(checkpoint, name),
-        )
+        is_exact = len(shape) == 1 or name.endswith(ROUTER)
+        for own, dims, part in parts_of(name, shape):
+            yield GgufTensor(
+                names.get_name(own, try_suffixes=(WEIGHT,)),
+                dims,
+                np.float32 if is_exact else matrix,
+                lambda name=name, shape=shape, part=part: part(stored.weights(name, shape)),
+            )
 
 
-def rope_scaling(config: LlamaConfig) -> Tensor:
+Part = Callable[[Tensor], Tensor]
+
+
+def parts_of(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], Part]]:
+    """What becomes of a tensor in the file: names that say what it is, dimensions and how to get there.
+
+    All experts' gate and up projections are one tensor (experts, 2 · width, d) here, and two there.
+    """
+    if not name.endswith(GATE_AND_UP):
+        yield name.removesuffix(WEIGHT) + WEIGHT, shape, lambda tensor: tensor
+        return
+    experts, width, hidden = shape
+    for place, own in enumerate(("gate_proj", "up_proj")):
+        part = partial(lambda tensor, place: tensor.chunk(2, dim=1)[place], place=place)
+        yield name.replace("gate_up_proj", own) + WEIGHT, (experts, width // 2, hidden), part
+
+
+def rope_scaling(config: PreTrainedConfig) -> Tensor:
     """What llama.cpp divides the frequency of each rotary pair by, (head_dim / 2,) float32."""
-    plain = LlamaConfig(**{**config.to_dict(), "rope_parameters": {**config.rope_parameters, "rope_type": "default"}})
-    return LlamaRotaryEmbedding(plain).inv_freq / LlamaRotaryEmbedding(config).inv_freq
+    said = {name: getattr(config, name) for name in OF_ROTARY_EMBEDDING}
+    plain = said | {"rope_parameters": {**config.rope_parameters, "rope_type": "default"}}
+    scaled, unscaled = (LlamaRotaryEmbedding(LlamaConfig(**fields)).inv_freq for fields in (said, plain))
+    return unscaled / scaled
 
 
-def weights(checkpoint: Checkpoint, name: str) -> Tensor:
-    """The named tensor as llama.cpp wants it."""
-    tensor = checkpoint.read([name])[name]
-    if name.endswith(("q_proj.weight", "k_proj.weight")):
-        return pairs_side_by_side(tensor, len(tensor) // checkpoint.config.head_dim)
-    return tensor
+def head_dim(config: PreTrainedConfig) -> int:
+    """How wide a head is, which some configurations leave to be found out."""
+    return config.head_dim or config.hidden_size // config.num_attention_heads
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a checkpoint, by their names in the module tree, as llama.cpp wants them."""
+
+    checkpoint: Checkpoint
+    names: DiskNames
+
+    def weights(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        config = self.checkpoint.config
+        tensor = read_tensors(self.checkpoint, self.names, {name: shape}, config)[name]
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            return pairs_side_by_side(tensor, len(tensor) // head_dim(config))
+        return tensor
 
 
 def pairs_side_by_side(weight: Tensor, heads: int) -> Tensor:

@@ -23,7 +23,7 @@ def fields_by_layer(architecture: Architecture, layers: Sequence[Said]) -> list[
 def own_fields(architecture: Architecture, index: int, said: Said) -> Fields:
     family, config = architecture.family, architecture.layer_config(index, shape_of(said))
     names = [family.heads, family.kv_heads, family.head_dim] if said.get("attention") else []
-    names += [family.width] if said.get("ffn") else []
+    names += architecture.ffn_fields(index) if said.get("ffn") else []
     fields = {name: getattr(config, name, None) for name in names if name is not None}
     return overrides(architecture.config).get(index, {}) | {
         name: value for name, value in fields.items() if value is not None

@@ -8,11 +8,11 @@ from typing import Any
 
 from distprune.layers.architecture import Architecture, pruned_layer
 from distprune.layers.describing import describe
-from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
+from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape, LayerShape
 
 #: `{"attention": {...} or None, "ffn": {...} or None}`: see :func:`distprune.layers.module.said_shape`.
 Said = Mapping[str, Any]
-PARTS = {"attention": AttentionShape, "ffn": FeedForwardShape}
+PARTS = ("attention", "ffn")
 PAIRS = "rotary_pairs"
 
 
@@ -21,8 +21,14 @@ def shape_of(said: Said) -> LayerShape:
     return LayerShape(*(said.get(part) and part_shape(part, said[part]) for part in PARTS))
 
 
-def part_shape(part: str, said: Said) -> AttentionShape | FeedForwardShape:
-    return PARTS[part](**{name: value for name, value in said.items() if name != PAIRS})
+def part_shape(part: str, said: Said) -> AttentionShape | FeedForwardShape | ExpertsShape:
+    return kind_of(part, said)(**{name: value for name, value in said.items() if name != PAIRS})
+
+
+def kind_of(part: str, said: Said) -> type[AttentionShape | FeedForwardShape | ExpertsShape]:
+    if part == "attention":
+        return AttentionShape
+    return ExpertsShape if "count" in said else FeedForwardShape
 
 
 def beyond_configuration(architecture: Architecture, layers: Sequence[Said]) -> dict[str, dict[str, Any]]:
@@ -39,7 +45,7 @@ def changed_parts(architecture: Architecture, index: int, said: Said) -> dict[st
     return {part: compact(part, each) for part, each in whole.items() if is_changed(part, each, getattr(made, part))}
 
 
-def is_changed(part: str, said: Said | None, made: AttentionShape | FeedForwardShape | None) -> bool:
+def is_changed(part: str, said: Said | None, made: AttentionShape | FeedForwardShape | ExpertsShape | None) -> bool:
     if said is None:
         return made is not None
     return part_shape(part, said) != made or said.get(PAIRS) is not None
@@ -49,5 +55,5 @@ def compact(part: str, said: Said | None) -> dict[str, Any] | None:
     """A part's shape without what it says by default."""
     if said is None:
         return None
-    defaults = {each.name: each.default for each in fields(PARTS[part])} | {PAIRS: None}
+    defaults = {each.name: each.default for each in fields(kind_of(part, said))} | {PAIRS: None}
     return {name: value for name, value in said.items() if defaults[name] is MISSING or value != defaults[name]}

@@ -34,6 +34,7 @@ class Family:
             None for what it doesn't say apart.
         mixes_pairs: whether the rotary embedding turns the coordinates i and i + width / 2 of every head, and nothing
             else but linear maps lies between hidden states and scores. None: found out from its code.
+        gives_scores: whether a mixture of experts gives its router's scores beside its output.
     """
 
     attention: str = "self_attn"
@@ -52,3 +53,4 @@ class Family:
     head_dim: str | None = "head_dim"
     width: str = "intermediate_size"
     mixes_pairs: bool | None = None
+    gives_scores: bool = False

@@ -24,6 +24,11 @@ TABLES: dict[str, Family] = {
         kv_heads=None,
         head_dim=None,
     ),
+    "llama4_text": Family(ffn="feed_forward", width="intermediate_size_mlp"),
+    "gpt_oss": Family(gives_scores=True),
+    "granitemoe": Family(ffn="block_sparse_moe"),
+    "granitemoeshared": Family(ffn="block_sparse_moe"),
+    "granitemoehybrid": Family(ffn="block_sparse_moe"),
     "opt": Family(
         output="out_proj",
         ffn=None,

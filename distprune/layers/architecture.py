@@ -17,18 +17,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from distprune.errors import InputError
 from distprune.families import TABLES, Family, family_of
-from distprune.layers.describing import describe
+from distprune.layers.describing import names_and_shape
 from distprune.layers.names import LayerNames
-from distprune.layers.parts import Attention, DecoderLayer
+from distprune.layers.parts import Attention, DecoderLayer, Experts, FeedForward
 from distprune.layers.removing import find_removable
-from distprune.layers.resized import resize_attention, resize_ffn
-from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape, Removable
+from distprune.layers.resized import resize_attention, resize_experts, resize_ffn
+from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape, LayerShape, Removable, ffn_shape_of
 from distprune.layers.tree import build_on_meta, find_layers
 from distprune.modeling.modeling_pruned import restore_activation
 
 Dims = tuple[int, ...]
 #: Where a configuration says what of its layers per-layer configurations can't say.
 PRUNED_LAYERS = "pruned_layers"
+#: What configurations call the width of an expert, where it is not that of a feed-forward network, that of the network
+#: beside the experts, and the number of experts.
+EXPERT_WIDTH, SHARED_WIDTH = "moe_intermediate_size", "shared_expert_intermediate_size"
+EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "moe_num_experts", "num_experts")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class _Dense:
 
     layer: DecoderLayer
     names: LayerNames
+
+    @cached_property
+    def shape(self) -> LayerShape:
+        return self.layer.shape
 
     @cached_property
     def kind(self) -> Hashable:
@@ -110,10 +118,10 @@ class Architecture:
     @property
     def dense_shapes(self) -> list[LayerShape]:
         """The shapes of all layers, nothing taken from them yet."""
-        return [dense.layer.shape for dense in self._dense]
+        return [dense.shape for dense in self._dense]
 
     def dense_shape(self, index: int) -> LayerShape:
-        return self._dense[index].layer.shape
+        return self._dense[index].shape
 
     def dense_layer(self, index: int) -> DecoderLayer:
         """A layer's parts, on the meta device."""
@@ -172,8 +180,29 @@ class Architecture:
             if said and full is not None:
                 said[family.head_dim] = full.query_key_dim  # else some classes make it anew from the number of heads
         if shape.ffn is not None and dense.ffn is not None and shape.ffn.width != dense.ffn.width:
-            said[family.width] = shape.ffn.width
+            said[self.width_field(index)] = shape.ffn.width
+        if isinstance(shape.ffn, ExpertsShape) and isinstance(dense.ffn, ExpertsShape):
+            shared = shape.ffn.shared_width
+            said |= {self.count_field: shape.ffn.count} if shape.ffn.count != dense.ffn.count else {}
+            said |= {SHARED_WIDTH: shared} if shared is not None and shared != dense.ffn.shared_width else {}
         return {name: value for name, value in said.items() if name is not None}
+
+    def width_field(self, index: int) -> str:
+        """What the configuration calls the width of a layer's feed-forward network, or of each of its experts."""
+        has_experts = isinstance(self.dense_shape(index).ffn, ExpertsShape)
+        return EXPERT_WIDTH if has_experts and hasattr(self.config, EXPERT_WIDTH) else self.family.width
+
+    def ffn_fields(self, index: int) -> list[str]:
+        """All that the configuration says of the shape of a layer's feed-forward network or experts."""
+        if not isinstance(self.dense_shape(index).ffn, ExpertsShape):
+            return [self.family.width]
+        has_shared_width = hasattr(self.config, SHARED_WIDTH)
+        return [self.count_field, self.width_field(index), *([SHARED_WIDTH] if has_shared_width else [])]
+
+    @property
+    def count_field(self) -> str:
+        """What the configuration calls the number of experts."""
+        return next(name for name in EXPERT_COUNTS if name in self.config.__dict__)
 
     def layer_from_state(self, index: int, state: Mapping[str, Tensor]) -> DecoderLayer:
         """A layer of the model from its module's state."""
@@ -192,19 +221,20 @@ class Architecture:
         resized = resize_attention(dense.attention, shape)
         return dims_of(names.state_of(DecoderLayer(resized, None, inside)))
 
-    def ffn_tensors(self, index: int, shape: FeedForwardShape | None) -> dict[str, Dims]:
-        """The same of a feed-forward network."""
-        dense = self._dense[index].layer.ffn
-        if shape is None or dense is None:
+    def ffn_tensors(self, index: int, shape: FeedForwardShape | ExpertsShape | None) -> dict[str, Dims]:
+        """The same of a feed-forward network, or of a mixture of experts."""
+        dense, names = self._dense[index].layer, self.names(index)
+        if shape is None or dense.ffn is None:
             return {}
-        resized = resize_ffn(dense, shape)
-        return dims_of(self.names(index).state_of(DecoderLayer(None, resized)))
+        inside = {name: tensor for name, tensor in dense.rest.items() if names.is_in_mixture(name)}
+        return dims_of(names.state_of(DecoderLayer(None, resized_ffn(dense.ffn, shape), inside)))
 
     def rest_tensors(self, index: int) -> dict[str, Dims]:
         """The same of what no pruning changes."""
         names = self.names(index)
         rest = self._dense[index].layer.rest.items()
-        return dims_of({name: tensor for name, tensor in rest if not names.is_in_attention(name)})
+        inside = (names.is_in_attention, names.is_in_mixture)
+        return dims_of({name: tensor for name, tensor in rest if not any(is_in(name) for is_in in inside)})
 
     def unknown_modules(self, index: int) -> set[str]:
         """The modules of a layer that have matrices and belong to no part: a mixer, or a router with its experts."""
@@ -252,9 +282,8 @@ class Architecture:
     # ---------------------------------------------------------------- construction
 
     def _describe(self, index: int) -> _Dense:
-        config, cls = self.layer_config(index), self._classes[index]
-        base = describe(self.family, cls, config, index)
-        names = LayerNames(self.family, base.shape.attention)
+        names, shape, state = names_and_shape(self.family, self._classes[index], self.layer_config(index), index)
+        base = names.layer_from_state(state, shape)
         said = pruned_layer(self.config, index)
         return _Dense(base if said is None else as_pruned(base, said), names)
 
@@ -287,7 +316,7 @@ def as_pruned(base: DecoderLayer, said: Mapping[str, Any]) -> DecoderLayer:
     if attention is not None and "attention" in said:
         attention = said["attention"] and _attention_as_pruned(attention, said["attention"])
     if ffn is not None and "ffn" in said:
-        ffn = said["ffn"] and resize_ffn(ffn, FeedForwardShape(**said["ffn"]))
+        ffn = said["ffn"] and resized_ffn(ffn, ffn_shape_of(said["ffn"]))
     return replace(base, attention=attention, ffn=ffn)
 
 
@@ -296,6 +325,13 @@ def _attention_as_pruned(attention: Attention, said: Mapping[str, Any]) -> Atten
     pairs = said.pop("rotary_pairs", None)
     resized = resize_attention(attention, AttentionShape(**said))
     return replace(resized, rotary_pairs=None if pairs is None else torch.tensor(pairs))
+
+
+def resized_ffn(ffn: FeedForward | Experts, shape: FeedForwardShape | ExpertsShape) -> FeedForward | Experts:
+    if isinstance(ffn, Experts) and isinstance(shape, ExpertsShape):
+        return resize_experts(ffn, shape)
+    assert isinstance(ffn, FeedForward) and isinstance(shape, FeedForwardShape)
+    return resize_ffn(ffn, shape)
 
 
 def dims_of(tensors: Mapping[str, Tensor]) -> dict[str, Dims]:

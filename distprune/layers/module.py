@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -14,8 +15,11 @@ from transformers import PreTrainedModel
 from distprune.families import Family, Fused
 from distprune.layers.architecture import Architecture, pruned_layer
 from distprune.layers.empty import empty_weights
-from distprune.layers.parts import DecoderLayer
-from distprune.layers.shapes import AttentionShape, LayerShape
+from distprune.layers.expert_names import EXPERTS, find_experts
+from distprune.layers.expert_places import ExpertPlaces
+from distprune.layers.loaded_dtypes import loaded_dtype
+from distprune.layers.parts import DecoderLayer, Experts
+from distprune.layers.shapes import AttentionShape, ExpertsShape, LayerShape
 from distprune.layers.sites import (
     ATTENDED,
     ATTENTION_INPUT,
@@ -26,6 +30,10 @@ from distprune.layers.sites import (
     KEYS,
     NEURONS,
     QUERIES,
+    SHARED_GATE,
+    SHARED_NEURONS,
+    SHARED_OUTPUT,
+    SHARED_UP,
     UP,
     VALUES,
     Site,
@@ -37,25 +45,58 @@ from distprune.modeling.pruned_projections import ends
 Select = Callable[[Tensor], Tensor]
 
 
-def build_module(architecture: Architecture, index: int, layer: DecoderLayer) -> nn.Module:
-    """The layer as a module of its family's class, on the layer's device and in its dtype.
+def build_module(architecture: Architecture, index: int, layer: DecoderLayer, dtype: torch.dtype) -> nn.Module:
+    """The layer as a module of its family's class, on the layer's device, as transformers loads it in ``dtype``.
 
-    Its parameters are the layer's own tensors and not copies of them, except for projections that the family keeps in
-    one matrix.
+    Its parameters are the layer's own tensors and not copies of them, except for those of another dtype and for
+    projections that the family keeps in one matrix.
     """
     shape = layer.shape
     with empty_weights():
         module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
         reshape_layer(module, family_names(architecture.family), said_shape(architecture, index, layer), index)
-    module.load_state_dict(architecture.names(index).state_of(layer), assign=True)
+    return _filled(module, architecture, index, architecture.names(index).state_of(layer), dtype)
+
+
+def build_experts(architecture: Architecture, index: int, experts: Experts, dtype: torch.dtype) -> nn.Module:
+    """Some experts of a layer as a module of their family's class: the one within its mixture that runs all experts."""
+    names = architecture.names(index)
+    shape = architecture.dense_shape(index).with_ffn(count=experts.shape.count, width=experts.shape.width)
+    state = names.state_of(DecoderLayer(None, experts))
+    with empty_weights():
+        module = architecture.layer_class(index)(architecture.layer_config(index, shape), index)
+    path = f"{architecture.family.ffn}.{EXPERTS}"
+    cast = _as_loaded(architecture, index, {n: tensor for n, tensor in state.items() if names.is_of_experts(n)}, dtype)
+    own = module.get_submodule(path)
+    own.load_state_dict({name.removeprefix(path + "."): tensor for name, tensor in cast.items()}, assign=True)
+    return own.eval()
+
+
+def build_from_state(
+    architecture: Architecture, index: int, state: Mapping[str, Tensor], dtype: torch.dtype
+) -> nn.Module:
+    """The same of a layer of the model, filled with its state as a checkpoint holds it."""
+    return _filled(empty_layer(architecture, index), architecture, index, state, dtype)
+
+
+def _filled(
+    module: nn.Module, architecture: Architecture, index: int, state: Mapping[str, Tensor], dtype: torch.dtype
+) -> nn.Module:
+    module.load_state_dict(_as_loaded(architecture, index, state, dtype), assign=True)
     return module.eval()
 
 
-def build_from_state(architecture: Architecture, index: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """A layer of the model as a module of its family's class, filled with its state as a checkpoint holds it."""
-    module = empty_layer(architecture, index)
-    module.load_state_dict(state, assign=True)
-    return module.eval()
+def _as_loaded(
+    architecture: Architecture, index: int, state: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A layer's tensors in the dtypes that transformers loads them in."""
+    prefix = architecture.layer_prefix(index)
+    return {
+        name: tensor.to(loaded_dtype(architecture.model, prefix + name, dtype))
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in state.items()
+    }
 
 
 def empty_layer(architecture: Architecture, index: int, shape: LayerShape | None = None) -> nn.Module:
@@ -124,14 +165,20 @@ def tapped(
     the last of the sites has been come to.
     """
     found = {site: place for site, place in places(module, family, shape).items() if {site, site.gradient} & set(sites)}
+    has_experts = isinstance(shape.ffn, ExpertsShape)
+    of_experts = [site for site in sites if site.expert is not None and has_experts]
     activations: dict[Site, Tensor] = {}
 
     def keep(site: Site, activation: Tensor) -> None:
         activations[site] = activation
-        if ends_pass and len(activations) == len(found):
+        if ends_pass and len(activations) == len(found) + len(of_experts):
             raise EndOfPass
 
-    handles = [place.watch(site, site in sites, site.gradient in sites, keep) for site, place in found.items()]
+    handles: list[Any] = [
+        place.watch(site, site in sites, site.gradient in sites, keep) for site, place in found.items()
+    ]
+    if of_experts:
+        handles += ExpertPlaces(mixture_of(module, family).experts, of_experts, keep).watch()
     try:
         yield activations
     finally:
@@ -156,10 +203,15 @@ class Place:
 
         if self._of == "input":
             return self._module.register_forward_pre_hook(lambda _, inputs: see(inputs[0]))
-        return self._module.register_forward_hook(lambda _, __, output: see(output))
+        return self._module.register_forward_hook(lambda _, __, output: see(first(output)))
 
     def _flat(self, activation: Tensor) -> Tensor:
         return self._select(activation).flatten(0, -2)
+
+
+def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """A module's output, beside which some give others: a mixture its router's weights."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def places(module: nn.Module, family: Family, shape: LayerShape) -> dict[Site, Place]:
@@ -167,7 +219,9 @@ def places(module: nn.Module, family: Family, shape: LayerShape) -> dict[Site, P
     found: dict[Site, Place] = {}
     if shape.attention is not None:
         found |= _attention_places(getattr(module, family.attention), family, shape.attention)
-    if shape.ffn is not None:
+    if isinstance(shape.ffn, ExpertsShape):
+        found |= _mixture_places(mixture_of(module, family), family)
+    elif shape.ffn is not None:
         found |= _ffn_places(module if family.ffn is None else getattr(module, family.ffn), family, shape.ffn.width)
     return found
 
@@ -211,6 +265,28 @@ def _ffn_places(ffn: nn.Module, family: Family, width: int) -> dict[Site, Place]
             found[GATE] = Place(getattr(ffn, family.gate), "output")
         found[UP] = Place(first, "output")
     return found | {NEURONS: Place(down, "input"), FFN_OUTPUT: Place(ffn if has_module else down, "output")}
+
+
+def mixture_of(module: nn.Module, family: Family) -> Any:
+    """A layer's module of experts and what belongs to them."""
+    assert family.ffn is not None
+    return getattr(module, family.ffn)
+
+
+def _mixture_places(mixture: nn.Module, family: Family) -> dict[Site, Place]:
+    """Of what all tokens pass through."""
+    names = find_experts(mixture)
+    found = {FFN_INPUT: Place(mixture, "input")}
+    if names is not None and names.shared is not None:
+        shared = getattr(mixture, names.shared)
+        if family.gate is not None:
+            found[SHARED_GATE] = Place(getattr(shared, family.gate), "output")
+        found |= {
+            SHARED_UP: Place(getattr(shared, family.up), "output"),
+            SHARED_NEURONS: Place(getattr(shared, family.down), "input"),
+            SHARED_OUTPUT: Place(shared, "output"),
+        }
+    return found | {FFN_OUTPUT: Place(mixture, "output")}
 
 
 def selections(widths: tuple[int, ...], fused: Fused, groups: int) -> list[Select]:

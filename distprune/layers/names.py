@@ -8,22 +8,24 @@ has lost rotary pairs or value neurons. See :mod:`distprune.modeling.pruned_proj
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distprune.families import Family
+from distprune.layers.expert_names import EXPERTS, ExpertNames
 from distprune.layers.parts import (
     Attention,
     DecoderLayer,
+    Experts,
     FeedForward,
     Linear,
     LowRank,
     Projection,
     outputs_of,
 )
-from distprune.layers.shapes import AttentionShape, LayerShape
+from distprune.layers.shapes import AttentionShape, ExpertsShape, LayerShape
 
 #: How tensors of an attention and a feed-forward network that are not there are told from the rest of a layer.
 LEFT, RIGHT, NARROW, BRANCH = "left", "right", "narrow", "branch"
@@ -37,10 +39,12 @@ class LayerNames:
         family: the names of modules.
         full: the attention that the layer's class is built with, heads aside: its heads are as wide as the class makes
             them; None for a layer without attention.
+        experts: the names of its mixture of experts; None for a layer without one.
     """
 
     family: Family
     full: AttentionShape | None
+    experts: ExpertNames | None = None
 
     # ---------------------------------------------------------------- from and to the state of a module
 
@@ -50,8 +54,10 @@ class LayerNames:
         state = {name: tensor for name, tensor in layer.rest.items() if not self._went_with_its_part(name, layer)}
         if layer.attention is not None:
             state |= self._attention_state(layer.attention)
-        if layer.ffn is not None:
-            state |= self._ffn_state(layer.ffn)
+        if isinstance(layer.ffn, Experts):
+            state |= self._experts_state(layer.ffn)
+        elif layer.ffn is not None:
+            state |= self._ffn_state(layer.ffn, self.family.ffn)
         return state
 
     def layer_from_state(
@@ -60,15 +66,28 @@ class LayerNames:
         """The inverse of :meth:`state_of`, for a layer of ``shape``."""
         state = dict(state)
         attention = None if shape.attention is None else self._attention(state, shape.attention, rotary_pairs)
-        ffn = None if shape.ffn is None else self._ffn(state)
+        if isinstance(shape.ffn, ExpertsShape):
+            return DecoderLayer(attention, self._experts(state, shape.ffn), state)
+        ffn = None if shape.ffn is None else self._ffn(state, self.family.ffn)
         return DecoderLayer(attention, ffn, state)
+
+    @property
+    def router(self) -> str | None:
+        """The module of a mixture's router; None where there is no mixture."""
+        return None if self.experts is None else _path(self.family.ffn, self.experts.router)
 
     def is_in_attention(self, name: str) -> bool:
         """Whether a tensor of the rest lies in an attention that is known: a norm of its queries."""
         return self.full is not None and name.startswith(f"{self.family.attention}.")
 
+    def is_in_mixture(self, name: str) -> bool:
+        """Whether one lies in a mixture of experts that is known: a gate of what its shared network gives."""
+        return self.experts is not None and name.startswith(f"{self.family.ffn}.")
+
     def _went_with_its_part(self, name: str, layer: DecoderLayer) -> bool:
-        return layer.attention is None and self.is_in_attention(name)
+        return (layer.attention is None and self.is_in_attention(name)) or (
+            layer.ffn is None and self.is_in_mixture(name)
+        )
 
     def _attention_state(self, attention: Attention) -> dict[str, Tensor]:
         family, shape, parent = self.family, attention.shape, self.family.attention
@@ -104,8 +123,31 @@ class LayerNames:
         output = _take(state, parent, family.output)
         return Attention(shape.query_heads, shape.kv_heads, query, key, value, output, pairs)
 
-    def _ffn_state(self, ffn: FeedForward) -> dict[str, Tensor]:
-        family, parent = self.family, self.family.ffn
+    def _experts_state(self, experts: Experts) -> dict[str, Tensor]:
+        assert self.experts is not None and self.family.ffn is not None
+        state = {_path(self.family.ffn, name): tensor for name, tensor in self.experts.state_of(experts).items()}
+        if experts.shared is None:
+            return state
+        return state | self._ffn_state(experts.shared, _path(self.family.ffn, self.experts.shared))
+
+    def _experts(self, state: dict[str, Tensor], shape: ExpertsShape) -> Experts:
+        assert self.experts is not None and self.family.ffn is not None
+        shared = None
+        if shape.shared is not None:
+            shared = self._ffn(state, _path(self.family.ffn, self.experts.shared))
+        return self.experts.take(state, f"{self.family.ffn}.", shared, shape)
+
+    def is_of_experts(self, name: str) -> bool:
+        """Whether a tensor holds something of each expert, along its first dimension."""
+        return self.experts is not None and name.startswith(f"{self.family.ffn}.{EXPERTS}.")
+
+    def with_tensors(self, experts: Experts, tensors: Mapping[str, Tensor]) -> Experts:
+        """A mixture whose experts were elsewhere with their tensors, by their names in the layer's module."""
+        alone = replace(experts, shared=None, shared_count=None, elsewhere=None)
+        return self._experts({**self._experts_state(alone), **tensors}, alone.shape)
+
+    def _ffn_state(self, ffn: FeedForward, parent: str | None) -> dict[str, Tensor]:
+        family = self.family
         state = _state(parent, family.down, ffn.down)
         if family.gate_up is not None and ffn.gate is not None:
             state |= _state(parent, family.gate_up.name, join_heads([ffn.gate, ffn.up]))
@@ -115,9 +157,8 @@ class LayerNames:
                 state |= _state(parent, family.gate, ffn.gate)
         return state | _state(parent, BRANCH, ffn.branch) if ffn.branch is not None else state
 
-    def _ffn(self, state: dict[str, Tensor]) -> FeedForward:
-        family, parent = self.family, self.family.ffn
-        gate = None
+    def _ffn(self, state: dict[str, Tensor], parent: str | None) -> FeedForward:
+        family, gate = self.family, None
         if family.gate_up is not None:
             fused = _take_matrix(state, parent, family.gate_up.name)
             gate, up = split_heads(fused, [outputs_of(fused) // 2] * 2)

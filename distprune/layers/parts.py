@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
-from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
+from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape, LayerShape
 
 T = TypeVar("T")
 
@@ -97,18 +98,67 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of E experts, feed-forward networks of f neurons, of which a router chooses some for each token.
+
+    m is 2 where a gate multiplies what the up projection gives, and 1 where there is none.
+    """
+
+    router: Linear  # d -> E
+    inputs: Tensor  # (E, m, f, d): of each expert the gate, if there is one, and the up projection
+    down: Tensor  # (E, d, f)
+    input_bias: Tensor | None = None  # (E, m, f)
+    down_bias: Tensor | None = None  # (E, d)
+    correction: Tensor | None = None  # (E,), added to the router's scores when it chooses
+    shared: FeedForward | None = None  # every token passes through it besides
+    # Where the shared network is so many experts, each as wide as the others: how many.
+    shared_count: int | None = None
+    # How many experts a token is sent to, of how many groups the router chooses some first, and how few it can do with.
+    per_token: int = 1
+    groups: int = 1
+    fewest: int = 1
+    # (E,) integers, where experts are read a chunk at a time: which of the checkpoint's they are. Their own tensors are
+    # on the meta device then. None where all are here.
+    elsewhere: Tensor | None = None
+
+    def expert(self, number: int) -> FeedForward:
+        """One expert; its tensors are views."""
+        *gate, up = (
+            Linear(weight, None if self.input_bias is None else self.input_bias[number, place])
+            for place, weight in enumerate(self.inputs[number])
+        )
+        down = Linear(self.down[number], None if self.down_bias is None else self.down_bias[number])
+        return FeedForward(gate[0] if gate else None, up, down)
+
+    @property
+    def shape(self) -> ExpertsShape:
+        count, projections, width, _ = self.inputs.shape
+        shared = None if self.shared is None or self.shared_count else self.shared.shape.width
+        return ExpertsShape(
+            count,
+            width,
+            shared,
+            self.shared_count,
+            per_token=self.per_token,
+            groups=self.groups,
+            fewest=self.fewest,
+            is_gated=projections == 2,
+        )
+
+
+@dataclass(frozen=True)
 class DecoderLayer:
     """A decoder layer: the parts that pruning knows, and everything else.
 
     Attributes:
         attention: None where it is of a kind that is not known (then its tensors are in ``rest``), or was removed.
-        ffn: likewise.
+        ffn: likewise; a feed-forward network, or a mixture of them.
         rest: tensors by their names in the layer's module that no part holds: norms, and what is carried through as
             it is.
     """
 
     attention: Attention | None
-    ffn: FeedForward | None
+    ffn: FeedForward | Experts | None
     rest: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -137,6 +187,8 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if tensor.is_meta:  # what is elsewhere stays there
+        return tensor.to(torch.empty(0, dtype=tensor.dtype).to(*args, **kwargs).dtype)
     if tensor.is_floating_point():
         return tensor.to(*args, **kwargs)
     device = tensor.new_empty(0).to(*args, **kwargs).device
@@ -162,3 +214,21 @@ def slice_linear(linear: Linear, *, rows: Tensor | None = None, columns: Tensor 
     if columns is not None:
         weight = weight.index_select(1, columns)
     return Linear(weight.contiguous(), bias)
+
+
+def keep_experts(experts: Experts, numbers: Tensor) -> Experts:
+    """The mixture with the given experts, ascending indices (kept,); the router no longer knows the others."""
+
+    def kept(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.index_select(0, numbers.to(tensor.device))
+
+    return replace(
+        experts,
+        router=slice_linear(experts.router, rows=numbers),
+        inputs=experts.inputs.index_select(0, numbers.to(experts.inputs.device)),
+        down=experts.down.index_select(0, numbers.to(experts.down.device)),
+        input_bias=kept(experts.input_bias),
+        down_bias=kept(experts.down_bias),
+        correction=kept(experts.correction),
+        elsewhere=kept(experts.elsewhere),
+    )

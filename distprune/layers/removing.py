@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from distprune.layers.parts import outputs_of
+from distprune.layers.parts import Experts, FeedForward, outputs_of
 from distprune.layers.rotary import turns_halves
 from distprune.layers.shapes import LayerShape, Removable
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 #: What families call their norms of queries and keys, which values don't pass through.
 HEAD_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm")
+
+#: What families call a norm of a head's values; it may have no weights, so that no tensor tells of it.
+VALUE_NORM = "v_norm"
 
 
 def find_removable(architecture: Architecture, index: int) -> Removable:
@@ -27,23 +31,26 @@ def find_removable(architecture: Architecture, index: int) -> Removable:
         normed = beside.intersection(HEAD_NORMS)
         # Gates, norms or sinks of what attention gives know their values one by one.
         has_values_of_its_own = outputs_of(layer.attention.query) != shape.query_heads * shape.query_key_dim
+        attention = getattr(_module(architecture, index, layer.shape), family.attention)
         mixes = family.mixes_pairs
         if mixes is None:
-            attention = getattr(_module(architecture, index, layer.shape), family.attention)
             mixes = turns_halves(type(attention), architecture.config)
         found |= {
             "attention": True,
             "factors": True,
             "heads": can_have_fewer_heads(architecture, index),
-            "values": beside == normed and not has_values_of_its_own,
+            "values": beside == normed and not has_values_of_its_own and not hasattr(attention, VALUE_NORM),
             "pairs": not beside and not has_values_of_its_own and mixes and shape.query_key_dim % 2 == 0,
         }
     if layer.ffn is not None:
         found |= {
             "neurons": can_be_built(architecture, index, layer.shape.with_ffn(width=1)),
-            "branch": family.ffn is not None,
+            "branch": family.ffn is not None and isinstance(layer.ffn, FeedForward),
             "ffn": family.ffn is not None,
         }
+    if isinstance(layer.ffn, Experts):
+        fewer = replace(layer.ffn.shape, count=layer.ffn.fewest)
+        found["experts"] = can_be_built(architecture, index, replace(layer.shape, ffn=fewer))
     return Removable(**found)
 
 

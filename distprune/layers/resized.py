@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distprune.layers.parts import Attention, FeedForward, Linear, LowRank, Projection, outputs_of
-from distprune.layers.shapes import AttentionShape, FeedForwardShape
+from distprune.layers.parts import Attention, Experts, FeedForward, Linear, LowRank, Projection, outputs_of
+from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape
 
 
 def resize_attention(attention: Attention, shape: AttentionShape) -> Attention:
@@ -45,6 +45,23 @@ def resize_ffn(ffn: FeedForward, shape: FeedForwardShape) -> FeedForward:
         branch=None
         if rank is None
         else LowRank(empty_like(ffn.up.weight, rank, hidden), empty_like(ffn.up.weight, hidden, rank)),
+    )
+
+
+def resize_experts(experts: Experts, shape: ExpertsShape) -> Experts:
+    """The mixture with another number of experts, of another width."""
+    _, projections, _, hidden = experts.inputs.shape
+    count, width, shared = shape.count, shape.width, shape.shared
+    bias, down_bias, correction = experts.input_bias, experts.down_bias, experts.correction
+    return replace(
+        experts,
+        router=matrix(experts.router, count, hidden),
+        inputs=empty_like(experts.inputs, count, projections, width, hidden),
+        down=empty_like(experts.down, count, hidden, width),
+        input_bias=None if bias is None else empty_like(bias, count, projections, width),
+        down_bias=None if down_bias is None else empty_like(down_bias, count, hidden),
+        correction=None if correction is None else empty_like(correction, count),
+        shared=None if experts.shared is None or shared is None else resize_ffn(experts.shared, shared),
     )
 
 

@@ -143,8 +143,8 @@ class LayerRunner:
         return result
 
     def build(self, layer: DecoderLayer, index: int, dtype: torch.dtype) -> nn.Module:
-        """The layer as a module, on the runner's device."""
-        return build_module(self.architecture, index, layer.to(self.device, dtype))
+        """The layer as a module, on the runner's device, as transformers loads it in ``dtype``."""
+        return build_module(self.architecture, index, layer.to(self.device), dtype)
 
     def forward(self, module: nn.Module, index: int, hidden_states: Tensor) -> Tensor:
         """One pass of a module that :meth:`build` made, over hidden states in its dtype, on its device."""

@@ -69,16 +69,54 @@ class FeedForwardShape:
 
 
 @dataclass(frozen=True)
+class ExpertsShape:
+    """The shape of a mixture of experts.
+
+    Attributes:
+        count: its experts.
+        width: neurons of each.
+        shared_width: neurons of what every token passes through beside them, None where there is none or where
+            ``shared_count`` says it.
+        shared_count: of families whose shared experts are as wide as the others, how many there are.
+        per_token: how many experts a token is sent to.
+        groups: of how many groups the router chooses some first; all have as many experts.
+        fewest: of experts that the router can choose from.
+        is_gated: whether a gate multiplies what the up projection gives.
+
+    Raises:
+        ValueError: a number is not a positive integer.
+    """
+
+    count: int
+    width: int
+    shared_width: int | None = None
+    shared_count: int | None = None
+    per_token: int = 1
+    groups: int = 1
+    fewest: int = 1
+    is_gated: bool = True
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+
+    @property
+    def shared(self) -> FeedForwardShape | None:
+        """The shape of the network that every token passes through."""
+        width = self.shared_count * self.width if self.shared_count else self.shared_width
+        return None if width is None else FeedForwardShape(width, is_gated=self.is_gated)
+
+
+@dataclass(frozen=True)
 class LayerShape:
     """The shapes of a layer's parts.
 
     Attributes:
         attention: None where the layer has none that is known, be it that it never had or that pruning took it.
-        ffn: likewise.
+        ffn: likewise; of one feed-forward network or of a mixture of experts.
     """
 
     attention: AttentionShape | None
-    ffn: FeedForwardShape | None
+    ffn: FeedForwardShape | ExpertsShape | None
 
     def with_attention(self, **changes: Any) -> LayerShape:
         """The shape with some of its attention's fields changed; the shape itself where it has no attention."""
@@ -100,15 +138,24 @@ class LayerShape:
             TypeError, ValueError: it is not one.
         """
         attention, ffn = said["attention"], said["ffn"]
-        return cls(attention and AttentionShape(**attention), ffn and FeedForwardShape(**ffn))
+        return cls(attention and AttentionShape(**attention), ffn and ffn_shape_of(ffn))
 
 
-def _check_numbers(shape: AttentionShape | FeedForwardShape) -> None:
-    for name, value in asdict(shape).items():
+def ffn_shape_of(said: Mapping[str, Any]) -> FeedForwardShape | ExpertsShape:
+    """The shape of a feed-forward network, or of a mixture, whose fields are said."""
+    return ExpertsShape(**said) if "count" in said else FeedForwardShape(**said)
+
+
+#: Ends of the names of numbers that may be absent.
+OPTIONAL = ("_rank", "shared_width", "shared_count")
+
+
+def _check_numbers(shape: AttentionShape | FeedForwardShape | ExpertsShape) -> None:
+    for name, value in vars(shape).items():
         if name.endswith("_bias") or name.startswith("is_"):
             sound, kind = isinstance(value, bool), "true or false"
         else:
-            sound = (value is None and name.endswith("_rank")) or (type(value) is int and value > 0)
+            sound = (value is None and name.endswith(OPTIONAL)) or (type(value) is int and value > 0)
             kind = "a positive integer"
         if not sound:
             raise ValueError(f"{name} must be {kind}, got {value!r}.")
@@ -123,7 +170,8 @@ class Removable:
         values: value neurons, as many from each head.
         pairs: rotary pairs of queries and keys.
         factors: query, key and output projections may become products of two factors.
-        neurons: neurons of the feed-forward network.
+        neurons: neurons of the feed-forward network, or as many of each expert.
+        experts: whole experts.
         branch: whether a linear branch may stand beside the feed-forward network.
         attention: attention as a whole.
         ffn: the feed-forward network as a whole.
@@ -134,6 +182,7 @@ class Removable:
     pairs: bool = False
     factors: bool = False
     neurons: bool = False
+    experts: bool = False
     branch: bool = False
     attention: bool = False
     ffn: bool = False

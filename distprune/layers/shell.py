@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distprune.layers.architecture import Architecture
+from distprune.layers.loaded_dtypes import loaded_dtype
 from distprune.layers.tree import build_on_meta
 
 
@@ -90,7 +91,7 @@ class Shell:
         for name, tensor in tensors.items():
             path, _, own = name.rpartition(".")
             module = self.model.get_submodule(path)
-            placed = tensor.to(self.device, dtype or self.dtype)
+            placed = tensor.to(self.device, loaded_dtype(self.model, name, dtype or self.dtype))
             if own in module._parameters:
                 module._parameters[own] = nn.Parameter(placed, requires_grad=False)
             else:

@@ -14,19 +14,26 @@ class Site:
         part: "attention" or "ffn".
         place: which activation of the part.
         is_gradient: whether it is the loss's gradient there, and not the activation itself.
+        expert: which expert of a mixture it is of, at the tokens that were routed to it.
     """
 
     part: str
     place: str
     is_gradient: bool = False
+    expert: int | None = None
 
     @property
     def gradient(self) -> Site:
         """The loss's gradient at the same place."""
         return replace(self, is_gradient=True)
 
+    def of(self, expert: int) -> Site:
+        """The same place in an expert of a mixture."""
+        return replace(self, expert=expert)
+
     def __str__(self) -> str:
-        return f"{self.part}.{self.place}" + (".gradient" if self.is_gradient else "")
+        number = "" if self.expert is None else f"[{self.expert}]"
+        return f"{self.part}.{self.place}{number}" + (".gradient" if self.is_gradient else "")
 
 
 #: The input of queries, keys and values, (tokens, d).
@@ -45,6 +52,21 @@ GATE = Site("ffn", "gate")
 UP = Site("ffn", "up")
 NEURONS = Site("ffn", "neurons")
 FFN_OUTPUT = Site("ffn", "output")
+
+#: Of each expert, at the tokens that were routed to it: its input, (tokens, d); what its gate and up projection give,
+#: (tokens, f); its neurons and its output, both times the router's weight, (tokens, f) and (tokens, d); and that
+#: weight, (tokens, 1).
+EXPERT_INPUT = Site("ffn", "expert_input")
+EXPERT_GATE = Site("ffn", "expert_gate")
+EXPERT_UP = Site("ffn", "expert_up")
+EXPERT_NEURONS = Site("ffn", "expert_neurons")
+EXPERT_OUTPUT = Site("ffn", "expert_output")
+ROUTER_WEIGHT = Site("ffn", "router_weight")
+#: The same as GATE, UP, NEURONS and FFN_OUTPUT of the network that every token passes through beside the experts.
+SHARED_GATE = Site("ffn", "shared_gate")
+SHARED_UP = Site("ffn", "shared_up")
+SHARED_NEURONS = Site("ffn", "shared_neurons")
+SHARED_OUTPUT = Site("ffn", "shared_output")
 
 #: All places, in the order in which most families' layers come to them.
 SITES = (

@@ -30,8 +30,9 @@ def reshape_layer(layer: nn.Module, names: dict[str, Any], shape: dict[str, Any]
             reshape_attention(getattr(layer, names["attention"]), names, shape["attention"])
     if "ffn" in shape:
         if shape["ffn"] is None:
-            setattr(layer, names["ffn"], NoFeedForward())
-        else:
+            is_mixture = hasattr(getattr(layer, names["ffn"]), "experts")
+            setattr(layer, names["ffn"], NoFeedForward(is_mixture and names.get("gives_scores", False)))
+        elif "count" not in shape["ffn"]:  # a mixture of experts is as the configuration makes it
             ffn = layer if names["ffn"] is None else getattr(layer, names["ffn"])
             reshape_ffn(ffn, names, shape["ffn"])
 
@@ -124,8 +125,13 @@ def add_branch(ffn: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) 
 class NoFeedForward(nn.Module):
     """Stands where the feed-forward network was: it adds nothing."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros_like(hidden_states)
+    def __init__(self, gives_scores: bool = False):
+        super().__init__()
+        self._gives_scores = gives_scores
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self._gives_scores else nothing
 
 
 __all__ = ["add_places", "reshape_layer"]

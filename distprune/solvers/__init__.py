@@ -1,6 +1,7 @@
 """Linear algebra on tensors. No Ray, no files, no transformers."""
 
 from distprune.solvers.elimination import eliminate, elimination_path
+from distprune.solvers.expected import for_each
 from distprune.solvers.linear_branch import linear_branch
 from distprune.solvers.low_rank import (
     factor_input_scaled,
@@ -23,6 +24,7 @@ __all__ = [
     "elimination_path",
     "factor_input_scaled",
     "factor_output_scaled",
+    "for_each",
     "linear_branch",
     "most_and_least_important",
     "most_important",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+T = TypeVar("T")
 #: How often the code that runs now stands for running.
 REPEATED: ContextVar[int] = ContextVar("REPEATED", default=1)
 
@@ -38,4 +40,18 @@ def until_converged(limit: int, expected: int, check_every: int, tensor: Tensor)
     for number, times in ((1, expected - checks), (check_every, checks)):
         before = REPEATED.set(times)
         yield number
+        REPEATED.reset(before)
+
+
+def for_each(count: int, do: Callable[[int], T], tensor: Tensor) -> list[T]:
+    """What is done with each of ``count`` things that are alike, given their numbers.
+
+    Where ``tensor`` has no values, the first one stands for all.
+    """
+    if has_values(tensor):
+        return [do(number) for number in range(count)]
+    before = REPEATED.set(count * REPEATED.get())
+    try:
+        return [do(0)] * count
+    finally:
         REPEATED.reset(before)

@@ -1,7 +1,18 @@
 """Streaming moments of activations and gradients at a layer's sites."""
 
 from distprune.statistics.layer_statistics import LayerStatistics
-from distprune.statistics.moments import Cross, Gram, HeadGram, Mean, Moment, Peak, Power, ScalingPower, sites_of
+from distprune.statistics.moments import (
+    Cross,
+    Gram,
+    HeadGram,
+    Mean,
+    MeanNorm,
+    Moment,
+    Peak,
+    Power,
+    ScalingPower,
+    sites_of,
+)
 from distprune.statistics.sizes import moment_size, site_widths
 
 __all__ = [
@@ -10,6 +21,7 @@ __all__ = [
     "HeadGram",
     "LayerStatistics",
     "Mean",
+    "MeanNorm",
     "Moment",
     "Peak",
     "Power",

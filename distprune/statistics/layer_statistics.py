@@ -14,10 +14,12 @@ from distprune.statistics.moments import (
     Gram,
     HeadGram,
     Mean,
+    MeanNorm,
     Moment,
     Peak,
     Power,
     ScalingPower,
+    moved,
     sites_of,
 )
 
@@ -56,6 +58,17 @@ class LayerStatistics:
                 moment.add(total, activations)
         for site in self._tokens:
             self._tokens[site] += len(activations[site])
+
+    @classmethod
+    def together(cls, statistics: Iterable[LayerStatistics]) -> LayerStatistics:
+        """What several have seen, each of other moments, and no longer hold."""
+        joined = cls(())
+        for each in statistics:
+            joined._totals |= each._totals
+            joined._averages |= each._averages
+            joined._tokens |= each._tokens
+            each._totals, each._averages = {}, {}
+        return joined
 
     def to_tensors(self, moments: Iterable[Moment]) -> dict[str, Tensor]:
         """The averages of some of the moments as named tensors, for :meth:`from_tensors`, and their sites' tokens."""
@@ -96,6 +109,10 @@ class LayerStatistics:
         """Root mean square of every channel, (width,)."""
         return self.power(site).sqrt()
 
+    def mean_norm(self, site: Site) -> Tensor:
+        """Mean norm of the activations, ()."""
+        return self._average(MeanNorm(site))
+
     def peak(self, site: Site) -> Tensor:
         """Largest magnitude of every channel, (width,)."""
         return self._average(Peak(site))
@@ -111,6 +128,41 @@ class LayerStatistics:
 
     def scaling_power(self, site: Site, other: Site, groups: int, pairs: int) -> Tensor:
         return self._average(ScalingPower(site, other, groups, pairs))
+
+    def moved(self, places: Mapping[Site, Site]) -> LayerStatistics:
+        """The same statistics where some sites are other ones, such as those of an expert for those of a feed-forward
+        network."""
+        return MovedStatistics(self, places)
+
+
+#: How much is added to the diagonal of a Gram matrix, over its mean, where there were as many tokens as channels. With
+#: fewer it is more in proportion: what they don't tell of is taken for noise of equal power.
+SCARCITY = 0.01
+
+
+class MovedStatistics(LayerStatistics):
+    """What was collected at other sites, of which some may have seen few tokens or none.
+
+    Where there were none, moments are what :meth:`Moment.unseen` says.
+    """
+
+    def __init__(self, statistics: LayerStatistics, places: Mapping[Site, Site]):
+        super().__init__(())
+        self._statistics, self._places = statistics, places
+
+    def tokens(self, site: Site) -> int:
+        place = moved(site, self._places)
+        assert isinstance(place, Site)
+        return self._statistics.tokens(place)
+
+    def _average(self, moment: Moment) -> Tensor:
+        average, tokens = self._statistics._average(moment.moved(self._places)), self.tokens(moment.site)
+        if not tokens:
+            return moment.unseen(average)
+        if isinstance(moment, Gram):
+            average = average.clone()
+            average.diagonal().add_(SCARCITY * len(average) / tokens * average.diagonal().mean())
+        return average
 
 
 def counted(site: Site) -> str:

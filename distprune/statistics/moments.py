@@ -8,7 +8,8 @@ in float32. Totals grow in place, so that of the largest of them there is one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,16 @@ class Moment:
         """What the total over so many tokens comes to, in its place; zeros where there were none."""
         return total.div_(max(1, tokens))
 
+    def moved(self, places: Mapping[Site, Site]) -> Moment:
+        """The same moment where some sites, and the gradients there, are other ones."""
+        own: Any = self  # a dataclass, as all of them are
+        return replace(own, **{each.name: moved(getattr(own, each.name), places) for each in fields(own)})
+
+    def unseen(self, average: Tensor) -> Tensor:
+        """What to take it for, of the size of ``average``, where there were no tokens: as if all channels were of
+        unit power and uncorrelated, so that what is weighed by it is weighed by its weights alone."""
+        return average
+
     def __str__(self) -> str:
         """Its name in files: "Gram(ffn.neurons)"."""
         return f"{type(self).__name__}({', '.join(map(str, vars(self).values()))})"
@@ -74,6 +85,9 @@ class Power(Moment):
         for rows in cached(activations[self.site]):
             add(total, rows.to(torch.float32, copy=True).square_().sum(dim=0))
 
+    def unseen(self, average: Tensor) -> Tensor:
+        return torch.ones_like(average)
+
 
 @dataclass(frozen=True)
 class Gram(Moment):
@@ -90,6 +104,9 @@ class Gram(Moment):
 
     def average(self, total: Tensor, tokens: int) -> Tensor:
         return mirror(super().average(total, tokens))
+
+    def unseen(self, average: Tensor) -> Tensor:
+        return torch.eye(len(average), dtype=average.dtype, device=average.device)
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,9 @@ class Cross(Moment):
 
     def add(self, total: Tensor, activations: Activations) -> None:
         add_product(total, activations[self.site], activations[self.other])
+
+    def unseen(self, average: Tensor) -> Tensor:
+        return torch.ones_like(average)
 
 
 @dataclass(frozen=True)
@@ -139,6 +159,22 @@ class Peak(Moment):
 
     def average(self, total: Tensor, tokens: int) -> Tensor:
         return total
+
+    def unseen(self, average: Tensor) -> Tensor:
+        return torch.ones_like(average)
+
+
+@dataclass(frozen=True)
+class MeanNorm(Moment):
+    """E[‖x‖], ()."""
+
+    site: Site
+
+    def size(self, activations: Activations) -> tuple[int, ...]:
+        return ()
+
+    def add(self, total: Tensor, activations: Activations) -> None:
+        add(total, torch.linalg.vector_norm(activations[self.site], dim=1, dtype=torch.float32).sum())
 
 
 @dataclass(frozen=True)
@@ -181,3 +217,11 @@ def add(total: Tensor, values: Tensor) -> None:
 def sites_of(moments: Iterable[Moment]) -> set[Site]:
     """The sites whose activations the moments are of."""
     return {site for moment in moments for site in moment.sites}
+
+
+def moved(value: object, places: Mapping[Site, Site]) -> object:
+    """A moment's site, or the gradient there, as the one that stands in its place; any other value as it is."""
+    if not isinstance(value, Site):
+        return value
+    place = places.get(replace(value, is_gradient=False), value)
+    return place.gradient if value.is_gradient else place

@@ -7,17 +7,27 @@ from math import prod
 
 import torch
 
-from distprune.layers.shapes import LayerShape
+from distprune.layers.shapes import ExpertsShape, FeedForwardShape, LayerShape
 from distprune.layers.sites import (
     ATTENDED,
     ATTENTION_INPUT,
     ATTENTION_OUTPUT,
+    EXPERT_GATE,
+    EXPERT_INPUT,
+    EXPERT_NEURONS,
+    EXPERT_OUTPUT,
+    EXPERT_UP,
     FFN_INPUT,
     FFN_OUTPUT,
     GATE,
     KEYS,
     NEURONS,
     QUERIES,
+    ROUTER_WEIGHT,
+    SHARED_GATE,
+    SHARED_NEURONS,
+    SHARED_OUTPUT,
+    SHARED_UP,
     UP,
     VALUES,
     Site,
@@ -36,8 +46,26 @@ def site_widths(hidden_size: int, shape: LayerShape) -> dict[Site, int]:
         widths[ATTENDED] = attention.query_heads * attention.value_dim
     if ffn := shape.ffn:
         widths |= dict.fromkeys((FFN_INPUT, FFN_OUTPUT), hidden_size)
+    if isinstance(ffn, FeedForwardShape):
         widths |= dict.fromkeys((GATE, UP, NEURONS) if ffn.is_gated else (UP, NEURONS), ffn.width)
+    elif ffn:
+        widths |= mixture_widths(hidden_size, ffn)
     return widths | {site.gradient: width for site, width in widths.items()}
+
+
+def mixture_widths(hidden_size: int, shape: ExpertsShape) -> dict[Site, int]:
+    """The same at the sites of a mixture's experts, and of what is shared beside them."""
+    widths: dict[Site, int] = {}
+    inside = (EXPERT_GATE, EXPERT_UP, EXPERT_NEURONS) if shape.is_gated else (EXPERT_UP, EXPERT_NEURONS)
+    for expert in range(shape.count):
+        widths |= {site.of(expert): shape.width for site in inside}
+        widths |= {site.of(expert): hidden_size for site in (EXPERT_INPUT, EXPERT_OUTPUT)}
+        widths[ROUTER_WEIGHT.of(expert)] = 1
+    if shared := shape.shared:
+        gated = (SHARED_GATE,) if shared.is_gated else ()
+        widths |= dict.fromkeys((*gated, SHARED_UP, SHARED_NEURONS), shared.width)
+        widths[SHARED_OUTPUT] = hidden_size
+    return widths
 
 
 def moment_size(moment: Moment, widths: Mapping[Site, int]) -> int:

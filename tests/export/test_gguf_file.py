@@ -1,4 +1,4 @@
-"""Llama checkpoints as GGUF files; transformers and llama.cpp judge what is written."""
+"""Llama and Mixtral checkpoints as GGUF files; transformers and llama.cpp judge what is written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from layer_edits import fewer_groups, fewer_neurons, in_turn, narrower_values
+from mixture_edits import fewer_experts, narrower_experts
 from pruned_checkpoints import write_pruned
 from small_models import small_model
 from smollm2 import bundled_smollm2
@@ -143,6 +144,38 @@ def test_llama_cpp_computes_the_same_logits_for_pruned_models(to_gguf, save_mode
     assert_same(llama_cpp_logits(llama_cpp_model(file), tokens), expected, 5e-3)
 
 
+MIXTURE = {"num_local_experts": 8, "num_experts_per_tok": 2}
+OF_MIXTURE = in_turn(narrower_experts(64), fewer_experts(5), fewer_groups(1))
+
+
+@pytest.mark.parametrize("edits", [{}, dict.fromkeys(range(4), OF_MIXTURE)], ids=["whole", "pruned"])
+def test_llama_cpp_computes_the_same_logits_for_a_mixture_of_experts(to_gguf, save_model, tmp_path, tokenizer, edits):
+    dense = AutoModelForCausalLM.from_pretrained(save_model("mixtral", **MIXTURE))
+    pruned = write_pruned(dense, edits, tmp_path / "pruned")
+    assert pruned.layout == "stock"
+    tokenizer.save_pretrained(pruned.folder)
+    tokens = list(range(3, 43))
+    with torch.no_grad():
+        expected = pruned.oracle(torch.tensor([tokens])).logits[0]
+    assert_same(llama_cpp_logits(llama_cpp_model(to_gguf(pruned.folder, dtype="f32")), tokens), expected, 5e-3)
+
+
+def test_experts_are_written_together_from_whatever_they_are_on_disk(to_gguf, save_model):
+    folder = save_model("mixtral", **MIXTURE)  # where transformers stores each expert by itself
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    mixture = model.model.layers[2].mlp
+    gate, up = mixture.experts.gate_up_proj.chunk(2, dim=1)
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(to_gguf(folder, dtype="f32")).tensors}
+    expected = {
+        "gate_exps": gate,
+        "up_exps": up,
+        "down_exps": mixture.experts.down_proj,
+        "gate_inp": mixture.gate.weight,
+    }
+    for name, tensor in expected.items():
+        assert np.array_equal(tensors[f"blk.2.ffn_{name}.weight"], tensor.detach().numpy()), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", EDITS)
 def test_a_pruned_smollm2_speaks_the_same_in_llama_cpp(to_gguf, tmp_path, architecture):
@@ -184,11 +217,18 @@ def test_a_free_checkpoint_is_refused(to_gguf, tmp_path):
     assert_refused(to_gguf, pruned.folder, "Prune with --layout heterogeneous or --layout stock")
 
 
+def test_a_mixture_whose_layers_differ_is_refused(to_gguf, save_model, tmp_path):
+    dense = AutoModelForCausalLM.from_pretrained(save_model("mixtral", **MIXTURE))
+    pruned = write_pruned(dense, {1: fewer_experts(4)}, tmp_path / "pruned")
+    assert_refused(to_gguf, pruned.folder, "no mixtures of experts whose layers differ. Prune with --layout stock")
+
+
 @pytest.mark.parametrize(
     "model_type, changes, message",
     [
         ("qwen2", {}, "is of a qwen2 model"),
         ("llama", {"attention_bias": True}, "have biases"),
+        ("mixtral", {"num_local_experts": 4, "sliding_window": 8}, "sliding window"),
         ("llama", {"hidden_act": "gelu"}, "not gelu"),
         (
             "llama",

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distprune.layers.parts import Attention, DecoderLayer, Linear, LowRank, slice_linear
+from distprune.layers.parts import Attention, DecoderLayer, Experts, FeedForward, Linear, LowRank, slice_linear
 
 #: From a layer to what is left of it, and to the dense layer that computes the same.
 Edit = Callable[[DecoderLayer], tuple[DecoderLayer, DecoderLayer]]
@@ -63,7 +63,8 @@ def fewer_groups(count: int) -> Edit:
         attention, shape = layer.attention, layer.attention.shape
         groups = kept(shape.kv_heads, count)
         heads = rows_of(groups, shape.heads_per_group)
-        queries, keys = rows_of(heads, shape.query_key_dim), rows_of(groups, shape.query_key_dim)
+        query_width = len(attention.query.weight) // shape.query_heads  # some families' queries have gates beside them
+        queries, keys = rows_of(heads, query_width), rows_of(groups, shape.query_key_dim)
         values, attended = rows_of(groups, shape.value_dim), rows_of(heads, shape.value_dim)
         narrow = Attention(
             len(heads),
@@ -166,10 +167,17 @@ def without_attention(layer: DecoderLayer) -> tuple[DecoderLayer, DecoderLayer]:
 
 
 def without_ffn(layer: DecoderLayer) -> tuple[DecoderLayer, DecoderLayer]:
-    down = layer.ffn.down
-    bias = None if down.bias is None else torch.zeros_like(down.bias)
-    silent = replace(layer.ffn, down=Linear(torch.zeros_like(down.weight), bias))
-    return replace(layer, ffn=None), replace(layer, ffn=silent)
+    return replace(layer, ffn=None), replace(layer, ffn=silent(layer.ffn))
+
+
+def silent(ffn: FeedForward | Experts) -> FeedForward | Experts:
+    """The network, or the mixture of experts, whose output is zero."""
+    if isinstance(ffn, Experts):
+        bias = None if ffn.down_bias is None else torch.zeros_like(ffn.down_bias)
+        shared = None if ffn.shared is None else silent(ffn.shared)
+        return replace(ffn, down=torch.zeros_like(ffn.down), down_bias=bias, shared=shared)
+    bias = None if ffn.down.bias is None else torch.zeros_like(ffn.down.bias)
+    return replace(ffn, down=Linear(torch.zeros_like(ffn.down.weight), bias))
 
 
 def unchanged(layer: DecoderLayer) -> tuple[DecoderLayer, DecoderLayer]:

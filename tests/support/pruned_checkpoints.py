@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from layer_edits import Edit, unchanged
+from mixture_edits import add_to_router
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -61,11 +62,21 @@ def write_pruned(
     return PrunedCheckpoint(folder, layout, model.eval())
 
 
+def save_as_made(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model as transformers does one that it has made and not loaded: as checkpoints of its family are stored,
+    which for most mixtures of experts is with tensors of their own for each expert."""
+    made = type(model)(model.config)
+    made.load_state_dict(model.state_dict())
+    made.save_pretrained(folder)
+
+
 def fill_oracle(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
     """Give a dense model the weights, and the biases and branches that its class doesn't know."""
     for name in model.load_state_dict(state, strict=False).unexpected_keys:
         path, _, own = name.rpartition(".")
-        if own == "bias":
+        if own == "bias" and not isinstance(model.get_submodule(path), nn.Linear):
+            add_to_router(model.get_submodule(path), state[name])
+        elif own == "bias":
             model.get_submodule(path).bias = nn.Parameter(state[name], requires_grad=False)
         elif path.endswith("left.branch"):
             ffn = model.get_submodule(path.removesuffix(".left.branch"))

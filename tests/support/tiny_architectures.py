@@ -24,6 +24,7 @@ BIASES = {"attention_bias": True, "mlp_bias": True}
 MORE = {
     "deepseek_v3": {
         "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
         "n_group": 1,
         "topk_group": 1,
         "first_k_dense_replace": 2,

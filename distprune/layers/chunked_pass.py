@@ -1,0 +1,307 @@
+"""Passes of a layer whose experts come a chunk at a time, forward and backward.
+
+The layer's own module runs with a function in the place of its experts, which notes what they are called with or gives
+what they give. In between, each chunk of experts runs as the family's own module for so many experts, and adds to what
+all of them give. A pair of a token and an expert is a row of its own there, so that no chunk sees more than its tokens.
+The gradient goes the other way round: to the experts' output, through one chunk after the other, to the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from distprune.checks import check_gradient, check_hidden_states
+from distprune.layers.determinism import deterministic_attention
+from distprune.layers.expert_names import EXPERTS
+from distprune.layers.expert_places import ExpertPlaces
+from distprune.layers.module import EndOfPass, build_experts, tapped
+from distprune.layers.parts import DecoderLayer, Experts, map_tensors
+from distprune.layers.sites import FFN_OUTPUT, Site
+
+if TYPE_CHECKING:
+    from distprune.layers.runner import LayerRunner, Observer
+
+#: What stands in the place of the experts: (hidden states, numbers of the chosen experts, weights) -> output.
+StandIn = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: Sites that the experts' output reaches, and that whatever is in its place would falsify.
+AFTER_EXPERTS = {FFN_OUTPUT, FFN_OUTPUT.gradient}
+
+
+@dataclass
+class Routed:
+    """What the experts of a layer are called with in one micro-batch of T tokens, and what they give.
+
+    Attributes:
+        batch: its samples.
+        inputs: (T, d).
+        chosen: the numbers of each token's experts, (T, k).
+        weights: theirs, (T, k).
+        order: the T · k pairs of a token and one of its choices, sorted by expert.
+        starts: where the pairs of each expert begin there, and where those of the last end, (E + 1,).
+        total: the sum of the outputs of the experts so far, (T, d) in float32.
+        at_total: the loss's gradient there, (T, d).
+        at_inputs, at_weights: the gradients of the experts so far, (T, d) and (T, k) in float32.
+    """
+
+    batch: slice
+    inputs: Tensor
+    chosen: Tensor
+    weights: Tensor
+    order: Tensor
+    starts: list[int]
+    total: Tensor
+    at_total: Tensor | None = None
+    at_inputs: Tensor | None = None
+    at_weights: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: slice, inputs: Tensor, chosen: Tensor, weights: Tensor, experts: int) -> Routed:
+        """From what the experts of a layer that has so many are called with."""
+        numbers, order = torch.sort(chosen.flatten(), stable=True)
+        starts = [0, *accumulate(torch.bincount(numbers, minlength=experts).tolist())]
+        total = torch.zeros(inputs.shape, dtype=torch.float32, device=inputs.device)
+        return cls(batch, inputs, chosen, weights, order, starts, total)
+
+    def rows(self, own: range) -> tuple[Tensor, Tensor]:
+        """The pairs of tokens and some experts: which token, and which of its k choices."""
+        order, choices = self.order[self.starts[own.start] : self.starts[own.stop]], self.chosen.shape[1]
+        return order // choices, order % choices
+
+
+class ChunkedPass:
+    """One layer's passes over hidden states.
+
+    Forward: :meth:`route`, :meth:`add` for every chunk, :meth:`output`. Backward after every chunk was added:
+    :meth:`backward_to_experts`, :meth:`backward_through` for every chunk, :meth:`backward_to_input`.
+
+    Args:
+        runner: says where, and in what micro-batches.
+        layer: its experts' own tensors are not looked at.
+        index: which layer of the model it is.
+        hidden_states: at its input, (samples, length, d). What is noted of the experts is kept on their device.
+        dtype: what the layer runs in; by default the runner's.
+    """
+
+    def __init__(
+        self,
+        runner: LayerRunner,
+        layer: DecoderLayer,
+        index: int,
+        hidden_states: Tensor,
+        dtype: torch.dtype | None = None,
+    ):
+        self._runner, self._index, self._states = runner, index, hidden_states
+        self._dtype = dtype or runner.dtype
+        self._layer, self._module = layer, self._build(layer)
+        self._routed: list[Routed] = []
+
+    def _build(self, layer: DecoderLayer) -> nn.Module:
+        return self._runner.build(layer, self._index, self._dtype).requires_grad_(False)
+
+    # ---------------------------------------------------------------- forward
+
+    @torch.no_grad()
+    def route(self, observe: Observer | None = None, sites: Collection[Site] = ()) -> None:
+        """Note what the experts are called with. ``sites`` are none of experts, nor of what these give."""
+        assert not AFTER_EXPERTS & {*sites}
+
+        def note(inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+            device = self._states.device
+            called_with = inputs.to(device), chosen.to(device), weights.to(device)
+            self._routed.append(Routed.of(batch, *called_with, count))
+            if not sites:
+                raise EndOfPass
+            return torch.zeros_like(inputs)
+
+        assert isinstance(self._layer.ffn, Experts)
+        count = self._layer.ffn.shape.count
+        with self._standing_in(note), self._tapped(sites) as seen:
+            for batch in self._batches():
+                with suppress(EndOfPass):
+                    self._forward(self._given(batch))
+                if observe:
+                    observe(seen)
+                    seen.clear()
+
+    @torch.no_grad()
+    def add(self, own: range, experts: Experts, observe: Observer | None = None, sites: Collection[Site] = ()) -> None:
+        """Add what some experts give, ``own`` being their numbers in the layer; ``sites`` are theirs."""
+        for routed, (tokens, _), _, output in self._through(own, experts, observe, sites):
+            routed.total.index_add_(0, tokens, output.to(routed.total))
+
+    @torch.no_grad()
+    def observe(self, own: range, experts: Experts, observe: Observer, sites: Collection[Site]) -> None:
+        """See what passes through some experts, and add nothing."""
+        for _ in self._through(own, experts, observe, sites):
+            pass
+
+    @torch.no_grad()
+    def output(
+        self,
+        observe: Observer | None = None,
+        sites: Collection[Site] = (),
+        layer: DecoderLayer | None = None,
+    ) -> Tensor:
+        """The layer's output hidden states, of the input's shape, dtype and on its device, when all chunks were added.
+
+        Args:
+            observe, sites: as in :meth:`LayerRunner.run`; none of experts.
+            layer: another layer, which calls its experts with the same.
+
+        Raises:
+            InputError: the activations exceed the range of the dtype.
+        """
+        if layer is not None:
+            self._layer, self._module = layer, self._build(layer)
+
+        def give(inputs: Tensor, chosen: Tensor, _: Tensor) -> Tensor:
+            if not torch.equal(chosen.to(routed.chosen.device), routed.chosen):
+                raise AssertionError(f"layer {self._index} calls other experts than were run for it")
+            return routed.total.to(inputs)
+
+        output = self._runner.empty_like(self._states)
+        with self._standing_in(give), self._tapped(sites) as seen:
+            for routed in self._routed:
+                given = self._forward(self._given(routed.batch))
+                check_hidden_states(given, self._index)
+                output[routed.batch] = given
+                if observe:
+                    observe(seen)
+                    seen.clear()
+        return output
+
+    # ---------------------------------------------------------------- backward
+
+    def backward_to_experts(
+        self, gradient: Tensor, observe: Observer | None = None, sites: Collection[Site] = ()
+    ) -> None:
+        """Take the loss's gradient from the layer's output, (samples, length, d), to that of the experts.
+
+        ``sites`` are of the mixture's output.
+        """
+        assert {*sites} <= AFTER_EXPERTS
+
+        totals: list[Tensor] = []
+
+        def give(inputs: Tensor, *_: Tensor) -> Tensor:
+            totals[:] = [routed.total.to(inputs).requires_grad_()]
+            return totals[0]
+
+        with self._standing_in(give), self._tapped(sites) as seen:
+            for routed in self._routed:
+                with torch.enable_grad():
+                    output = self._forward(self._given(routed.batch))
+                with deterministic_attention():
+                    [at_total] = torch.autograd.grad(output, totals, gradient[routed.batch].to(output))
+                routed.at_total = at_total.to(self._states.device)
+                routed.at_inputs, routed.at_weights = torch.zeros_like(routed.total), torch.zeros_like(routed.weights)
+                if observe:
+                    observe(seen)
+                    seen.clear()
+
+    def backward_through(
+        self, own: range, experts: Experts, observe: Observer | None = None, sites: Collection[Site] = ()
+    ) -> None:
+        """Take it through some experts; ``sites`` are their activations."""
+        with torch.enable_grad():
+            for routed, rows, leaves, output in self._through(own, experts, observe, sites):
+                assert routed.at_total is not None and routed.at_inputs is not None and routed.at_weights is not None
+                at_output = routed.at_total[rows[0]].to(output)
+                at_inputs, at_weights = torch.autograd.grad(output, leaves, at_output)
+                routed.at_inputs.index_add_(0, rows[0], at_inputs.to(routed.at_inputs))
+                routed.at_weights[rows] = at_weights.squeeze(1).to(routed.at_weights)
+
+    def backward_to_input(
+        self, gradient: Tensor, observe: Observer | None = None, sites: Collection[Site] = ()
+    ) -> Tensor:
+        """The loss's gradient at the layer's input, of ``gradient``'s shape, dtype and on its device.
+
+        Args:
+            gradient: at the layer's output again.
+            observe, sites: as in :meth:`LayerRunner.backward`; none of experts.
+
+        Raises:
+            InputError: the gradients exceed the range of the dtype.
+        """
+        calls: list[Tensor] = []
+
+        def give(inputs: Tensor, _: Tensor, weights: Tensor) -> Tensor:
+            calls[:] = inputs, weights
+            return routed.total.to(inputs)
+
+        result = self._runner.empty_like(gradient)
+        with self._standing_in(give), self._tapped(sites) as seen:
+            for routed in self._routed:
+                given = self._given(routed.batch).requires_grad_()
+                with torch.enable_grad():
+                    output = self._forward(given)
+                ends = [(output, gradient[routed.batch]), (calls[0], routed.at_inputs), (calls[1], routed.at_weights)]
+                ends = [(end, at_end.to(end)) for end, at_end in ends if end.requires_grad and at_end is not None]
+                outputs, at_outputs = map(list, zip(*ends, strict=True))
+                with deterministic_attention():
+                    [at_input] = torch.autograd.grad(outputs, given, at_outputs)
+                check_gradient(at_input, f"layer {self._index}")
+                result[routed.batch] = at_input
+                if observe:
+                    observe(seen)
+                seen.clear()
+        return result
+
+    # ---------------------------------------------------------------- what both have in common
+
+    def _batches(self) -> Iterator[slice]:
+        size = self._runner.micro_batch
+        for start in range(0, len(self._states), size):
+            yield slice(start, start + size)
+
+    def _given(self, batch: slice) -> Tensor:
+        """The layer's input of a micro-batch: a copy, since what was made in inference mode has no gradients."""
+        return self._states[batch].to(self._runner.device, self._dtype, copy=True)
+
+    def _forward(self, given: Tensor) -> Tensor:
+        return self._runner.forward(self._module, self._index, given)
+
+    def _tapped(self, sites: Collection[Site]) -> AbstractContextManager[dict[Site, Tensor]]:
+        return tapped(self._module, self._runner.architecture.family, self._layer.shape, sites)
+
+    @contextmanager
+    def _standing_in(self, stand_in: StandIn) -> Iterator[None]:
+        """Inside, a function runs in the place of the layer's experts."""
+        experts = self._module.get_submodule(f"{self._runner.architecture.family.ffn}.{EXPERTS}")
+        experts.forward = lambda *given, **named: stand_in(*given, *named.values())
+        try:
+            yield
+        finally:
+            del experts.forward
+
+    def _through(
+        self, own: range, experts: Experts, observe: Observer | None, sites: Collection[Site]
+    ) -> Iterator[tuple[Routed, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]]:
+        """Of every micro-batch: its rows, what some experts are called with at them, and what they give, weighted."""
+        device, seen = self._runner.device, dict[Site, Tensor]()
+        moved = map_tensors(experts, lambda tensor: tensor.to(device))
+        module = build_experts(self._runner.architecture, self._index, moved, self._dtype).requires_grad_(False)
+        in_chunk = {site.of(site.expert - own.start): site for site in sites if site.expert is not None}
+        places = ExpertPlaces(module, in_chunk, lambda site, seen_there: seen.update({in_chunk[site]: seen_there}))
+        handles = [*places.watch()] if sites else []
+        try:
+            for routed in self._routed:
+                rows = routed.rows(own)
+                numbers = (routed.chosen[rows] - own.start).unsqueeze(1).to(device)
+                leaves = routed.inputs[rows[0]].to(device), routed.weights[rows].unsqueeze(1).to(device)
+                if torch.is_grad_enabled():
+                    leaves = leaves[0].requires_grad_(), leaves[1].requires_grad_()
+                yield routed, rows, leaves, module(leaves[0], numbers, leaves[1])
+                if observe:
+                    observe(seen)
+                seen.clear()
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,7 @@
+"""Methods by what they prune."""
+
+from distprune.methods import METHODS
+
+#: Those that prune models without mixtures of experts, and those that remove nothing but experts, or of them.
+OF_ALL_MODELS = [name for name, method in METHODS.items() if method.removes != ("experts",)]
+OF_MIXTURES = [name for name in METHODS if name not in OF_ALL_MODELS]
