@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -53,10 +53,12 @@ class ScaleEntry(Entry):
 
 
 class Description(Entry, total=False):
-    """A header's entry; of a tensor that is stored with scales, also these, and the shape that one of them covers."""
+    """A header's entry; of a tensor that is stored with scales, also these, and the shape that one of them covers where
+    that is not mxfp4's."""
 
     scale: ScaleEntry
     block: list[int]
+    mxfp4_scales: ScaleEntry
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,16 @@ class TensorInfo:
     def stored(self) -> tuple[TensorInfo, ...]:
         """The tensors in files that it is read from."""
         return (self,)
+
+    def around(self, start: int, stop: int) -> tuple[TensorInfo, int]:
+        """The smallest part of the tensor that holds its rows (first dimension) from start to stop and can be read by
+        itself, and its first row."""
+        return self._rows(start, stop), start
+
+    def _rows(self, start: int, stop: int) -> TensorInfo:
+        count, *each = self.shape
+        size = self.nbytes // count if count else 0
+        return replace(self, shape=(stop - start, *each), nbytes=(stop - start) * size, begin=self.begin + start * size)
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,33 @@ class ScaledInfo(TensorInfo):
     def stored(self) -> tuple[TensorInfo, ...]:
         return self.numbers, self.scale
 
+    def around(self, start: int, stop: int) -> tuple[TensorInfo, int]:
+        high, rows = self.block[0], self.shape[0]
+        first = start // high
+        last = max(first + 1, math.ceil(stop / high))
+        if (first, last) == (0, math.ceil(rows / high)):
+            return self, 0
+        numbers = self.numbers._rows(first * high, min(last * high, rows))
+        return with_scale(numbers, self.scale._rows(first, last), self.block), first * high
+
+
+@dataclass(frozen=True)
+class PackedInfo(TensorInfo):
+    """Experts' tensor that is stored in mxfp4, as ``blocks`` (E, rows, G, 16) and ``scales`` (E, rows, G).
+
+    ``dtype``, ``shape`` (E, 32 G, rows) and ``nbytes`` are those of what is read.
+    """
+
+    blocks: TensorInfo
+    scales: TensorInfo
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return self.blocks, self.scales
+
+    def around(self, start: int, stop: int) -> tuple[TensorInfo, int]:
+        return unpacked_info(self.blocks._rows(start, stop), self.scales._rows(start, stop)), start
+
 
 def describe(
     file: Path,
@@ -100,13 +139,13 @@ def describe(
     data_offsets: tuple[int, int],
     scale: ScaleEntry | None = None,
     block: list[int] | None = None,
+    mxfp4_scales: ScaleEntry | None = None,
 ) -> TensorInfo:
     """What a header's entry, or :func:`entry_of`, says. InputError: its dtype can't be read."""
     numbers = _describe_plain(file, name, dtype, shape, data_offsets)
-    if scale is None:
-        return numbers
-    entry = dict(scale)
-    return with_scale(numbers, _describe_plain(location(entry.pop("file")), name, **entry), tuple(block))
+    if scale is not None:
+        return with_scale(numbers, _describe_scales(name, scale), tuple(block))
+    return numbers if mxfp4_scales is None else unpacked_info(numbers, _describe_scales(name, mxfp4_scales))
 
 
 def with_scale(numbers: TensorInfo, scale: TensorInfo, block: tuple[int, ...]) -> ScaledInfo:
@@ -114,6 +153,18 @@ def with_scale(numbers: TensorInfo, scale: TensorInfo, block: tuple[int, ...]) -
     dtype = torch.bfloat16
     nbytes = math.prod(numbers.shape) * dtype.itemsize
     return ScaledInfo(numbers.file, dtype, numbers.shape, nbytes, numbers.begin, numbers, scale, block)
+
+
+def unpacked_info(blocks: TensorInfo, scales: TensorInfo) -> PackedInfo:
+    """A tensor that is read in bfloat16 as what blocks of mxfp4 and their scales mean."""
+    experts, rows, groups, size = blocks.shape
+    dtype, shape = torch.bfloat16, (experts, 2 * size * groups, rows)
+    return PackedInfo(blocks.file, dtype, shape, math.prod(shape) * dtype.itemsize, blocks.begin, blocks, scales)
+
+
+def _describe_scales(name: str, scales: ScaleEntry) -> TensorInfo:
+    entry = dict(scales)
+    return _describe_plain(location(entry.pop("file")), name, **entry)
 
 
 def _describe_plain(file: Path, name: str, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorInfo:
@@ -133,5 +184,7 @@ def entry_of(info: TensorInfo) -> Description:
     if isinstance(info, ScaledInfo):
         scale = {"file": str(info.scale.file)} | entry_of(info.scale)
         return entry_of(info.numbers) | {"scale": scale, "block": list(info.block)}
+    if isinstance(info, PackedInfo):
+        return entry_of(info.blocks) | {"mxfp4_scales": {"file": str(info.scales.file)} | entry_of(info.scales)}
     [dtype] = [name for name, dtype in DTYPES.items() if dtype == info.dtype]
     return {"dtype": dtype, "shape": list(info.shape), "data_offsets": (info.begin, info.begin + info.nbytes)}

@@ -1,11 +1,11 @@
-"""How a model is quantized, by its config.json and its tensors' names: fp8 that can be read, or why it can't be."""
+"""How a model is quantized, by its config.json and its tensors' names: in a form that can be read, or why it can't."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PretrainedConfig
@@ -18,15 +18,14 @@ RELEASE = "Use the bf16 or fp16 release that it was made from."
 #: How a model is had back in 16 bits where its quantizer's own code does that.
 FIXES = {
     "bitsandbytes": "Load it with from_pretrained, call the model's dequantize(), and write it with save_pretrained.",
-    "mxfp4": "Load it with from_pretrained and quantization_config=Mxfp4Config(dequantize=True), and write it with "
-    "save_pretrained.",
 }
 # What quantizers (GPTQ, AWQ, compressed-tensors, bitsandbytes) call the tensors that they put in a weight's place.
 PACKED = (
     *(".qweight", ".qzeros", ".g_idx", ".scales", ".weight_packed", ".weight_scale", ".weight_zero_point"),
     *(".weight.absmax", ".weight.quant_map", ".SCB", ".weight_scale_inv"),
 )
-DEQUANTIZED = "The model is stored in fp8: it is dequantized to bfloat16 on reading, and pruned and written as that."
+# Those of experts in mxfp4.
+PACKED_BYTES = ("_blocks", "_scales")
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,22 @@ class Fp8Scheme:
         has_cache_scales: whether there are also scales for a key/value cache in fp8.
     """
 
+    form: ClassVar[str] = "fp8"
     blocks: tuple[tuple[int, int], ...] = ()
     has_cache_scales: bool = False
 
 
-def find_scheme(file: Path, content: Mapping[str, Any]) -> Fp8Scheme | None:
+@dataclass(frozen=True)
+class Mxfp4Scheme:
+    """gpt-oss' form: experts in blocks of 32 numbers of four bits, each block with an exponent for all of them."""
+
+    form: ClassVar[str] = "mxfp4"
+
+
+Scheme = Fp8Scheme | Mxfp4Scheme
+
+
+def find_scheme(file: Path, content: Mapping[str, Any]) -> Scheme | None:
     """How the weights are scaled by what config.json, read as ``content``, says; None where they aren't quantized.
 
     Raises:
@@ -67,12 +77,13 @@ def forget_quantization(config: PretrainedConfig) -> None:
             part.dtype = torch.bfloat16
 
 
-def refuse_packed(tensors: Mapping[str, TensorInfo], scheme: Fp8Scheme | None) -> None:
+def refuse_packed(tensors: Mapping[str, TensorInfo], scheme: Scheme | None) -> None:
     """Raise InputError where weights are quantized and config.json doesn't say so, or says that it's done otherwise."""
     for name, info in tensors.items():
         is_float = info.dtype.is_floating_point
         in_eight_bits = is_float and info.dtype.itemsize == 1
-        if name.endswith(PACKED) or in_eight_bits or (name.endswith(".weight") and not is_float):
+        packed_bytes = info.dtype == torch.uint8 and name.endswith(PACKED_BYTES)
+        if packed_bytes or name.endswith(PACKED) or in_eight_bits or (name.endswith(".weight") and not is_float):
             stored = str(info.dtype).removeprefix("torch.")
             said = "describes it otherwise" if scheme else "has no quantization_config"
             raise InputError(
@@ -81,16 +92,19 @@ def refuse_packed(tensors: Mapping[str, TensorInfo], scheme: Fp8Scheme | None) -
             )
 
 
-def notes_on(scheme: Fp8Scheme | None) -> tuple[str, ...]:
+def notes_on(scheme: Scheme | None) -> tuple[str, ...]:
     """What the user should know of how the weights are read."""
-    return (DEQUANTIZED,) if scheme else ()
+    if scheme is None:
+        return ()
+    dequantized = "it is dequantized to bfloat16 on reading, and pruned and written as that."
+    return (f"The model is stored in {scheme.form}: {dequantized}",)
 
 
-def _scheme_of(file: Path, said: Any) -> Fp8Scheme:
+def _scheme_of(file: Path, said: Any) -> Scheme:
     if not isinstance(said, dict):
         raise _refused(file, "a quantization_config that is no JSON object", RELEASE)
     method = said.get("quant_method") or "a method that it does not name"
-    read = {"fp8": _fine_grained, "compressed-tensors": _compressed_tensors}.get(method)
+    read = {"fp8": _fine_grained, "compressed-tensors": _compressed_tensors, "mxfp4": _mxfp4}.get(method)
     if read is None:
         raise _refused(file, method, FIXES.get(method, RELEASE))
     try:
@@ -117,6 +131,10 @@ def _compressed_tensors(said: Mapping[str, Any]) -> Fp8Scheme:
             raise ValueError("weights of " + ", ".join(f"{name} {value}" for name, value in form.items()))
         blocks += _blocks(weights.get("block_structure"))
     return Fp8Scheme(blocks, has_cache_scales=bool(said.get("kv_cache_scheme")))
+
+
+def _mxfp4(said: Mapping[str, Any]) -> Mxfp4Scheme:
+    return Mxfp4Scheme()
 
 
 def _weights_of_groups(said: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

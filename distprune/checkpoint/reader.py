@@ -25,7 +25,15 @@ from distprune.checkpoint.layout import (
     refuse_adapter,
     require_checkpoint,
 )
-from distprune.checkpoint.quantization import Fp8Scheme, find_scheme, forget_quantization, notes_on, refuse_packed
+from distprune.checkpoint.mxfp4 import with_blocks
+from distprune.checkpoint.quantization import (
+    Fp8Scheme,
+    Scheme,
+    find_scheme,
+    forget_quantization,
+    notes_on,
+    refuse_packed,
+)
 from distprune.checkpoint.remote import fetch_model, fingerprint_of
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
 from distprune.errors import InputError
@@ -136,7 +144,7 @@ class Checkpoint:
         return self.tensors[name]
 
 
-def read_config(path: Path, trust_remote_code: bool) -> tuple[PretrainedConfig, Fp8Scheme | None]:
+def read_config(path: Path, trust_remote_code: bool) -> tuple[PretrainedConfig, Scheme | None]:
     """A folder's config.json, without a word of its quantization, and what it said of that.
 
     InputError: it is broken, of an unknown architecture, or of a model that is quantized in a form that is not read.
@@ -154,11 +162,11 @@ def read_config(path: Path, trust_remote_code: bool) -> tuple[PretrainedConfig, 
 
 
 def tensors_of(
-    entry: Path, headers: Mapping[str, Mapping[str, TensorInfo]], scheme: Fp8Scheme | None
+    entry: Path, headers: Mapping[str, Mapping[str, TensorInfo]], scheme: Scheme | None
 ) -> dict[str, TensorInfo]:
     """All tensors of the weights that are opened by `entry`, given each file's header by its name.
 
-    Those in fp8 are described as they are read, dequantized.
+    Those that are quantized are described as they are read, dequantized.
 
     InputError: an index has a tensor in a file that does not hold it, or the weights are packed by a quantizer.
     """
@@ -167,7 +175,7 @@ def tensors_of(
     else:
         tensors = {name: info for header in headers.values() for name, info in header.items()}
     if scheme:
-        tensors = with_scales(tensors, scheme)
+        tensors = with_scales(tensors, scheme) if isinstance(scheme, Fp8Scheme) else with_blocks(tensors)
     refuse_packed(tensors, scheme)
     return tensors
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from distprune.checkpoint.fp8 import dequantized, dequantized_rows
 from distprune.checkpoint.headers import LENGTH_BYTES
-from distprune.checkpoint.infos import ScaledInfo, TensorInfo
+from distprune.checkpoint.infos import PackedInfo, ScaledInfo, TensorInfo
+from distprune.checkpoint.mxfp4 import unpacked
 from distprune.checkpoint.objects import read_objects
 from distprune.errors import Unreachable
 from distprune.storage import is_remote
@@ -37,14 +38,16 @@ class TensorFiles:
 
     def read(self, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
         stored = self._read_stored(infos)
-        return {
-            name: dequantized(*stored[name], info.block) if isinstance(info, ScaledInfo) else stored[name][0]
-            for name, info in infos.items()
-        }
+        return {name: _as_read(info, stored[name]) for name, info in infos.items()}
 
     def read_rows(self, name: str, info: TensorInfo, rows: Tensor) -> Tensor:
-        stored = self._read_stored({name: info})[name]
-        return dequantized_rows(*stored, info.block, rows) if isinstance(info, ScaledInfo) else stored[0][rows]
+        first, last = torch.aminmax(rows) if rows.numel() else (torch.tensor(0), torch.tensor(-1))
+        part, begin = info.around(int(first), int(last) + 1)
+        stored, rows = self._read_stored({name: part})[name], rows - begin
+        if isinstance(part, ScaledInfo):
+            return dequantized_rows(*stored, part.block, rows)
+        chosen = _as_read(part, [tensor[rows.flatten()] for tensor in stored])
+        return chosen.reshape(*rows.shape, *part.shape[1:])
 
     def _read_stored(self, infos: Mapping[str, TensorInfo]) -> dict[str, list[Tensor]]:
         parts = {(name, part): part for name, info in infos.items() for part in info.stored}
@@ -57,6 +60,13 @@ class TensorFiles:
             return map_tensor(self.locate(info.file), info)
         except FileNotFoundError as error:
             raise Unreachable(f"{info.file}: is gone. Leave a model where it is while it is pruned.") from error
+
+
+def _as_read(info: TensorInfo, stored: list[Tensor]) -> Tensor:
+    """What is stored as several tensors in files, as one."""
+    if isinstance(info, ScaledInfo):
+        return dequantized(*stored, info.block)
+    return unpacked(*stored) if isinstance(info, PackedInfo) else stored[0]
 
 
 def map_tensor(file: Path, info: TensorInfo) -> Tensor:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 
 from distprune.checkpoint import Checkpoint
-from distprune.families.fitting import check_fit
+from distprune.errors import InputError
+from distprune.families.conversion import Conversion, Dims, conversion_of
+from distprune.families.fitting import check_fit, check_no_more
 from distprune.families.language_model import language_config, language_part, whole_model
 from distprune.families.renaming import Loaded, loaded_by
 
@@ -24,17 +29,63 @@ class DiskNames:
     """The names of a checkpoint's tensors, on disk and in the language model's module tree.
 
     Attributes:
-        stored: the name on disk by the name in the module tree. Of two tied to each other that are stored once, both
-            have the name of that one.
-        carried: what is on disk and has no place of its own in the module tree (vision towers, MTP heads, what is
-            converted); it goes to the result as it is.
-        converted: names on disk, all of them carried, by the name in the module tree of what transformers makes of
-            them: experts that lie one by one on disk and in one tensor in the module tree.
+        stored: the name on disk by the name in the module tree, of what is renamed at most. Of two tied to each other
+            that are stored once, both have the name of that one.
+        conversions: what of the module tree is made of tensors on disk in other ways: experts that lie one by one on
+            disk and in one tensor in the module tree.
+        carried: what is on disk and has no place in the module tree (vision towers, MTP heads); it goes to the result
+            as it is.
     """
 
     stored: Mapping[str, str]
+    conversions: tuple[Conversion, ...] = ()
     carried: tuple[str, ...] = ()
-    converted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    # ---------------------------------------------------------------- tensors
+
+    def to_disk(self, tensors: Mapping[str, Tensor], config: PreTrainedConfig, first: int = 0) -> dict[str, Tensor]:
+        """Tensors as they are stored, by their names on disk, those that pruning has added or made smaller too.
+
+        Args:
+            tensors: by their names in the module tree; on the meta device they tell what those on disk look like.
+            config: of the model, or of the layer that they are of.
+            first: the number of their first expert, where they hold some of a layer's.
+        """
+        left = dict(tensors)
+        result: dict[str, Tensor] = {}
+        for conversion in self.conversions_of(tensors):
+            result |= conversion.to_disk({name: left.pop(name) for name in conversion.targets}, config, first)
+        return {self.on_disk(name): tensor for name, tensor in left.items()} | result
+
+    def from_disk(
+        self, tensors: Mapping[str, Tensor], dims: Mapping[str, Dims], config: PreTrainedConfig
+    ) -> dict[str, Tensor]:
+        """The inverse of :meth:`to_disk`, for tensors of these dimensions by their names in the module tree."""
+        made: dict[str, Tensor] = {}
+        for conversion in self.conversions_of(dims):
+            made |= conversion.from_disk(tensors, dims, config)
+        return {name: made[name] if name in made else tensors[self.on_disk(name)] for name in dims}
+
+    def sources_of(self, dims: Mapping[str, Dims], config: PreTrainedConfig) -> dict[str, tuple[str, ...]]:
+        """The names on disk of what tensors of these dimensions are read from, by their names in the module tree."""
+        found: dict[str, tuple[str, ...]] = {name: (self.on_disk(name),) for name in dims}
+        for conversion in self.conversions_of(dims):
+            found |= dict.fromkeys(conversion.targets, tuple(conversion.names_on_disk(dims, config)))
+        return found
+
+    def conversions_of(self, names: Collection[str]) -> list[Conversion]:
+        """What makes tensors of these names in the module tree, and no others.
+
+        Where pruning has left some of what a conversion makes, those are stored as they are, as transformers loads too.
+        """
+        found = {each.targets: each for name in names if (each := self._made_by.get(name))}
+        return [each for each in found.values() if all(target in names for target in each.targets)]
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds what a tensor in the module tree is read from."""
+        return name in self.stored or name in self._made_by
+
+    # ---------------------------------------------------------------- names
 
     def on_disk(self, name: str) -> str:
         """The name on disk of a tensor in the module tree, of one that pruning adds too.
@@ -61,13 +112,21 @@ class DiskNames:
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can say of them, for :meth:`from_json`."""
-        return asdict(self)
+        return {
+            "stored": self.stored,
+            "conversions": [conversion.to_json() for conversion in self.conversions],
+            "carried": self.carried,
+        }
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> DiskNames:
         """The names that :meth:`to_json` said."""
-        converted = {name: tuple(parts) for name, parts in said["converted"].items()}
-        return cls(said["stored"], tuple(said["carried"]), converted)
+        conversions = tuple(map(Conversion.from_json, said["conversions"]))
+        return cls(said["stored"], conversions, tuple(said["carried"]))
+
+    @cached_property
+    def _made_by(self) -> dict[str, Conversion]:
+        return {target: conversion for conversion in self.conversions for target in conversion.targets}
 
     @cached_property
     def _trees(self) -> dict[str, str]:
@@ -94,46 +153,90 @@ def disk_names(model: PreTrainedModel, checkpoint: Checkpoint) -> DiskNames:
         checkpoint: its headers.
 
     Raises:
-        InputError: a tensor that the model needs is missing, has another shape or holds no floating-point numbers; the
-            checkpoint is of a larger model that transformers can't build.
+        InputError: a tensor that the model needs is missing, has another shape or holds no floating-point numbers;
+            there are more experts than it has; the checkpoint is of a larger model that transformers can't build.
     """
     _, is_part = language_config(checkpoint.config)
     is_alone = is_part and type(model.config) is not type(checkpoint.config)
     whole = whole_model(checkpoint.config) if is_alone else model
     tree = model.state_dict()
     place = language_part(whole, model) if is_part else {name: name for name in tree}
-    names = _sorted_out(loaded_by(whole, checkpoint.tensors), place, model.all_tied_weights_keys)
+    loaded = [*loaded_by(whole, checkpoint.tensors)]
+    names = _sorted_out(loaded, place, model.all_tied_weights_keys, checkpoint, tree)
     asked_for = {name: tree[name] for name in (tree if is_alone else place) if not _may_lack(name, names, model)}
-    check_fit(checkpoint, {names.on_disk(name): tensor for name, tensor in asked_for.items()}, _tables(names, model))
+    expected = names.to_disk(asked_for, model.config)
+    check_fit(checkpoint, expected, _tables(names, model))
+    converted = {each.name for each in loaded if each.converter}.difference(names.carried)
+    check_no_more(checkpoint, sorted(converted.difference(expected)))
     return names
 
 
-def _sorted_out(loaded: Iterable[Loaded], place: Mapping[str, str], tied: Mapping[str, str]) -> DiskNames:
+def _sorted_out(
+    loaded: Iterable[Loaded],
+    place: Mapping[str, str],
+    tied: Mapping[str, str],
+    checkpoint: Checkpoint,
+    tree: Mapping[str, Tensor],
+) -> DiskNames:
     """The names, given those in the language model's module tree by those in the whole model's, and what is tied."""
     stored: dict[str, str] = {}
-    converted: dict[str, tuple[str, ...]] = {}
     carried: list[str] = []
+    converted: dict[tuple[str, ...], list[Loaded]] = defaultdict(list)
+    converters: dict[tuple[str, ...], WeightConverter] = {}
     for each in loaded:
-        ours = [place[target] for target in each.targets if target in place]
-        if ours and not each.is_converted and ours[0] not in stored:
+        ours = tuple(place[target] for target in each.targets if target in place)
+        if ours and each.converter:
+            _check_can_be_undone(each, ours, checkpoint)
+            converted[ours].append(each)
+            converters.setdefault(ours, each.converter)
+        elif ours and ours[0] not in stored:
             stored[ours[0]] = each.name
         elif each.targets or not each.name.endswith(COMPUTED):
             carried.append(each.name)
-            for target in ours if each.is_converted else ():
-                converted[target] = (*converted.get(target, ()), each.name)
     for one, other in (*tied.items(), *((other, one) for one, other in tied.items())):
         if one not in stored and other in stored:  # a tie is symmetric: either may be what is stored
             stored[one] = stored[other]
-    return DiskNames(stored, tuple(carried), converted)
+    conversions = []
+    for targets, sources in converted.items():
+        conversion = _conversion(converters[targets], sources, targets, checkpoint, tree)
+        if conversion.operations:
+            conversions.append(conversion)
+        else:
+            stored[targets[0]] = sources[0].name
+    return DiskNames(stored, tuple(conversions), tuple(carried))
+
+
+def _conversion(
+    converter: WeightConverter,
+    sources: Sequence[Loaded],
+    targets: tuple[str, ...],
+    checkpoint: Checkpoint,
+    tree: Mapping[str, Tensor],
+) -> Conversion:
+    found: dict[str, list[str]] = defaultdict(list)
+    for each in sources:
+        found[each.pattern].append(each.name)
+    stored = {each.name: checkpoint.tensors[each.name].shape for each in sources}
+    wanted = {target: tuple(tree[target].shape) for target in targets}
+    return conversion_of(converter, found, targets, stored, wanted)
+
+
+def _check_can_be_undone(each: Loaded, ours: tuple[str, ...], checkpoint: Checkpoint) -> None:
+    """See that all that a tensor goes into is the language model's."""
+    if len(ours) < len(each.targets):
+        raise InputError(
+            f"{checkpoint.tensors[each.name].file}: transformers makes of tensor '{each.name}' both '{ours[0]}' and "
+            "what is not the language model's, so that it can't be written back. Give a release of the language model "
+            "alone."
+        )
 
 
 def _may_lack(name: str, names: DiskNames, model: PreTrainedModel) -> bool:
     """Whether transformers does without a tensor on disk of that name in the module tree, and it is not there."""
-    if name in names.stored:
+    if names.has(name):
         return False
     ignored = model._keys_to_ignore_on_load_missing or ()
-    elsewhere = name in names.converted or name in model.all_tied_weights_keys
-    return elsewhere or any(re.search(pattern, name) for pattern in ignored)
+    return name in model.all_tied_weights_keys or any(re.search(pattern, name) for pattern in ignored)
 
 
 def _tables(names: DiskNames, model: PreTrainedModel) -> set[str]:

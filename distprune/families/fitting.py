@@ -24,6 +24,15 @@ def check_fit(checkpoint: Checkpoint, expected: Mapping[str, Tensor], tables: Co
     checkpoint.check_shapes({name: tuple(tensor.shape) for name, tensor in expected.items()})
 
 
+def check_no_more(checkpoint: Checkpoint, names: Collection[str]) -> None:
+    """Raise InputError where tensors on disk are of experts that the model doesn't have."""
+    for name in names:
+        raise InputError(
+            f"{checkpoint.tensors[name].file}: tensor {name} is of one expert more than config.json calls for. Check "
+            "that config.json belongs to these weights."
+        )
+
+
 def _check_rows(name: str, info: TensorInfo, table: Tensor) -> None:
     """Embeddings may have been padded, or have grown, without a word of it in config.json."""
     rows, *columns = info.shape or (0,)

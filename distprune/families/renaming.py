@@ -14,12 +14,16 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 class Loaded:
     """A name on disk, and the names in the module tree of what is made of its tensor: one, several or none.
 
-    ``is_converted`` where the tensor is changed, or joined with others; otherwise it is renamed at most.
+    Attributes:
+        converter: what changes the tensor or joins it with others, and has one target for each of its target patterns;
+            None where the tensor is renamed at most.
+        pattern: which of the converter's source patterns the name has.
     """
 
     name: str
     targets: tuple[str, ...]
-    is_converted: bool = False
+    converter: WeightConverter | None = None
+    pattern: str = ""
 
 
 def loaded_by(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Loaded]:
@@ -33,8 +37,11 @@ def loaded_by(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Loaded]:
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, tree)
         if renamed not in tree and name in tree:
             renamed, pattern = rename_source_key(name, [], [], prefix, tree)
-        targets = [renamed]
-        if pattern is not None:
+        if renamed not in tree:
+            yield Loaded(name, ())
+        elif pattern is None:
+            yield Loaded(name, (renamed,))
+        else:
             first, *others = converter_of[pattern].target_patterns
-            targets += [renamed.replace(first, other) for other in others]
-        yield Loaded(name, tuple(target for target in targets if target in tree), pattern is not None)
+            targets = (renamed, *(renamed.replace(first, other) for other in others))
+            yield Loaded(name, targets, converter_of[pattern], pattern)

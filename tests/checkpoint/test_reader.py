@@ -184,7 +184,6 @@ def test_a_damaged_weight_file_is_named(sharded, damage):
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "by gptq, .*Use the bf16 or fp16 release"),
         ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "by awq, .*Use the bf16 or fp16 release"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, r"by mxfp4, .*Mxfp4Config\(dequantize=True\)"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"by bitsandbytes, .*dequantize\(\)"),
         ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, "by modelopt, .*Use the bf16"),
         ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "by fbgemm_fp8, .*Use the bf16"),

@@ -264,21 +264,6 @@ def test_one_that_is_stored_for_both_of_two_does_not_differ_from_itself(tmp_path
     assert not differ_though_tied(model, checkpoint, names)
 
 
-def test_what_is_converted_is_carried_and_not_missed(tmp_path):
-    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
-    saved = save("qwen3_moe", tmp_path, **GATED | experts)
-    names, checkpoint, _ = names_of(tmp_path)
-    fused = {name: tensor for name, tensor in saved.state_dict().items() if ".experts." in name}
-    assert {*names.converted} == {*fused}
-    parts = names.converted["model.layers.1.mlp.experts.gate_up_proj"]
-    assert {*parts} == {
-        f"model.layers.1.mlp.experts.{expert}.{name}_proj.weight" for expert in (0, 1) for name in ("gate", "up")
-    }
-    assert {*names.carried} == {name for parts in names.converted.values() for name in parts}
-    assert {*names.carried_in("model.layers.1.")} == {name for name in names.carried if ".layers.1." in name}
-    assert_found(names, checkpoint, {name: t for name, t in saved.state_dict().items() if name not in fused})
-
-
 # ---------------------------------------------------------------- what pruning adds
 
 

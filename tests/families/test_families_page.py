@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_families import FAMILIES, tiny_config
+from tiny_families import CARRIED, FAMILIES, MIXTURES, tiny_config
 
 from distprune.layers.architecture import Architecture
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-COLUMNS = ("heads", "values", "pairs", "factors", "neurons", "branch")
+COLUMNS = ("heads", "values", "pairs", "factors", "neurons", "experts", "branch")
 WHOLE = {"both": {"attention", "ffn"}, "attention": {"attention"}, "FFN": {"ffn"}}
 
 
@@ -27,10 +27,10 @@ def rows() -> dict[str, set[str]]:
 
 
 def test_the_table_has_every_family_that_is_tested():
-    assert rows().keys() == FAMILIES.keys()
+    assert rows().keys() == FAMILIES.keys() | MIXTURES.keys() | CARRIED.keys()
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [*FAMILIES, *MIXTURES, *CARRIED])
 def test_the_table_says_what_may_go(model_type):
     architecture = Architecture(tiny_config(model_type))
     removables = [vars(architecture.removable(index)) for index in range(architecture.num_layers)]
