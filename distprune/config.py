@@ -42,6 +42,7 @@ class DistillConfig(BaseModel):
     learning_rate: float = Field(5e-4, gt=0, description="at its highest; AdamW with warmup and cosine decay")
     train: Literal["full", "lora"] = Field("full", description="all weights, or low-rank updates folded in at the end")
     rank: int = Field(16, ge=1, description="rank of the low-rank updates")
+    train_routers: bool = Field(False, description="the routers of mixtures of experts train too")
     look_ahead: int = Field(1, ge=0, description="dense layers after it that also judge a layer's output")
     batch: int = Field(8, ge=1, description="samples a step")
     held_out: float = Field(1 / 16, gt=0, lt=1, description="share of the samples that decides what is kept")
@@ -98,7 +99,7 @@ class PruneConfig(BaseModel):
     method: str = Field("curvature", description="pruning method")
     options: dict[str, Any] = Field(default_factory=dict, description="hyperparameters of the method")
     sparsity: float = Field(0.2, ge=0, lt=1, description="fraction of the decoder layers' parameters to remove")
-    target: Literal["parameters", "flops", "kv-cache", "bytes"] = Field(
+    target: Literal["parameters", "active-parameters", "flops", "kv-cache", "bytes"] = Field(
         "parameters", description="what the fraction is of, for methods that can plan for it"
     )
     count_embeddings: bool = Field(False, description="the fraction is of the whole model, embeddings included")
@@ -125,6 +126,11 @@ class PruneConfig(BaseModel):
         description="layers pruned on each other's outputs in a row; 1 takes the dense model's activations",
     )
     micro_batch: int = Field(16, ge=1, description="calibration samples in one forward pass")
+    experts_at_once: int | None = Field(
+        None,
+        ge=1,
+        description="experts of a mixture that a worker holds at once; by default all of a layer, which is faster",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="dtype of forward passes; auto takes the checkpoint's if all workers' hardware has units for it, "

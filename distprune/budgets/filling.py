@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import ceil
 
 from distprune.budgets.target import Target
 from distprune.errors import InputError
-from distprune.layers.shapes import LayerShape
+from distprune.layers.shapes import ExpertsShape, LayerShape
 
 
 def aligned(width: float, align: int, most: int) -> int:
@@ -20,10 +20,11 @@ def fill_with_ffn(
 ) -> list[LayerShape]:
     """Give every layer the FFN width at which the whole decoder meets the target, all else in ``shapes`` standing.
 
-    The sum of what the widths take is the one nearest to the target, and no FFN becomes wider than the dense one, even
-    where the rest of ``shapes`` has lost more than the target asks for. In a stock layout all FFNs are equally wide,
-    and the whole is within half a step of ``align`` in every layer. Layers without an FFN that may lose neurons stay
-    as they are.
+    What the widths take is within half a step of ``align`` of the target, in the layer where a step takes most, and no
+    FFN becomes wider than the dense one, even where the rest of ``shapes`` has lost more than the target asks for. A
+    mixture's width is that of each of its experts. In a stock layout all mixtures are equally wide, all other FFNs too,
+    and the whole is within half a step of ``align`` in every layer. Layers without an FFN that may lose neurons stay as
+    they are.
 
     Args:
         target: how much may remain.
@@ -39,26 +40,37 @@ def fill_with_ffn(
     full = {
         index: shape.ffn.width for index, shape in enumerate(dense) if shape.ffn and target.removable(index).neurons
     }
-    layers = list(full)
-    for index in layers:
+    alike = target.layout == "stock"
+    groups = of_one_width(dense, full) if alike else [[index] for index in full]
+    for index in full:
         filled[index] = filled[index].with_ffn(width=align)
-    steps = [neurons_amount(target, index, filled[index], align) for index in layers]
-    if not layers or not min(steps):  # neurons make no difference
+    steps = [sum(neurons_amount(target, index, filled[index], align) for index in group) for group in groups]
+    if not groups or not min(steps):  # neurons make no difference
         if target.amount(shapes) > target.remaining:
             raise unreachable(target, "what else goes is too little, and no FFN neurons can go")
         return list(shapes)
-    more = (target.remaining - target.amount(filled)) / min(steps)
-    alike = target.layout == "stock"
-    total = len(layers) * (1 + round(more / len(layers))) if alike else sum(steps) / min(steps) + round(more)
-    if total < sum(steps) / min(steps):
+    # The dearest come last, so that what rounding leaves is not made up for by many neurons of cheap ones.
+    order = sorted(range(len(groups)), key=lambda place: steps[place])
+    steps, groups = [steps[place] for place in order], [groups[place] for place in order]
+    more = (target.remaining - target.amount(filled)) / steps[0]
+    if round(more) < 0:
         raise unreachable(target, "it leaves no FFN neurons")
-    even = [full[index] / max(full.values()) for index in layers]
-    shares = [wanted[index] for index in layers] if wanted and not alike else even
-    most = [ceil(full[index] / align) for index in layers]
-    widths = share_out(total, shares, most, [step / min(steps) for step in steps])
-    for index, width in zip(layers, widths, strict=True):
-        filled[index] = filled[index].with_ffn(width=min(align * width, full[index]))
+    even = [full[first] / max(full.values()) for first, *_ in groups]
+    shares = [wanted[index] for (index,) in groups] if wanted and not alike else even
+    most = [ceil(full[first] / align) for first, *_ in groups]
+    prices = [step / steps[0] for step in steps]
+    for group, width in zip(groups, share_out(sum(prices) + more, shares, most, prices), strict=True):
+        for index in group:
+            filled[index] = filled[index].with_ffn(width=min(align * width, full[index]))
     return filled
+
+
+def of_one_width(shapes: Sequence[LayerShape], layers: Iterable[int]) -> list[list[int]]:
+    """The layers that a plain configuration has one width for: those with mixtures, and those without."""
+    groups: dict[bool, list[int]] = {}
+    for index in layers:
+        groups.setdefault(isinstance(shapes[index].ffn, ExpertsShape), []).append(index)
+    return [*groups.values()]
 
 
 def neurons_amount(target: Target, index: int, shape: LayerShape, neurons: int) -> int:
@@ -98,6 +110,6 @@ def share_out(total: float, wanted: Sequence[float], most: Sequence[int], prices
     shares, end, spent = [], 0.0, 0.0
     for cost, cap, price in zip(costs(high), most, prices, strict=True):
         end += cost
-        shares.append(min(cap, max(1, round((round(end) - spent) / price))))
+        shares.append(min(cap, max(1, round((end - spent) / price))))
         spent += price * shares[-1]
     return shares

@@ -14,15 +14,19 @@ from typing import Literal, get_args
 import torch
 
 from distprune.layers.architecture import Architecture
+from distprune.layers.expert_names import EXPERTS
 from distprune.layers.names import origin_of
-from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
+from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape, LayerShape
 
 #: - parameters: numbers stored, norms and biases included
+#: - active-parameters: those that a token passes through: of a mixture, as many experts as it is sent to
 #: - flops: for one token, twice the multiply-adds of all linear maps and of attention to ``CONTEXT`` tokens
 #: - kv-cache: bytes of keys and values that a token leaves
 #: - bytes: of the tensors in the checkpoint
-Resource = Literal["parameters", "flops", "kv-cache", "bytes"]
+Resource = Literal["parameters", "active-parameters", "flops", "kv-cache", "bytes"]
 RESOURCES: tuple[Resource, ...] = get_args(Resource)
+#: Those that of a mixture count the experts that a token is sent to.
+OF_A_TOKEN = ("active-parameters", "flops")
 
 #: How many tokens the generated one looks at, or as many as a sliding window shows it.
 CONTEXT = 2048
@@ -76,10 +80,29 @@ def attention_amount(
 
 
 def ffn_amount(
-    resource: Resource, model: Architecture, index: int, shape: FeedForwardShape | None, sizes: ItemSizes | None = None
+    resource: Resource,
+    model: Architecture,
+    index: int,
+    shape: FeedForwardShape | ExpertsShape | None,
+    sizes: ItemSizes | None = None,
 ) -> int:
-    """What a feed-forward network of that shape takes, its linear branch included; nothing where there is none."""
-    return 0 if shape is None else tensors_amount(resource, model, model.ffn_tensors(index, shape), sizes)
+    """What a feed-forward network, or a mixture, of that shape takes, its linear branch included; nothing where there
+    is none."""
+    if shape is None:
+        return 0
+    tensors = model.ffn_tensors(index, shape)
+    if isinstance(shape, ExpertsShape) and resource in OF_A_TOKEN:
+        tensors = {name: of_a_token(name, dims, shape) for name, dims in tensors.items()}
+    return tensors_amount(resource, model, tensors, sizes)
+
+
+def of_a_token(name: str, dims: tuple[int, ...], shape: ExpertsShape) -> tuple[int, ...]:
+    """The dimensions of what a token passes through, of a mixture's tensor: of the matrices of all experts those of as
+    many as it is sent to, one below the other."""
+    if f".{EXPERTS}." not in name:
+        return dims
+    _, *own = dims
+    return (shape.per_token * own[0], own[1]) if len(own) == 2 else (shape.per_token * own[0],)
 
 
 def rest_amount(resource: Resource, model: Architecture, index: int, sizes: ItemSizes | None = None) -> int:

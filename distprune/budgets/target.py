@@ -10,12 +10,12 @@ from distprune.budgets.layouts import Layout
 from distprune.budgets.resources import Resource, StoredSizes, attention_amount, ffn_amount, outer_amount, rest_amount
 from distprune.config import PruneConfig
 from distprune.layers.architecture import Architecture
-from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape, Removable
+from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape, LayerShape, Removable
 
 #: Names of what may go: from attention, from feed-forward networks, and in layouts that say whole units alone.
 ATTENTION = frozenset(("heads", "values", "pairs", "factors", "attention"))
-FFN = frozenset(("neurons", "branch", "ffn"))
-REMOVABLE, UNITS = ATTENTION | FFN, frozenset(("heads", "neurons"))
+FFN = frozenset(("neurons", "experts", "branch", "ffn"))
+REMOVABLE, UNITS = ATTENTION | FFN, frozenset(("heads", "neurons", "experts"))
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,13 @@ class Target:
         """What the attention of layer ``index`` takes if it has ``shape``."""
         return self._count(attention_amount, index, shape)
 
-    def ffn_amount(self, index: int, shape: FeedForwardShape | None) -> int:
+    def ffn_amount(self, index: int, shape: FeedForwardShape | ExpertsShape | None) -> int:
         """What the feed-forward network of layer ``index`` takes if it has ``shape``, its branch included."""
         return self._count(ffn_amount, index, shape)
 
-    def _count(self, amount: Callable[..., int], index: int, *shape: AttentionShape | FeedForwardShape | None) -> int:
+    def _count(
+        self, amount: Callable[..., int], index: int, *shape: AttentionShape | FeedForwardShape | ExpertsShape | None
+    ) -> int:
         key = amount, self._kinds[index], *shape
         if key not in self._counted:
             sizes = self.sizes and self.sizes.layers[index]

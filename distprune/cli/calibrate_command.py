@@ -19,8 +19,11 @@ def calibrate(
     samples: Annotated[int, typer.Option(help="number of windows")] = 128,
     sequence_length: Annotated[int, typer.Option(help="tokens in each window")] = 128,
     seed: Annotated[int, typer.Option(help="seed for choosing or generating windows")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda; for generating samples")] = "auto",
-    dtype: Annotated[str, typer.Option(help=f"{DTYPES}; for generating samples")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; for generating samples and --cover-experts")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"{DTYPES}; for generating samples and --cover-experts")] = "auto",
+    cover_experts: Annotated[
+        bool, typer.Option("--cover-experts", help="add windows for experts that the others seldom reach")
+    ] = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -37,6 +40,7 @@ def calibrate(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        cover_experts=cover_experts,
     )
     rows, length = calibration.tokens.shape
     output_console.print(f"{output}: {rows} windows of {length} tokens", highlight=False)

@@ -36,7 +36,8 @@ Sparsity = Annotated[Optional[float], typer.Option(help="fraction of decoder par
 Target = Annotated[
     Optional[str],
     typer.Option(
-        metavar="RESOURCE", help="what --sparsity is a fraction of: parameters, flops, kv-cache, bytes [parameters]"
+        metavar="RESOURCE",
+        help="what --sparsity is a fraction of: parameters, active-parameters, flops, kv-cache, bytes [parameters]",
     ),
 ]
 CountEmbeddings = Annotated[
@@ -102,6 +103,9 @@ DistillLookAhead = Annotated[
 # ------------------------------------------------------------------ computing
 
 MicroBatch = Annotated[Optional[int], typer.Option(help="samples in one forward pass [16]")]
+ExpertsAtOnce = Annotated[
+    Optional[int], typer.Option(help="experts of a mixture that a worker holds at once [all of a layer]")
+]
 Dtype = Annotated[Optional[str], typer.Option(help=f"{DTYPES} [auto]")]
 Device = Annotated[Optional[str], typer.Option(help="auto, cpu or cuda [auto]")]
 Offload = Annotated[

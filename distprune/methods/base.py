@@ -11,9 +11,10 @@ from torch import Tensor
 
 from distprune.budgets import Target, are_alike, fill_with_ffn
 from distprune.errors import InputError
-from distprune.layers.parts import DecoderLayer
+from distprune.layers.parts import DecoderLayer, Experts
 from distprune.layers.shapes import LayerShape
 from distprune.methods.even_layers import ProfileRead, UnknownProfile, with_fewer_groups
+from distprune.methods.networks import moments_of_each
 from distprune.statistics import LayerStatistics, Moment
 
 #: What the dense pass, or the gradient pass, leaves of one layer for planning and pruning: named tensors, which wait on
@@ -22,6 +23,13 @@ Profile = Mapping[str, Tensor]
 
 #: Runs a variation of the layer that is being pruned on the same hidden states, and collects moments inside it.
 Observe = Callable[[DecoderLayer, Sequence[Moment]], LayerStatistics]
+
+#: What to remember of some of a mixture's experts, given these, their numbers in the layer and what was seen of them.
+#: The first dimension of every tensor is the experts'.
+ProfileExperts = Callable[[Experts, range, LayerStatistics], Profile]
+
+#: What some of a mixture's experts become, given the same.
+ChangeExperts = Callable[[Experts, range, LayerStatistics], Experts]
 
 
 class Plan(list[LayerShape]):
@@ -58,6 +66,29 @@ class LayerToPrune:
     profile: Profile
     observe: Observe
 
+    def change_experts(
+        self, variation: DecoderLayer, moments: Sequence[Moment] | None, change: ChangeExperts
+    ) -> tuple[DecoderLayer, LayerStatistics]:
+        """Change every expert of a variation of the layer, whose attention and router are final.
+
+        Where experts come a chunk at a time, this is the one way to their tensors, and no more than a chunk's moments
+        are held at once.
+
+        Args:
+            variation: may have fewer experts than the layer.
+            moments: to collect: of its experts, for ``change``, and of what every token passes through. None: those
+                that :meth:`Method.pruning_moments` named; where experts come a chunk at a time, those of single experts
+                are collected now, and not in ``statistics``.
+            change: is given experts as they are. What it makes of them is one width for all.
+
+        Returns:
+            The variation with the changed experts, and what was seen of what every token passes through.
+        """
+        statistics = self.statistics if moments is None else self.observe(variation, moments)
+        experts = variation.ffn
+        assert isinstance(experts, Experts)
+        return replace(variation, ffn=change(experts, range(experts.shape.count), statistics)), statistics
+
 
 class Method(BaseModel):
     """A pruning method; its fields are its hyperparameters, under the names and with the defaults of its paper.
@@ -82,6 +113,9 @@ class Method(BaseModel):
     layouts: ClassVar[tuple[str, ...]] = ("free",)
     #: What it removes, by the names of :class:`Removable`'s fields.
     removes: ClassVar[tuple[str, ...]] = ("heads", "neurons")
+    #: Whether it can do with some of a mixture's experts at a time: its ``profile`` says nothing of single experts,
+    #: which :meth:`expert_profiler` does, and its ``prune`` gets at them by :meth:`LayerToPrune.change_experts`.
+    takes_chunks: ClassVar[bool] = False
 
     # ---------------------------------------------------------------- the dense pass
 
@@ -101,6 +135,27 @@ class Method(BaseModel):
         """What to remember of a dense layer."""
         return {}
 
+    def overview_moments(self, shape: LayerShape) -> Sequence[Moment]:
+        """Small moments of all of a mixture's experts, which :meth:`expert_profiler` needs besides."""
+        return ()
+
+    def expert_profiler(self, layer: DecoderLayer, statistics: LayerStatistics) -> ProfileExperts | None:
+        """What profiles some of a mixture's experts at a time; None where :meth:`profile` says all.
+
+        It is called with the dense layer, whose experts' tensors may be elsewhere, and with what is seen before any
+        moments of single experts: those of :meth:`overview_moments`, of the mixture's input and, in a gradient pass, of
+        the gradient at its output. What is made of each chunk of experts is joined along the first dimension.
+        """
+        return None
+
+    def whole_profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
+        """What to remember of a dense layer whose experts are all here."""
+        profile, profiler = self.profile(layer, statistics), self.expert_profiler(layer, statistics)
+        if profiler is None:
+            return profile
+        assert isinstance(layer.ffn, Experts)
+        return {**profile, **profiler(layer.ffn, range(layer.ffn.shape.count), statistics)}
+
     # ---------------------------------------------------------------- the budget
 
     def check_target(self, target: Target, align: int) -> None:
@@ -109,9 +164,10 @@ class Method(BaseModel):
         Raises:
             InputError: it can't.
         """
-        self._check_offered("--target", target.resource, "targets")
-        self._check_offered("--layout", target.layout, "layouts")
-        if target.sparsity and not (can_go := what_can_go(target)).intersection(self.removes):
+        can_go = what_can_go(target)
+        self._check_offered("--target", target.resource, "targets", can_go)
+        self._check_offered("--layout", target.layout, "layouts", can_go)
+        if target.sparsity and not can_go.intersection(self.removes):
             others = self._others(lambda method: can_go.intersection(method.removes))
             raise InputError(
                 f"method {self.name} removes {', '.join(self.removes)}, and none of these can go from a "
@@ -123,9 +179,9 @@ class Method(BaseModel):
                 "--layout heterogeneous or free."
             )
 
-    def _check_offered(self, option: str, value: str, offers: str) -> None:
+    def _check_offered(self, option: str, value: str, offers: str, can_go: set[str]) -> None:
         if value not in getattr(self, offers):
-            others = self._others(lambda method: value in getattr(method, offers))
+            others = self._others(lambda method: value in getattr(method, offers) and can_go & {*method.removes})
             raise InputError(
                 f"{option} {value}: method {self.name} can't plan for it. {others} Or give {option} "
                 f"{' or '.join(getattr(self, offers))}."
@@ -207,5 +263,5 @@ def family(target: Target) -> str:
 
 
 def of_parts(shape: LayerShape, *, attention: Iterable[Moment] = (), ffn: Iterable[Moment] = ()) -> list[Moment]:
-    """The moments of those parts that a layer of the shape has."""
-    return [*(attention if shape.attention else ()), *(ffn if shape.ffn else ())]
+    """The moments of those parts that a layer of the shape has: of the networks of a mixture, each one's own."""
+    return [*(attention if shape.attention else ()), *moments_of_each(shape.ffn, ffn)]

@@ -2,7 +2,8 @@
 
 What a steady channel adds to a projection's output, a bias can add. So a channel is worth how much it fluctuates, one
 threshold over the whole model says how much every layer's attention and FFN lose, and biases make up for the means of
-what goes. The paper treats multi-head attention; here the query heads of a KV group go together.
+what goes. The paper treats multi-head attention; here the query heads of a KV group go together. A mixture's experts
+get no biases: their classes have none.
 
 The projections are attention's output projection, whose input channels are the heads' values, and the FFN's down
 projection, whose input channels are its neurons.
@@ -25,7 +26,9 @@ from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
 from distprune.layers.sites import ATTENDED, NEURONS, Site
 from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
 from distprune.methods.even_layers import with_heads
-from distprune.methods.units import column_energy, heads_of_groups, keep_heads, keep_neurons, sum_by_unit
+from distprune.methods.networks import profile_each, prune_each
+from distprune.methods.scored_units import keep_best_profiled
+from distprune.methods.units import column_energy, heads_of_groups, keep_heads, sum_by_unit
 from distprune.solvers import channels_of, most_important
 from distprune.statistics import LayerStatistics, Mean, Moment, Power
 
@@ -55,9 +58,7 @@ class Flap(Method):
             channels = standardized(fluctuation(attention.output, statistics, ATTENDED).square())
             groups = attention.kv_heads
             profile["groups"] = sum_by_unit(channels, groups) / (len(channels) // groups)
-        if layer.ffn:
-            profile["neurons"] = standardized(fluctuation(layer.ffn.down, statistics, NEURONS))
-        return profile
+        return profile | (profile_each(layer.ffn, statistics, profile_ffn) if layer.ffn else {})
 
     def even_profile(self, shape: LayerShape) -> Profile:
         """Scores standardized over channels: a group's, a mean of many, are nearer to zero than a neuron's."""
@@ -121,24 +122,29 @@ class Flap(Method):
         shape, removable = target.dense_shape(index), target.removable(index)
         if self.compensation and removable.heads:
             shape = shape.with_attention(output_bias=True)
-        return shape.with_ffn(down_bias=True) if self.compensation and removable.neurons else shape
+        has_network = isinstance(shape.ffn, FeedForwardShape)
+        return shape.with_ffn(down_bias=True) if self.compensation and removable.neurons and has_network else shape
 
     # ---------------------------------------------------------------- the pruning pass
 
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
-        return of_parts(dense, attention=[Mean(ATTENDED)], ffn=[Mean(NEURONS)]) if self.compensation else []
+        if not self.compensation:
+            return []
+        has_network = isinstance(dense.ffn, FeedForwardShape)
+        return of_parts(dense, attention=[Mean(ATTENDED)], ffn=[Mean(NEURONS)] if has_network else [])
 
     def carried_moments(self, shape: LayerShape) -> Sequence[Moment]:
         return self.pruning_moments(shape, shape)
 
     def prune(self, given: LayerToPrune) -> DecoderLayer:
         layer, planned = given.layer, given.planned
-        attention, ffn = layer.attention, layer.ffn
+        attention = layer.attention
         if attention and planned.attention != attention.shape:
             attention = self._prune_groups(attention, planned.attention, given)
-        if ffn and planned.ffn != ffn.shape:
-            ffn = self._prune_neurons(ffn, planned.ffn, given)
-        return replace(layer, attention=attention, ffn=ffn)
+        # Experts add their outputs times the router's weights, and have no biases to make up for anything.
+        has_network = isinstance(layer.ffn, FeedForward)
+        prune = self._prune_neurons if has_network and self.compensation else keep_best_profiled
+        return prune_each(given, attention, prune)
 
     def _prune_groups(self, attention: Attention, planned: AttentionShape, given: LayerToPrune) -> Attention:
         groups = most_important(given.profile["groups"], planned.kv_heads)
@@ -150,11 +156,9 @@ class Flap(Method):
         bias = compensated_bias(attention.output, channels_of(heads, planned.value_dim), mean)
         return replace(pruned, output=replace(pruned.output, bias=bias))
 
-    def _prune_neurons(self, ffn: FeedForward, planned: FeedForwardShape, given: LayerToPrune) -> FeedForward:
-        neurons = most_important(given.profile["neurons"], planned.width)
-        pruned = keep_neurons(ffn, neurons)
-        if not self.compensation:
-            return pruned
+    def _prune_neurons(self, given: LayerToPrune) -> FeedForward:
+        ffn, pruned = given.layer.ffn, keep_best_profiled(given)
+        neurons = most_important(given.profile["neurons"], given.planned.ffn.width)
         bias = compensated_bias(ffn.down, neurons, given.statistics.mean(NEURONS))
         return replace(pruned, down=replace(pruned.down, bias=bias))
 
@@ -164,6 +168,10 @@ class Units(NamedTuple):
 
     groups: int
     neurons: int
+
+
+def profile_ffn(ffn: FeedForward, statistics: LayerStatistics) -> Profile:
+    return {"neurons": standardized(fluctuation(ffn.down, statistics, NEURONS))}
 
 
 def fluctuation(projection: Linear, statistics: LayerStatistics, site: Site) -> Tensor:
@@ -191,7 +199,8 @@ def compensated_bias(projection: Linear, kept: Tensor, mean: Tensor) -> Tensor:
 def has_more_biases(shape: LayerShape, dense: LayerShape) -> bool:
     """Whether a pruned layer has a bias that the dense one has not."""
     added = shape.attention and shape.attention.output_bias > dense.attention.output_bias
-    return bool(added or (shape.ffn and shape.ffn.down_bias > dense.ffn.down_bias))
+    has_network = isinstance(shape.ffn, FeedForwardShape) and isinstance(dense.ffn, FeedForwardShape)
+    return bool(added or (has_network and shape.ffn.down_bias > dense.ffn.down_bias))
 
 
 def unit_amounts(target: Target, index: int) -> tuple[int, int]:

@@ -11,7 +11,6 @@ Left out: the variants of the importance (a vector's, the diagonal Fisher's), an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from distprune.budgets import Target, fill_with_ffn
 from distprune.errors import InputError
-from distprune.layers.parts import DecoderLayer, Linear
+from distprune.layers.parts import DecoderLayer, FeedForward, Linear
 from distprune.layers.shapes import LayerShape
 from distprune.layers.sites import (
     ATTENDED,
@@ -37,7 +36,8 @@ from distprune.layers.sites import (
 )
 from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
 from distprune.methods.even_layers import with_fewer_groups
-from distprune.methods.scored_units import keep_best_groups, keep_best_neurons
+from distprune.methods.networks import profile_each, prune_each
+from distprune.methods.scored_units import keep_best_groups, keep_best_profiled
 from distprune.methods.units import sum_by_unit
 from distprune.statistics import Cross, LayerStatistics, Moment
 
@@ -67,26 +67,16 @@ class LLMPruner(Method):
 
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
         """The importance of the layer's KV groups, (g,), and of its neurons, (f,)."""
-
-        def importance(projection: Linear, output: Site, given: Site, along: int) -> Tensor:
-            """Sums of |w·∂L/∂w| over a projection's inputs (1), or its outputs (0)."""
-            changes = projection.weight.float() * statistics.cross(output.gradient, given)
-            return changes.abs_().sum(dim=along).mul_(statistics.tokens(given))
-
         profile = {}
         if attention := layer.attention:
             channels = (
-                importance(attention.query, QUERIES, ATTENTION_INPUT, 1),
-                importance(attention.key, KEYS, ATTENTION_INPUT, 1),
-                importance(attention.value, VALUES, ATTENTION_INPUT, 1),
-                importance(attention.output, ATTENTION_OUTPUT, ATTENDED, 0),
+                importance(attention.query, statistics, QUERIES, ATTENTION_INPUT, 1),
+                importance(attention.key, statistics, KEYS, ATTENTION_INPUT, 1),
+                importance(attention.value, statistics, VALUES, ATTENTION_INPUT, 1),
+                importance(attention.output, statistics, ATTENTION_OUTPUT, ATTENDED, 0),
             )
             profile["groups"] = sum(sum_by_unit(each, attention.kv_heads) for each in channels)
-        if ffn := layer.ffn:
-            outputs = (UP,) if ffn.gate is None else (GATE, UP)
-            rows = [importance(each, site, FFN_INPUT, 1) for each, site in zip(ffn.inputs, outputs, strict=True)]
-            profile["neurons"] = sum(rows) + importance(ffn.down, FFN_OUTPUT, NEURONS, 0)
-        return profile
+        return profile | (profile_each(layer.ffn, statistics, profile_ffn) if layer.ffn else {})
 
     # ---------------------------------------------------------------- the budget
 
@@ -105,7 +95,8 @@ class LLMPruner(Method):
             with_fewer_groups(target, index, sparsity) if index in pruned else dense[index]
             for index in range(len(dense))
         ]
-        wanted = [1.0 if index in pruned else ALL for index in range(len(dense))]
+        widths = [shape.ffn.width if shape.ffn else 1 for shape in dense]
+        wanted = [float(width) if index in pruned else ALL for index, width in enumerate(widths)]
         planned = fill_with_ffn(target, shapes, align, wanted)
         if any(planned[index] != dense[index] for index in range(len(dense)) if index not in pruned):
             raise InputError(
@@ -121,12 +112,22 @@ class LLMPruner(Method):
 
     def prune(self, given: LayerToPrune) -> DecoderLayer:
         layer, planned = given.layer, given.planned
-        attention, ffn = layer.attention, layer.ffn
+        attention = layer.attention
         if attention and planned.attention != attention.shape:
             attention = keep_best_groups(attention, planned.attention, given.profile["groups"])
-        if ffn and planned.ffn != ffn.shape:
-            ffn = keep_best_neurons(ffn, planned.ffn, given.profile["neurons"])
-        return replace(layer, attention=attention, ffn=ffn)
+        return prune_each(given, attention, keep_best_profiled)
+
+
+def profile_ffn(ffn: FeedForward, statistics: LayerStatistics) -> Profile:
+    outputs = (UP,) if ffn.gate is None else (GATE, UP)
+    rows = [importance(each, statistics, site, FFN_INPUT, 1) for each, site in zip(ffn.inputs, outputs, strict=True)]
+    return {"neurons": sum(rows) + importance(ffn.down, statistics, FFN_OUTPUT, NEURONS, 0)}
+
+
+def importance(projection: Linear, statistics: LayerStatistics, output: Site, given: Site, along: int) -> Tensor:
+    """Sums of |w·∂L/∂w| over a projection's inputs (1), or its outputs (0)."""
+    changes = projection.weight.float() * statistics.cross(output.gradient, given)
+    return changes.abs_().sum(dim=along).mul_(max(1, statistics.tokens(given)))
 
 
 def weight_gradient(output: Site, given: Site) -> Cross:

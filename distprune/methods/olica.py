@@ -2,7 +2,8 @@
 
 Attention depends on its weights through two products, W_q W_kᵀ and W_v W_oᵀ, and each is compressed as one entity; the
 FFN loses neurons, and a low-rank linear map of its input repairs part of what was lost. The paper treats multi-head
-attention; here the query heads of a KV group share one value rotation and lose the same value neurons.
+attention; here the query heads of a KV group share one value rotation and lose the same value neurons. A mixture's
+experts lose neurons alone: a map beside each would take as many (d, d) moments as there are experts.
 
 Notation (row vectors): x is the attention's or the FFN's input, z the output projection's input, a the FFN's neurons,
 rms(·) the root mean square of each channel over the calibration tokens.
@@ -25,6 +26,7 @@ from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear,
 from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape, Removable
 from distprune.layers.sites import ATTENDED, ATTENTION_INPUT, ATTENTION_OUTPUT, FFN_INPUT, FFN_OUTPUT, NEURONS
 from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
+from distprune.methods.networks import prune_each
 from distprune.methods.units import column_energy, keep_neurons, keep_values, output_slices, rotate_values
 from distprune.solvers import (
     factor_input_scaled,
@@ -75,16 +77,20 @@ class Olica(Method):
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
         attention = [Power(ATTENTION_OUTPUT)] if self.decomposition == "weights" else []
-        return of_parts(shape, attention=attention, ffn=LINEAR_FIT if self.calibrated_layers else [])
+        return of_parts(shape, attention=attention, ffn=LINEAR_FIT if self._may_calibrate(shape) else [])
 
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
         profile = {}
         if layer.attention and self.decomposition == "weights":
             profile["attention_output_rms"] = statistics.rms(ATTENTION_OUTPUT)
-        if layer.ffn and self.calibrated_layers:
+        if self._may_calibrate(layer.shape):
             # How well a linear map of the FFN's input explains its output.
             profile["ffn_linearity"] = self._linear_fit(statistics)[1].mean()
         return profile
+
+    def _may_calibrate(self, shape: LayerShape) -> bool:
+        """Whether a linear branch may stand beside a layer's network; none does beside a mixture."""
+        return self.calibrated_layers > 0 and isinstance(shape.ffn, FeedForwardShape)
 
     def even_profile(self, shape: LayerShape) -> Profile:
         return {"ffn_linearity": torch.tensor(0.5), "attention_output_rms": torch.ones(1)}
@@ -164,14 +170,13 @@ class Olica(Method):
 
     def prune(self, given: LayerToPrune) -> DecoderLayer:
         layer, planned = given.layer, given.planned
-        attention, ffn = layer.attention, layer.ffn
-        if ffn and planned.ffn != ffn.shape:
-            ffn = self._prune_ffn(ffn, planned.ffn, given)
+        attention = layer.attention
         if attention and planned.attention != attention.shape:
             attention = self._prune_attention(attention, planned.attention, given.statistics, given.profile)
-        return replace(layer, attention=attention, ffn=ffn)
+        return prune_each(given, attention, self._prune_ffn)
 
-    def _prune_ffn(self, ffn: FeedForward, planned: FeedForwardShape, given: LayerToPrune) -> FeedForward:
+    def _prune_ffn(self, given: LayerToPrune) -> FeedForward:
+        ffn, planned = given.layer.ffn, given.planned.ffn
         importance = ffn_importance(ffn, given.statistics.rms(FFN_INPUT), given.statistics.rms(NEURONS))
         kept = most_and_least_important(importance, planned.width, int(self.keep_least * len(importance)))
         branch = self._calibrate(given, kept, planned.branch_rank) if planned.branch_rank else None

@@ -27,6 +27,7 @@ from distprune.layers.shapes import AttentionShape, LayerShape
 from distprune.layers.sites import ATTENDED, ATTENTION_INPUT, FFN_INPUT, NEURONS, Site
 from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
 from distprune.methods.even_layers import with_heads
+from distprune.methods.networks import each_network, profile_each, prune_each
 from distprune.methods.units import (
     column_energy,
     head_interaction,
@@ -84,16 +85,20 @@ class Oops(Method):
             whole = groups.sum().clamp(min=torch.finfo(groups.dtype).tiny)
             profile["group_energy"] = groups.sort().values / whole
             profile["head_energy"] = heads[groups.argsort()].sort(dim=1).values / whole
-        if ffn := layer.ffn:
-            inputs |= {FFN_INPUT: ffn.inputs, NEURONS: (ffn.down,)}
-            neurons = column_energy(ffn.down) * statistics.power(NEURONS)
-            neurons = neurons + self._outlier_energy(ffn.down, statistics, NEURONS)
-            profile["neuron_energy"] = neurons.sort().values / neurons.sum().clamp(min=torch.finfo(neurons.dtype).tiny)
-        magnitudes = [
-            projection.weight.abs() * statistics.rms(site) for site, group in inputs.items() for projection in group
-        ]
+        magnitudes = [magnitude(each, statistics, site) for site, group in inputs.items() for each in group]
+        if layer.ffn:
+            profile |= profile_each(layer.ffn, statistics, self._profile_ffn)
+            for ffn, own in each_network(layer.ffn, statistics):
+                if own.tokens(NEURONS):
+                    magnitudes += [magnitude(each, own, FFN_INPUT) for each in ffn.inputs]
+                    magnitudes.append(magnitude(ffn.down, own, NEURONS))
         outliers = outlier_ratio(magnitudes, self.outlier_multiple) if magnitudes else torch.tensor(0.0)
         return profile | {"outlier_ratio": outliers}
+
+    def _profile_ffn(self, ffn: FeedForward, statistics: LayerStatistics) -> Profile:
+        neurons = column_energy(ffn.down) * statistics.power(NEURONS)
+        neurons = neurons + self._outlier_energy(ffn.down, statistics, NEURONS)
+        return {"neuron_energy": neurons.sort().values / neurons.sum().clamp(min=torch.finfo(neurons.dtype).tiny)}
 
     def _head_energy(self, attention: Attention, statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
         """What the KV groups give, (g,), and each of their heads alone, (g, m), with what outliers add."""
@@ -192,19 +197,21 @@ class Oops(Method):
     # ---------------------------------------------------------------- the pruning pass
 
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
-        moments: list[Moment] = []
-        for site, pruned in ((ATTENDED, planned.attention != dense.attention), (NEURONS, planned.ffn != dense.ffn)):
-            moments += [Gram(site), Power(site), Peak(site)] if pruned else []
-        return moments
+        def needed(site: Site) -> list[Moment]:
+            return [Gram(site), Power(site), Peak(site)]
+
+        return of_parts(
+            dense,
+            attention=needed(ATTENDED) if planned.attention != dense.attention else [],
+            ffn=needed(NEURONS) if planned.ffn != dense.ffn else [],
+        )
 
     def prune(self, given: LayerToPrune) -> DecoderLayer:
         layer, planned = given.layer, given.planned
-        attention, ffn = layer.attention, layer.ffn
+        attention = layer.attention
         if attention and planned.attention != attention.shape:
             attention = self._prune_heads(attention, planned.attention, given.statistics)
-        if ffn and planned.ffn != ffn.shape:
-            ffn = self._prune_neurons(ffn, planned.ffn.width, given.statistics)
-        return replace(layer, attention=attention, ffn=ffn)
+        return prune_each(given, attention, self._prune_ffn)
 
     def _prune_heads(self, attention: Attention, planned: AttentionShape, statistics: LayerStatistics) -> Attention:
         """Choose KV groups, then heads in those that stay, and refit the output projection."""
@@ -225,7 +232,8 @@ class Oops(Method):
         worth = self._worth(among, planned.query_heads, "query heads").view_as(heads)
         return heads.gather(1, most_important(worth, planned.heads_per_group))
 
-    def _prune_neurons(self, ffn: FeedForward, keep: int, statistics: LayerStatistics) -> FeedForward:
+    def _prune_ffn(self, given: LayerToPrune) -> FeedForward:
+        ffn, statistics, keep = given.layer.ffn, given.statistics, given.planned.ffn.width
         gram = statistics.gram(NEURONS)
         interaction = neuron_interaction(ffn, gram)
         interaction.diagonal().add_(self._outlier_energy(ffn.down, statistics, NEURONS))
@@ -253,6 +261,11 @@ class Oops(Method):
         return Linear(solution.x, projection.bias)
 
     # ---------------------------------------------------------------- what it takes
+
+
+def magnitude(projection: Linear, statistics: LayerStatistics, site: Site) -> Tensor:
+    """|W|·rms(x) of a projection, whose inputs are at ``site``."""
+    return projection.weight.abs() * statistics.rms(site)
 
 
 def grouped_head_interaction(attention: Attention, group_gram: Tensor) -> Tensor:

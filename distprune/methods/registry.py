@@ -23,10 +23,13 @@ OWN = "distprune"
 BUILT_IN = {
     "curvature": "distprune.methods.curvature:Curvature",
     "flap": "distprune.methods.flap:Flap",
+    "heapr": "distprune.methods.heapr:Heapr",
     "llm-pruner": "distprune.methods.llm_pruner:LLMPruner",
     "magnitude": "distprune.methods.magnitude:Magnitude",
+    "mean-router-weight": "distprune.methods.mean_router_weight:MeanRouterWeight",
     "olica": "distprune.methods.olica:Olica",
     "oops": "distprune.methods.oops:Oops",
+    "reap": "distprune.methods.reap:Reap",
     "slimgpt": "distprune.methods.slimgpt:SlimGPT",
     "wanda-sp": "distprune.methods.wanda_sp:WandaSp",
 }

@@ -1,12 +1,11 @@
 """What the simplest methods share: each layer keeps as much, the units of the highest scores, and nothing is repaired.
 
-Units are whole KV groups of attention and neurons of the FFN.
+Units are whole KV groups of attention and neurons of the FFN, or of each expert of a mixture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -16,6 +15,7 @@ from distprune.layers.parts import Attention, DecoderLayer, FeedForward
 from distprune.layers.shapes import AttentionShape, FeedForwardShape
 from distprune.methods.base import LayerToPrune, Method, Plan, Profile
 from distprune.methods.even_layers import with_fewer_groups, with_plain_groups
+from distprune.methods.networks import prune_each
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
 from distprune.solvers import most_important
 from distprune.statistics import LayerStatistics
@@ -25,6 +25,7 @@ class ScoredUnits(Method):
     """A method that is two scores."""
 
     layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous", "stock")
+    takes_chunks: ClassVar[bool] = True
 
     def score_groups(self, attention: Attention, statistics: LayerStatistics) -> Tensor:
         """What the KV groups are worth, (g,)."""
@@ -48,12 +49,14 @@ class ScoredUnits(Method):
 
     def prune(self, given: LayerToPrune) -> DecoderLayer:
         layer, planned = given.layer, given.planned
-        attention, ffn = layer.attention, layer.ffn
+        attention = layer.attention
         if attention and planned.attention != attention.shape:
             attention = keep_best_groups(attention, planned.attention, self.score_groups(attention, given.statistics))
-        if ffn and planned.ffn != ffn.shape:
-            ffn = keep_best_neurons(ffn, planned.ffn, self.score_neurons(ffn, given.statistics))
-        return replace(layer, attention=attention, ffn=ffn)
+        return prune_each(given, attention, self._prune_ffn)
+
+    def _prune_ffn(self, given: LayerToPrune) -> FeedForward:
+        ffn = given.layer.ffn
+        return keep_best_neurons(ffn, given.planned.ffn, self.score_neurons(ffn, given.statistics))
 
 
 def keep_best_groups(attention: Attention, planned: AttentionShape, scores: Tensor) -> Attention:
@@ -64,3 +67,8 @@ def keep_best_groups(attention: Attention, planned: AttentionShape, scores: Tens
 def keep_best_neurons(ffn: FeedForward, planned: FeedForwardShape, scores: Tensor) -> FeedForward:
     """A feed-forward network in its planned shape, with the neurons of the highest scores, (f,)."""
     return keep_neurons(ffn, most_important(scores, planned.width))
+
+
+def keep_best_profiled(given: LayerToPrune) -> FeedForward:
+    """A feed-forward network in its planned shape, with the neurons that its profile says are worth most."""
+    return keep_best_neurons(given.layer.ffn, given.planned.ffn, given.profile["neurons"])

@@ -25,8 +25,9 @@ from distprune.budgets import Target, affordable_neurons, fill_with_ffn
 from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear
 from distprune.layers.shapes import LayerShape
 from distprune.layers.sites import ATTENDED, NEURONS
-from distprune.methods.base import LayerToPrune, Method, Plan, Profile
+from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
 from distprune.methods.even_layers import with_fewer_groups
+from distprune.methods.networks import prune_each
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
 from distprune.solvers import eliminate
 from distprune.statistics import Gram, LayerStatistics, Moment
@@ -36,6 +37,7 @@ class SlimGPT(Method):
     """Removes units by optimal brain surgeon on the output projections, and less in early layers."""
 
     name: ClassVar[str] = "slimgpt"
+    takes_chunks: ClassVar[bool] = True
     layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous")
 
     damping: float = Field(0.01, gt=0, description="added to the Gram matrix's diagonal, over the diagonal's mean")
@@ -65,21 +67,18 @@ class SlimGPT(Method):
     # ---------------------------------------------------------------- the pruning pass
 
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
-        moments = []
-        if planned.attention != dense.attention:
-            moments.append(Gram(ATTENDED))
-        if planned.ffn != dense.ffn:
-            moments.append(Gram(NEURONS))
-        return moments
+        return of_parts(
+            dense,
+            attention=[Gram(ATTENDED)] if planned.attention != dense.attention else [],
+            ffn=[Gram(NEURONS)] if planned.ffn != dense.ffn else [],
+        )
 
     def prune(self, given: LayerToPrune) -> DecoderLayer:
         layer, planned = given.layer, given.planned
-        attention, ffn = layer.attention, layer.ffn
+        attention = layer.attention
         if attention and planned.attention != attention.shape:
             attention = self._prune_groups(attention, planned.attention.kv_heads, given.statistics)
-        if ffn and planned.ffn != ffn.shape:
-            ffn = self._prune_neurons(ffn, planned.ffn.width, given.statistics)
-        return replace(layer, attention=attention, ffn=ffn)
+        return prune_each(given, attention, self._prune_ffn)
 
     def _prune_groups(self, attention: Attention, keep: int, statistics: LayerStatistics) -> Attention:
         gram, output = statistics.gram(ATTENDED), attention.output
@@ -87,11 +86,12 @@ class SlimGPT(Method):
         pruned = keep_heads(attention, heads_of_groups(groups, attention.shape.heads_per_group))
         return replace(pruned, output=Linear(weight, output.bias))
 
-    def _prune_neurons(self, ffn: FeedForward, keep: int, statistics: LayerStatistics) -> FeedForward:
+    def _prune_ffn(self, given: LayerToPrune) -> FeedForward:
+        ffn = given.layer.ffn
         neurons, weight = eliminate(
             ffn.down.weight,
-            statistics.gram(NEURONS),
-            keep,
+            given.statistics.gram(NEURONS),
+            given.planned.ffn.width,
             self.damping,
             largest_batch=self.largest_batch,
             smallest_batch=self.smallest_batch,

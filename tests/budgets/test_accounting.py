@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,6 +56,6 @@ def test_whole_heads_and_neurons_alone_may_go_where_the_layout_says_nothing_else
 def test_nothing_may_go_of_a_part_that_is_not_there():
     target = Target(tiny("deepseek_v3"), 0.1)
     assert target.removable(0) == Removable(neurons=True, branch=True, ffn=True)
-    assert target.removable(2) == Removable()
-    everything = Removable(*[True] * 8)
-    assert Target(tiny(), 0.1).removable(0) == everything
+    assert target.removable(2) == Removable(neurons=True, experts=True, ffn=True)
+    everything = Removable(*[True] * 9)
+    assert Target(tiny(), 0.1).removable(0) == replace(everything, experts=False)

@@ -8,7 +8,8 @@ import pytest
 from tiny_architectures import BIASES, tiny
 
 from distprune.budgets import has_plain_heads, is_heterogeneous, is_stock, layout_of
-from distprune.layers.shapes import LayerShape
+from distprune.budgets.layouts import has_lost_units_alone
+from distprune.layers.shapes import ExpertsShape, LayerShape
 
 
 def test_layers_that_lost_whole_heads_and_neurons_alike_are_stock():
@@ -56,14 +57,38 @@ def test_biases_that_the_family_has_are_no_change():
 
 
 def test_parts_that_the_dense_layers_lack_are_no_change():
-    """DeepSeek's attention is of a kind that is not known, and so is what its last layer has for an FFN."""
+    """DeepSeek's attention is of a kind that is not known."""
     model = tiny("deepseek_v3")
     dense = [model.dense_shape(index) for index in range(3)]
-    assert [bool(shape.ffn) for shape in dense] == [True, True, False] and dense[0].attention is None
-    alike = [shape.with_ffn(width=24) if shape.ffn else shape for shape in dense]
+    assert dense[0].attention is None
+    alike = [shape.with_ffn(width=24) for shape in dense]
     assert is_stock(model, dense) and is_stock(model, alike)
     assert layout_of(model, [alike[0], dense[1], dense[2]]) == "heterogeneous"
     assert layout_of(model, [LayerShape(None, None), *dense[1:]]) == "free"
+
+
+def test_dense_layers_and_mixtures_are_alike_each_among_themselves():
+    model = tiny("deepseek_v3", first_k_dense_replace=1)
+    dense = [model.dense_shape(index) for index in range(3)]
+    assert [isinstance(shape.ffn, ExpertsShape) for shape in dense] == [False, True, True]
+    narrow = dense[0].with_ffn(width=24)
+    mixture, fewer = dense[1].with_ffn(width=8, count=2), dense[1].with_ffn(width=8, count=3)
+    assert layout_of(model, [narrow, mixture, mixture]) == "stock"
+    assert layout_of(model, [dense[0], mixture, mixture]) == "stock"
+    assert layout_of(model, [narrow, mixture, fewer]) == "heterogeneous"
+    assert layout_of(model, [narrow, mixture, dense[2]]) == "heterogeneous"
+    assert layout_of(model, [narrow, replace(mixture, ffn=None), mixture]) == "free"
+
+
+def test_a_shared_network_has_a_width_of_its_own_where_the_family_says_it():
+    sizes = {"num_experts": 4, "moe_intermediate_size": 16}
+    model = tiny("qwen2_moe", shared_expert_intermediate_size=32, **sizes)
+    dense = [model.dense_shape(index) for index in range(3)]
+    narrow = [shape.with_ffn(shared_width=24) for shape in dense]
+    assert layout_of(model, narrow) == "stock"
+    assert layout_of(model, [narrow[0], *dense[1:]]) == "heterogeneous"
+    plain = tiny("qwen3_moe", **sizes).dense_shape(0)
+    assert not has_lost_units_alone(plain, plain.with_ffn(shared_width=24))
 
 
 def test_heads_divide_the_hidden_size_or_are_all_there():
@@ -73,3 +98,17 @@ def test_heads_divide_the_hidden_size_or_are_all_there():
     assert [has_plain_heads(model, shape) for shape in shapes] == [True, False, True, False, True]
     assert has_plain_heads(model, replace(shapes[1], attention=None))
     assert not is_stock(model, [shapes[1]] * 3) and is_heterogeneous(model, [shapes[1]] * 3)
+
+
+def test_mixtures_are_alike_among_themselves_and_so_are_other_networks():
+    """DeepSeek's first layers have no experts; a plain configuration has a width for these, and one for experts."""
+    model = tiny("deepseek_v3", num_hidden_layers=4)
+    dense = [model.dense_shape(index) for index in range(4)]
+    assert [isinstance(shape.ffn, ExpertsShape) for shape in dense] == [False, False, True, True]
+    narrower = [shape.with_ffn(width=8) for shape in dense]
+    fewer = [*dense[:2], dense[2].with_ffn(count=2), dense[3].with_ffn(count=2)]
+    for shapes in (dense, narrower, fewer):
+        assert layout_of(model, shapes) == "stock"
+    for changes in ({"width": 8}, {"count": 2}):
+        assert layout_of(model, [*dense[:3], dense[3].with_ffn(**changes)]) == "heterogeneous"
+    assert layout_of(model, [*dense[:1], narrower[1], *dense[2:]]) == "heterogeneous"

@@ -10,10 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_architectures import BIASES, tiny
 
-from distprune.budgets import Target, aligned, decoder_parameters, fill_with_ffn
+from distprune.budgets import Target, aligned, decoder_parameters, fill_with_ffn, is_stock
 from distprune.budgets.filling import share_out
 from distprune.errors import InputError
-from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
+from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape, LayerShape
 
 FULL, HIDDEN = 96, 24
 
@@ -182,6 +182,50 @@ def test_where_no_neuron_may_go_what_else_goes_must_do():
         fill_with_ffn(target, target.dense_shapes, align=1)
     without = [replace(shape, attention=None) for shape in target.dense_shapes]
     assert fill_with_ffn(target, without, align=1) == without
+
+
+def mixed():
+    """DeepSeek with a first layer that has no experts, whose neurons take a ninth of what those of a mixture do."""
+    latent = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    layers = {"num_hidden_layers": 4, "n_routed_experts": 8, "first_k_dense_replace": 1}
+    model = tiny("deepseek_v3", **layers, **latent, num_key_value_heads=4)
+    assert [isinstance(shape.ffn, ExpertsShape) for shape in model.dense_shapes] == [False, True, True, True]
+    return model
+
+
+@pytest.mark.parametrize("align", [1, 4])
+@pytest.mark.parametrize("sparsity", [0.05, 0.2, 0.4])
+def test_beside_mixtures_each_layer_keeps_as_much_of_its_own_width(align, sparsity):
+    target = Target(mixed(), sparsity)
+    filled, dense = fill_with_ffn(target, target.dense_shapes, align), target.dense_shapes
+    assert abs(target.amount(filled) - target.remaining) <= 9 * 3 * align * HIDDEN / 2
+    assert all(now.ffn == replace(before.ffn, width=now.ffn.width) for now, before in zip(filled, dense, strict=True))
+    kept = [now.ffn.width / before.ffn.width for now, before in zip(filled, dense, strict=True)]
+    assert max(kept) - min(kept) <= 2 * align / dense[1].ffn.width
+    assert all(shape.ffn.width % align == 0 for shape in filled)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.05, 0.2, 0.4])
+def test_a_stock_layout_has_one_width_for_experts_and_one_for_other_networks(sparsity):
+    model = mixed()
+    target = Target(model, sparsity, layout="stock")
+    filled = fill_with_ffn(target, target.dense_shapes, 1)
+    assert is_stock(model, filled) and len(set(filled[1:])) == 1
+    kept = [shape.ffn.width / dense.ffn.width for shape, dense in zip(filled, target.dense_shapes, strict=True)]
+    assert abs(kept[0] - kept[1]) <= 1 / 16
+    assert abs(target.amount(filled) - target.remaining) <= 3 * 9 * 3 * HIDDEN / 2
+
+
+def test_a_layer_without_experts_does_not_make_up_for_what_is_rounded_in_mixtures():
+    """Where they alternate, a step of a mixture is worth many neurons of the others."""
+    widths = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 16, "intermediate_size": 320}
+    model = tiny("qwen2_moe", num_hidden_layers=8, num_experts=64, decoder_sparse_step=2, **widths)
+    assert len({type(shape.ffn) for shape in model.dense_shapes}) == 2
+    target = Target(model, 0.3)
+    filled = fill_with_ffn(target, target.dense_shapes, 8)
+    widths = [shape.ffn.width for shape in filled if not isinstance(shape.ffn, ExpertsShape)]
+    assert max(widths) - min(widths) <= 8
+    assert abs(target.amount(filled) - target.remaining) <= 64 * 3 * 8 * HIDDEN / 2
 
 
 @given(

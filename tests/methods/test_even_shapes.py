@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 from by_gradient import ByGradient
+from kinds_of_methods import OF_ALL_MODELS
 from tiny_architectures import tiny
 
 from distprune.budgets import RESOURCES, Target, is_stock
 from distprune.layers.architecture import Architecture
-from distprune.methods import METHODS, make_method
+from distprune.methods import make_method
 
 LAYERS, ALIGN = 4, 8
 
@@ -43,7 +44,7 @@ def test_at_moderate_targets_no_part_of_curvatures_goes_whole():
     assert max(shape.ffn.width for shape in shapes) < 1024
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OF_ALL_MODELS)
 def test_every_method_expects_to_meet_its_target(name):
     target = Target(model(4), 0.3)
     shapes = make_method(name, {}).even_shapes(target, ALIGN)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
+from kinds_of_methods import OF_ALL_MODELS
 from tiny_families import FAMILIES, HIDDEN, tiny_model
+from tiny_mixtures import mixture_model
+from transformers import PreTrainedModel
 
 from distprune.budgets import Target, layout_of
 from distprune.layers.architecture import Architecture
@@ -20,7 +25,28 @@ OPTIONS = {"llm-pruner": {"first_layers": 0, "last_layers": 0}, "slimgpt": {"fir
 @pytest.mark.filterwarnings("ignore::distprune.errors.ConvergenceWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_method_prunes_what_the_family_can_lose(family):
-    real = tiny_model(family)
+    prune_by_each_method(tiny_model(family), OF_ALL_MODELS, 0.1, 4)
+
+
+#: Transposed and interleaved, in groups, with shared experts of one width and of another, beside networks without
+#: experts, without gates, and beside mixers.
+OF_EXPERTS = (
+    "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "minimax_m2", "mixtral", "olmoe",
+    "qwen2_moe", "qwen3_moe", "qwen3_next",
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::distprune.errors.ConvergenceWarning")
+@pytest.mark.parametrize("family", OF_EXPERTS)
+def test_each_method_prunes_mixtures_of_experts(family):
+    model = mixture_model(family)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.mul_(0.1)
+    prune_by_each_method(model, METHODS, 0.2, 4)
+
+
+def prune_by_each_method(real: PreTrainedModel, methods: Iterable[str], sparsity: float, align: int) -> None:
     model = Architecture(real.config)
     state = {name: tensor.detach() for name, tensor in real.state_dict().items()}
     runner = LayerRunner(model, torch.device("cpu"), torch.float32, micro_batch=4)
@@ -40,18 +66,19 @@ def test_each_method_prunes_what_the_family_can_lose(family):
             runner.observe(layer, index, hidden_states, statistics.update, sites)
         return statistics
 
-    for name in METHODS:
+    for name in methods:
         method = METHODS[name](**OPTIONS.get(name, {}))
         profiles = []
         for index, layer in enumerate(layers):
             moments = [*method.dense_moments(layer.shape), *method.gradient_moments(layer.shape)]
-            profiles.append(method.profile(layer, observe(layer, index, moments)))
+            moments += method.overview_moments(layer.shape)
+            profiles.append(method.whole_profile(layer, observe(layer, index, moments)))
         for layout in method.layouts:
-            target = Target(model, 0.1, layout=layout)
+            target = Target(model, sparsity, layout=layout)
             if name == "flap" and layout == "heterogeneous":
                 method = METHODS[name](compensation=False)
-            method.check_target(target, 4)
-            plan = method.plan(target, profiles, 4)
+            method.check_target(target, align)
+            plan = method.plan(target, profiles, align)
             assert plan != target.dense_shapes
             assert layout == "free" or layout_of(model, plan) in ("stock", layout)
             for index, (layer, planned) in enumerate(zip(layers, plan, strict=True)):
@@ -64,6 +91,6 @@ def test_each_method_prunes_what_the_family_can_lose(family):
 
 def test_the_page_says_which_methods_offer_which_layout():
     offered = {layout: {name for name in METHODS if layout in METHODS[name].layouts} for layout in LAYOUTS}
-    assert offered["free"] == set(METHODS) and len(METHODS) == 8
+    assert offered["free"] == set(METHODS) and len(METHODS) == 11
     assert offered["heterogeneous"] == set(METHODS) - {"olica"}
-    assert offered["stock"] == {"curvature", "magnitude", "wanda-sp"}
+    assert offered["stock"] == {"curvature", "magnitude", "mean-router-weight", "reap", "wanda-sp"}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kinds_of_methods import OF_ALL_MODELS
 
 from distprune.budgets import Target
 from distprune.methods import METHODS
 
 
 @pytest.mark.filterwarnings("ignore::distprune.errors.ConvergenceWarning")
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OF_ALL_MODELS)
 def test_a_layer_in_bfloat16_is_pruned_like_the_same_weights_in_float32(subject, name):
     this, method = subject(biases=False, layers=2), METHODS[name]()
     stored, state_of = this.layer.to(torch.bfloat16), this.model.names(0).state_of

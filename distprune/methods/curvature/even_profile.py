@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
+from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape, LayerShape
 from distprune.methods.base import Profile
 
 
 def even_profile(shape: LayerShape) -> Profile:
     """What goes of a part costs its size times the square of its share; nothing is said of factors."""
     attention = attention_profile(shape.attention) if shape.attention else {}
+    if isinstance(shape.ffn, ExpertsShape):
+        return attention | mixture_profile(shape.ffn)
     return attention | (ffn_profile(shape.ffn) if shape.ffn else {})
 
 
@@ -35,6 +37,18 @@ def ffn_profile(shape: FeedForwardShape) -> Profile:
         "ffn_widths": torch.arange(shape.width, -1, -1),
         "ffn_costs": matrices * shape.width * rising(shape.width),
     }
+
+
+def mixture_profile(shape: ExpertsShape) -> Profile:
+    of_one = ffn_profile(FeedForwardShape(shape.width, is_gated=shape.is_gated))
+    shared = {} if shape.shared is None else ffn_profile(shape.shared)
+    # An expert is at work for a part of the tokens.
+    costs = of_one["ffn_costs"] * shape.per_token / shape.count
+    return {
+        "expert_orders": torch.arange(shape.width).repeat(shape.count, 1),
+        "expert_widths": of_one["ffn_widths"],
+        "expert_costs": costs.repeat(shape.count, 1),
+    } | {name.replace("ffn", "shared"): values for name, values in shared.items()}
 
 
 def rising(units: int) -> Tensor:

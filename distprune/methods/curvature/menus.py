@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, lcm
@@ -10,9 +10,9 @@ from math import ceil, lcm
 import numpy as np
 from numpy.typing import NDArray
 
-from distprune.budgets import Curve, Target, aligned, allocate, neurons_amount
-from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
-from distprune.methods.base import Plan, Profile
+from distprune.budgets import Curve, Target, aligned
+from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape
+from distprune.methods.base import Profile
 
 #: Widths of an FFN on its menu, where single steps of the alignment are spent at the end; and prices of ranks.
 MOST_WIDTHS = 64
@@ -22,11 +22,12 @@ Option = tuple[AttentionShape | None, float] | tuple[FeedForwardShape | None, fl
 
 @dataclass(frozen=True)
 class Menu:
-    """What one part of a layer, its ``attention`` or ``ffn``, may become, and what that costs and takes."""
+    """What one part of a layer, its ``attention`` or ``ffn``, or what is ``shared`` beside experts, may become, and
+    what that costs and takes."""
 
     layer: int
     part: str
-    shapes: list[AttentionShape | None] | list[FeedForwardShape | None]
+    shapes: list[AttentionShape | None] | list[FeedForwardShape | None] | list[ExpertsShape]
     costs: list[float]
     amounts: list[int]
 
@@ -58,25 +59,6 @@ class Reach:
         """How many of ``dense`` KV groups may stay, from all to the fewest."""
         fewest = dense - min(dense - 1, round((1 - self.least) * dense))
         return range(dense, fewest - 1, -1)
-
-
-def allocate_globally(target: Target, profiles: Sequence[Profile], reach: Reach) -> Plan:
-    """Of each menu the option with which the whole costs least.
-
-    Raises:
-        InputError: the target can't be reached.
-    """
-    shapes, menus = target.dense_shapes, []
-    for index, (shape, profile) in enumerate(zip(shapes, profiles, strict=True)):
-        if shape.attention:
-            menus.append(attention_menu(target, index, profile, reach))
-        if shape.ffn:
-            menus.append(ffn_menu(target, index, profile, reach))
-    rest = target.amount([LayerShape(None, None)] * len(shapes))
-    allocation = allocate([menu.curve for menu in menus], target.remaining - rest)
-    for menu, choice in zip(menus, allocation.choices, strict=True):
-        shapes[menu.layer] = replace(shapes[menu.layer], **{menu.part: menu.shapes[choice]})
-    return Plan(spend_rest(target, shapes, reach.align), allocation.cost, allocation.gap)
 
 
 def attention_menu(target: Target, index: int, profile: Profile, reach: Reach) -> Menu:
@@ -162,7 +144,7 @@ def prices(tables: Iterable[tuple[list[int | None], NDArray, NDArray]]) -> NDArr
 
 def ffn_menu(target: Target, index: int, profile: Profile, reach: Reach) -> Menu:
     """A few of the widths, the narrow ones with branches of some ranks too; and none at all."""
-    dense, removable, cost_of = target.dense_shape(index).ffn, target.removable(index), ffn_costs_by_width(profile)
+    dense, removable, cost_of = target.dense_shape(index).ffn, target.removable(index), costs_by_width(profile)
     has_branches = "branch_savings" in profile and removable.branch
     shares = branch_shares(profile, cost_of, reach.align) if has_branches else {}
     options: list[Option] = [(None, cost_of(0))] if removable.ffn else []
@@ -194,40 +176,8 @@ def branch_ranks(align: int, most: int) -> Iterator[int]:
         rank += max(align, rank // 4 // align * align)
 
 
-def spend_rest(target: Target, shapes: Sequence[LayerShape], align: int) -> list[LayerShape]:
-    """Widen FFNs by single steps of ``align`` with what the coarser steps of the menus have left of the budget.
-
-    It is less than a step of any menu, so where it goes hardly matters: to the FFNs that have lost most.
-    """
-    shapes, left = list(shapes), target.remaining - target.amount(shapes)
-    open_layers = [index for index, shape in enumerate(shapes) if shape.ffn and target.removable(index).neurons]
-    for index in sorted(open_layers, key=lambda index: shapes[index].ffn.width):
-        full = target.dense_shape(index).ffn.width
-        while shapes[index].ffn.width < full:
-            more = min(align, full - shapes[index].ffn.width)
-            step = neurons_amount(target, index, shapes[index], more)
-            if step > left or step == 0:
-                break
-            shapes[index], left = shapes[index].with_ffn(width=shapes[index].ffn.width + more), left - step
-    return shapes
-
-
-def smallest(target: Target, reach: Reach) -> list[LayerShape]:
-    """The smallest layers that the menus have, factored projections aside."""
-    shapes = target.dense_shapes
-    for index, dense in enumerate(target.dense_shapes):
-        attention, ffn, removable = dense.attention, dense.ffn, target.removable(index)
-        if attention:
-            options = [None] if may_lose_attention(target, index, reach) else head_shapes(target, index, reach)
-            attention = min(options, key=lambda shape: target.attention_amount(index, shape))
-        if ffn and removable.neurons:
-            ffn = replace(ffn, width=reach.widths(ffn.width)[0])
-        shapes[index] = LayerShape(attention, None if removable.ffn else ffn)
-    return shapes
-
-
-def ffn_costs_by_width(profile: Profile) -> Callable[[int], float]:
+def costs_by_width(profile: Profile, name: str = "ffn") -> Callable[[int], float]:
     """The cost of an FFN's width, linear between the widths at which it is known."""
-    widths: NDArray = profile["ffn_widths"].flip(0).numpy()
-    costs: NDArray = profile["ffn_costs"].flip(0).numpy()
+    widths: NDArray = profile[f"{name}_widths"].flip(0).numpy()
+    costs: NDArray = profile[f"{name}_costs"].flip(0).numpy()
     return lambda width: float(np.interp(width, widths, costs))

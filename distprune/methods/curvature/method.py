@@ -24,8 +24,8 @@ from torch import Tensor
 
 from distprune.budgets import RESOURCES, Target
 from distprune.errors import InputError
-from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear, LowRank, Projection
-from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
+from distprune.layers.parts import Attention, DecoderLayer, Experts, FeedForward, Linear, LowRank, Projection
+from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape, LayerShape
 from distprune.layers.sites import (
     ATTENDED,
     ATTENTION_INPUT,
@@ -35,8 +35,10 @@ from distprune.layers.sites import (
     KEYS,
     NEURONS,
     QUERIES,
+    SHARED_NEURONS,
 )
-from distprune.methods.base import LayerToPrune, Method, Observe, Plan, Profile, of_parts
+from distprune.methods.base import LayerToPrune, Method, Observe, Plan, Profile, ProfileExperts, of_parts
+from distprune.methods.curvature.allocating import allocate_globally, smallest
 from distprune.methods.curvature.curves import (
     attention_curves,
     branch_savings,
@@ -45,7 +47,15 @@ from distprune.methods.curvature.curves import (
     truncations_bytes,
 )
 from distprune.methods.curvature.even_profile import even_profile
-from distprune.methods.curvature.menus import Reach, allocate_globally, smallest
+from distprune.methods.curvature.menus import Reach
+from distprune.methods.curvature.mixture_curves import (
+    expert_moments,
+    expert_profiler,
+    mixture_curves,
+    power_moments,
+    shared_moments,
+)
+from distprune.methods.curvature.narrowing import narrowed, without_experts
 from distprune.methods.curvature.stock import allocate_equally, choices_alike
 from distprune.methods.units import (
     heads_of_groups,
@@ -63,6 +73,7 @@ class Curvature(Method):
     """Removes what the loss would miss least, with one budget for the whole model, and refits what is left."""
 
     name: ClassVar[str] = "curvature"
+    takes_chunks: ClassVar[bool] = True
     targets: ClassVar[tuple[str, ...]] = RESOURCES
     layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous", "stock")
     removes: ClassVar[tuple[str, ...]] = (
@@ -71,6 +82,7 @@ class Curvature(Method):
         "pairs",
         "factors",
         "neurons",
+        "experts",
         "branch",
         "attention",
         "ffn",
@@ -90,7 +102,10 @@ class Curvature(Method):
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
         inputs = [Gram(ATTENTION_INPUT)] if self.factored else []
-        return of_parts(shape, attention=[*inputs, Gram(ATTENDED)], ffn=self._ffn_moments(self.calibrated))
+        attention = of_parts(shape, attention=[*inputs, Gram(ATTENDED)])
+        if isinstance(shape.ffn, ExpertsShape):
+            return [*attention, *expert_moments(shape.ffn), *shared_moments(shape.ffn)]
+        return [*attention, *of_parts(shape, ffn=self._ffn_moments(self.calibrated))]
 
     def _ffn_moments(self, calibrated: bool) -> Sequence[Moment]:
         branch = [Gram(FFN_INPUT), Cross(FFN_INPUT, NEURONS)] if calibrated else []
@@ -102,7 +117,9 @@ class Curvature(Method):
         if shape.attention:
             groups, pairs = shape.attention.kv_heads, shape.attention.query_key_dim // 2
             attention.append(ScalingPower(QUERIES, QUERIES.gradient, groups, pairs))
-        return of_parts(shape, attention=attention, ffn=[Gram(FFN_OUTPUT.gradient)])
+        # One metric serves all experts of a mixture.
+        ffn = [Gram(FFN_OUTPUT.gradient)] if shape.ffn else []
+        return [*of_parts(shape, attention=attention), *ffn]
 
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
         profile: dict[str, Tensor] = {}
@@ -110,19 +127,27 @@ class Curvature(Method):
             profile |= attention_curves(layer.attention, statistics, self.damping)
         if layer.attention and self.factored:
             profile |= truncations(layer.attention, statistics, self.damping)
-        if layer.ffn:
+        if isinstance(layer.ffn, Experts):
+            profile |= mixture_curves(layer.ffn, statistics, self.damping)
+        elif layer.ffn:
             profile |= ffn_curve(layer.ffn, statistics, self.damping)
-        if layer.ffn and self.calibrated:
+        if isinstance(layer.ffn, FeedForward) and self.calibrated:
             order = profile["neuron_order"]
             profile |= branch_savings(layer.ffn, statistics, order, self.damping, self.branch_damping)
         return profile
+
+    def overview_moments(self, shape: LayerShape) -> Sequence[Moment]:
+        return power_moments(shape.ffn) if isinstance(shape.ffn, ExpertsShape) else ()
+
+    def expert_profiler(self, layer: DecoderLayer, statistics: LayerStatistics) -> ProfileExperts | None:
+        return expert_profiler(layer.ffn, statistics, self.damping) if isinstance(layer.ffn, Experts) else None
 
     def even_profile(self, shape: LayerShape) -> Profile:
         return even_profile(shape)
 
     def profile_bytes(self, hidden_size: int, shape: LayerShape) -> int:
         factors = truncations_bytes(hidden_size, shape.attention) if self.factored and shape.attention else 0
-        has_branches = self.calibrated and shape.ffn is not None
+        has_branches = self.calibrated and isinstance(shape.ffn, FeedForwardShape)
         return factors + has_branches * hidden_size**2 * torch.float32.itemsize
 
     # ---------------------------------------------------------------- the budget
@@ -153,6 +178,8 @@ class Curvature(Method):
         if layer.attention and planned.attention != layer.attention.shape:
             pruned = planned.attention and self._prune_attention(layer, planned.attention, given.profile, given.observe)
             layer = replace(layer, attention=pruned)
+        if isinstance(layer.ffn, Experts) and planned.ffn is not None:
+            return self._prune_mixture(layer, planned.ffn, given)
         if layer.ffn and planned.ffn != layer.ffn.shape:
             pruned = planned.ffn and self._prune_ffn(layer, planned.ffn, given.profile, given.observe)
             layer = replace(layer, ffn=pruned)
@@ -207,15 +234,42 @@ class Curvature(Method):
         given = branch.left @ (branch.right @ cross[:, kept])
         return replace(pruned, down=self._refit(ffn.down, kept, gram, given), branch=branch)
 
-    def _refit(self, projection: Linear, kept: Tensor, gram: Tensor, given: Tensor | float = 0.0) -> Linear:
+    def _prune_mixture(self, layer: DecoderLayer, planned: ExpertsShape, given: LayerToPrune) -> DecoderLayer:
+        """Whole experts go first: the others are refitted at the tokens that reach them then."""
+        dense, profile = layer.ffn.shape, given.profile
+        experts, numbers = without_experts(layer.ffn, planned, profile)
+        layer = replace(layer, ffn=experts)
+        if planned == experts.shape:
+            return layer
+        orders = profile["expert_orders"][numbers]
+
+        def narrow(some: Experts, own: range, statistics: LayerStatistics) -> Experts:
+            if planned.width == dense.width:
+                return some
+            return narrowed(some, own, planned.width, orders[own.start : own.stop], statistics, self._refit)
+
+        moments = [*(expert_moments(experts.shape) if planned.width < dense.width else ()), *shared_moments(dense)]
+        layer, statistics = given.change_experts(layer, moments, narrow)
+        if planned.shared == dense.shared:
+            return layer
+        gone = dense.shared.width - planned.shared.width
+        kept, down = profile["shared_order"][gone:].sort().values, experts.shared.down
+        shared = keep_neurons(experts.shared, kept)
+        shared = replace(shared, down=self._refit(down, kept, statistics.gram(SHARED_NEURONS)))
+        return replace(layer, ffn=replace(layer.ffn, shared=shared))
+
+    def _refit(
+        self, projection: Linear, kept: Tensor, gram: Tensor, given: Tensor | float = 0.0, caution: float = 1.0
+    ) -> Linear:
         """The projection of the ``kept`` input channels that best gives what all of them gave.
 
         Args:
             given: what is given by something else of it, E[yᵀz] with the kept input channels z, (out, kept).
+            caution: how many times the usual penalty there is on moving a weight.
         """
         weight = projection.weight.float()
         wanted = weight @ gram[:, kept] - given
-        refitted = ridge_towards(weight[:, kept], gram[kept][:, kept], wanted, self.refit_damping)
+        refitted = ridge_towards(weight[:, kept], gram[kept][:, kept], wanted, caution * self.refit_damping)
         return Linear(refitted, projection.bias)
 
     # ---------------------------------------------------------------- what it takes

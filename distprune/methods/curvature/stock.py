@@ -1,4 +1,8 @@
-"""The choice that the original architecture allows: the same widths in every layer."""
+"""The choice that the original architecture allows: the same widths in every layer.
+
+Where a model has mixtures of experts, these are made alike, and the feed-forward networks of its other layers, few and
+the first, are left whole.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ from dataclasses import dataclass
 from math import ceil
 
 from distprune.budgets import Target, has_plain_heads
-from distprune.layers.shapes import LayerShape
+from distprune.layers.shapes import ExpertsShape, LayerShape
 from distprune.methods.base import Plan, Profile
-from distprune.methods.curvature.menus import Reach, ffn_costs_by_width
+from distprune.methods.curvature.menus import Reach, costs_by_width
+from distprune.methods.curvature.mixture_menus import counts, mixture_costs
 from distprune.methods.even_layers import with_heads
 
 
@@ -20,7 +25,8 @@ class Alike:
     Attributes:
         shapes: of the layers.
         groups_gone: KV groups that every attention loses.
-        width: neurons of every FFN.
+        width: neurons of every FFN, or of every expert.
+        experts: of every mixture; None where there are none.
         unspent: steps of FFN width that the target would leave to FFNs which are whole already.
     """
 
@@ -28,18 +34,25 @@ class Alike:
     groups_gone: int
     width: int
     unspent: int
+    experts: int | None = None
 
 
 def allocate_equally(target: Target, profiles: Sequence[Profile], reach: Reach) -> Plan:
     """As many KV groups and as wide an FFN in every layer: of all such pairs that meet the target, the cheapest."""
     attentions = [profile for profile in profiles if "group_costs" in profile]
-    ffns = [ffn_costs_by_width(profile) for profile in profiles if "ffn_costs" in profile]
+    choices = choices_alike(target, reach)
+    mixtures = [
+        mixture_costs(profile, shape.ffn)
+        for profile, shape in zip(profiles, target.dense_shapes, strict=True)
+        if isinstance(shape.ffn, ExpertsShape)
+    ]
+    ffns = [] if mixtures else [costs_by_width(profile) for profile in profiles if "ffn_costs" in profile]
 
     def cost(choice: Alike) -> float:
         groups = sum(float(profile["group_costs"][choice.groups_gone]) for profile in attentions)
-        return groups + sum(cost_of(choice.width) for cost_of in ffns)
+        experts = sum(cost_of(choice.experts, choice.width) for cost_of in mixtures)
+        return groups + experts + sum(cost_of(choice.width) for cost_of in ffns)
 
-    choices = choices_alike(target, reach)
     nearest = min(choice.unspent for choice in choices)
     best = min((choice for choice in choices if choice.unspent == nearest), key=cost)
     return Plan(best.shapes, cost(best), gap=0.0)
@@ -47,8 +60,28 @@ def allocate_equally(target: Target, profiles: Sequence[Profile], reach: Reach) 
 
 def choices_alike(target: Target, reach: Reach) -> list[Alike]:
     """What all layers may become to meet the target, from the fewest groups on."""
-    found = (widest(target, shapes, gone, reach) for shapes, gone in with_groups_alike(target))
+    found = (
+        widest(target, shapes, gone, reach, experts)
+        for fewer_groups, gone in with_groups_alike(target)
+        for shapes, experts in with_experts_alike(target, fewer_groups, reach)
+    )
     return [choice for choice in found if choice]
+
+
+def with_experts_alike(
+    target: Target, shapes: Sequence[LayerShape], reach: Reach
+) -> Iterator[tuple[list[LayerShape], int | None]]:
+    """The layers with fewer and fewer experts in every mixture, and how many; as they are where there is none."""
+    layers = mixture_layers(shapes)
+    if not layers:
+        yield [*shapes], None
+        return
+    for count in counts(target, layers[0], reach):
+        yield [shape.with_ffn(count=count) if i in layers else shape for i, shape in enumerate(shapes)], count
+
+
+def mixture_layers(shapes: Sequence[LayerShape]) -> list[int]:
+    return [index for index, shape in enumerate(shapes) if isinstance(shape.ffn, ExpertsShape)]
 
 
 def with_groups_alike(target: Target) -> Iterator[tuple[list[LayerShape], int]]:
@@ -66,20 +99,22 @@ def with_groups_alike(target: Target) -> Iterator[tuple[list[LayerShape], int]]:
             yield shapes, attention.kv_heads - groups
 
 
-def widest(target: Target, shapes: Sequence[LayerShape], gone: int, reach: Reach) -> Alike | None:
+def widest(
+    target: Target, shapes: Sequence[LayerShape], gone: int, reach: Reach, experts: int | None = None
+) -> Alike | None:
     """The layers with FFNs of the width nearest to what the target leaves beside their attention, if there is one."""
-    layers = [index for index, shape in enumerate(shapes) if shape.ffn]
+    layers = mixture_layers(shapes) or [index for index, shape in enumerate(shapes) if shape.ffn]
     full = shapes[layers[0]].ffn.width if layers else 0
 
     def with_width(width: int) -> list[LayerShape]:
-        return [shape.with_ffn(width=width) if shape.ffn else shape for shape in shapes]
+        return [shape.with_ffn(width=width) if i in layers else shape for i, shape in enumerate(shapes)]
 
     one, two = (target.amount(with_width(width)) for width in (reach.align, 2 * reach.align))
     if one == two or not all(target.removable(index).neurons for index in layers):
         unspent = target.remaining - target.amount(shapes)
-        return Alike([*shapes], gone, full, unspent) if unspent >= 0 else None
+        return Alike([*shapes], gone, full, unspent, experts) if unspent >= 0 else None
     steps, whole = 1 + round((target.remaining - one) / (two - one)), ceil(full / reach.align)
     if steps < 1:
         return None
     width = min(full, steps * reach.align)
-    return Alike(with_width(width), gone, width, max(0, steps - whole))
+    return Alike(with_width(width), gone, width, max(0, steps - whole), experts)
