@@ -29,24 +29,27 @@ class TrainableLayer:
 
     def __init__(self, layer: DecoderLayer, index: int, runner: LayerRunner, options: DistillConfig):
         self._pruned, self._index, self._runner = layer, index, runner
+        left_alone = {*runner.architecture.unknown_modules(index)}
+        if not options.train_routers and (router := runner.architecture.names(index).router) is not None:
+            left_alone.add(router)
         if options.train == "full":
             # Copied, so that the layer itself stays as it is.
             self._module = runner.build(layer.to(torch.float32, copy=True), index, torch.float32).requires_grad_(True)
         else:
             self._module = runner.build(layer, index, runner.gradient_dtype).requires_grad_(False)
-            self._add_updates(options.rank, torch.Generator().manual_seed(options.seed))
-        self._leave_alone(*runner.architecture.unknown_modules(index))
+            self._add_updates(options.rank, torch.Generator().manual_seed(options.seed), left_alone)
+        self._leave_alone(left_alone)
         if layer.attention is None and layer.ffn is None:  # its norms alone change nothing
             self._module.requires_grad_(False)
 
-    def _add_updates(self, rank: int, generator: torch.Generator) -> None:
-        unknown = self._runner.architecture.unknown_modules(self._index)
+    def _add_updates(self, rank: int, generator: torch.Generator, left_alone: set[str]) -> None:
+        """Experts have none: all of a layer's are one tensor, and no linear map."""
         for name, module in list(self._module.named_modules()):
-            if isinstance(module, nn.Linear) and name.split(".")[0] not in unknown:
+            if isinstance(module, nn.Linear) and not left_alone.intersection((name, name.split(".")[0])):
                 self._module.set_submodule(name, UpdatedLinear(module, rank, generator))
 
-    def _leave_alone(self, *modules: str) -> None:
-        """What is of no part that is known goes through distillation as it is, too."""
+    def _leave_alone(self, modules: set[str]) -> None:
+        """What is of no part that is known goes through distillation as it is, too, and so do routers."""
         for name in modules:
             self._module.get_submodule(name).requires_grad_(False)
 

@@ -22,6 +22,7 @@ from distprune.checkpoint import (
     publish,
 )
 from distprune.config import DistillConfig, PruneConfig
+from distprune.engine.run.expert_tokens import seldom_used, tokens_by_layer
 from distprune.engine.run.hub_output import is_on_hub, prune_to_hub
 from distprune.engine.run.journal import fingerprint
 from distprune.engine.run.layer_files import LayerFiles
@@ -192,7 +193,15 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
     work.once("copy", lambda: copy_model_files(job, work.checkpoint))
     parts = work.writer.announce() if config.writes == "auto" else None
     with weight_access(job, workers) as model, worker_pool(job, workers, model, progress, parts) as pool:
-        context = RunContext(pool, progress, layers, work.journal, config.block_length(layers), config.micro_batch)
+        context = RunContext(
+            pool,
+            progress,
+            layers,
+            work.journal,
+            config.block_length(layers),
+            config.micro_batch,
+            in_one_piece=config.experts_at_once is not None,
+        )
         work.once(CHECK, Check(context, one_of_each_kind(job.architecture)).run)
         if config.calibration is None:
             work.once("own samples", lambda: OwnSamples(context).run(calibration))
@@ -202,6 +211,9 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
         if job.needs_gradients:
             with work.timed("gradient pass"):
                 profiles = GradientPass(context, tokens).run()
+        expert_tokens = tokens_by_layer(profiles)
+        for note in seldom_used(expert_tokens):
+            progress.note(note)
         plan = job.method.plan(job.target, profiles, config.align)
         if plan.predicted_loss is not None:
             progress.note(forecast(plan.predicted_loss, plan.gap))
@@ -230,8 +242,8 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
         peak_memory_driver=peak_memory(),
         peak_memory_workers=peaks,
         seconds=work.seconds(),
-        layers=layer_records(job.architecture, plan, files.reports(), files.distillations()),
-        notes=list(job.notes),
+        layers=layer_records(job.architecture, plan, files.reports(), files.distillations(), expert_tokens),
+        notes=[*job.notes, *seldom_used(expert_tokens)],
         left_alone=job.left_alone.parts,
         left_alone_share=job.left_alone.share,
     )

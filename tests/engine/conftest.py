@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from tiny_mixtures import MIXTURES
 
 from distprune import prune
 from distprune.engine import RunRecord, driver
@@ -17,6 +18,8 @@ from distprune.engine.scheduler.runtime import RayRuntime
 from distprune.engine.worker import weights
 from distprune.engine.worker.actor import Worker
 
+#: What the tests' tokenizer says of a model.
+OF_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 OPTIONS = {
     "method": "olica",
     "sparsity": 0.3,
@@ -112,6 +115,17 @@ def undisturbed_here(prune_llama, digests, tmp_path_factory) -> dict[str, str]:
         do_without_ray(patch)
         prune_llama(output)
     return digests(output)
+
+
+@pytest.fixture(scope="session")
+def save_mixture(save_model) -> Callable[..., Path]:
+    """Saves a small random mixture of experts, with the tests' tokenizer, and gives its folder."""
+
+    def save(model_type: str, **changes) -> Path:
+        sizes = {name: value for name, value in MIXTURES[model_type].items() if name not in OF_THE_TOKENIZER}
+        return save_model(model_type, **sizes | changes)
+
+    return save
 
 
 @pytest.fixture

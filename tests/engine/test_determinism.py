@@ -43,6 +43,13 @@ def test_other_methods_give_the_same_bytes_by_any_number_of_workers(run, digests
     assert made[0] == made[1] == made[2]
 
 
+def test_experts_in_chunks_give_the_same_bytes_by_any_number_of_workers(run, save_mixture, digests):
+    model = save_mixture("qwen3_moe")
+    options = {"method": "curvature", "sparsity": 0.3, "propagation": 1, "experts_at_once": 5}
+    made = [digests(run(model, workers=workers, **options)[0]) for workers in (1, 2)]
+    assert made[0] == made[1]
+
+
 DISTILLED = {"sparsity": 0.3, "distill": {"learning_rate": 1e-3, "epochs": 2, "batch": 2}}
 
 
@@ -62,6 +69,7 @@ def test_distillation_gives_the_same_bytes_by_any_number_of_workers(
     assert len({worker for kind, worker in calls if kind == "distill"}) == workers
 
 
+@pytest.mark.slow
 def test_losing_workers_in_the_middle_of_calls_gives_the_same_bytes(by_one_worker, run, lose, digests):
     chosen = {("close_layer", 1), ("prune", 2)}
     lost = lose(first_of(chosen))

@@ -99,6 +99,7 @@ def test_any_number_of_workers_gives_the_same_bytes(by_one_worker, run, calls, d
     assert len({worker for kind, worker in calls if kind == "learn"}) == workers
 
 
+@pytest.mark.slow
 def test_losing_workers_gives_the_same_bytes(by_one_worker, run, lose, digests):
     lost = lose(first_time_of({("learn", 3), ("step_optimizer", 0)}))
     folder, _ = run(workers=2, **OPTIONS)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kinds_of_methods import OF_ALL_MODELS
 from pretend_gpu import NAME, pretend_gpu
 
 from distprune import load
@@ -56,7 +57,7 @@ def logits(folder: Path) -> torch.Tensor:
     return load(folder)(IDS).logits
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_ALL_MODELS)
 def test_every_method_gives_there_what_it_gives_on_the_cpu(prune_here, prune_on_gpu, solved_on, tmp_path, method):
     prune_here(tmp_path / "cpu", method=method)
     for offload in (False, True):

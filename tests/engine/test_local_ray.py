@@ -48,6 +48,7 @@ def test_a_temporary_folder_that_ray_cannot_use_is_named_with_the_variable(
     assert "Traceback" not in ended.stderr and os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_advice_helps(prune_elsewhere, tmp_path):
     ended = prune_elsewhere(TMPDIR=LONG, RAY_TMPDIR="/tmp")
     assert ended.returncode == 0, ended.stderr

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from kinds_of_methods import OF_ALL_MODELS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distprune import load
-from distprune.methods import METHODS
 
 ALIGN = 8
 MODELS = {
@@ -26,8 +26,8 @@ MODELS = {
 #: Every method with every option of saving that Llama stands for, and with one other family.
 CASES = [
     ("llama", "olica", True),
-    *(("llama", name, False) for name in METHODS),
-    *zip(cycle(["mistral", "qwen2", "qwen3"]), METHODS, repeat(False), strict=False),
+    *(("llama", name, False) for name in OF_ALL_MODELS),
+    *zip(cycle(["mistral", "qwen2", "qwen3"]), OF_ALL_MODELS, repeat(False), strict=False),
 ]
 
 

@@ -44,6 +44,7 @@ def model(bucket, dense_path):
     return bucket / "dense"
 
 
+@pytest.mark.slow
 def test_from_s3_to_s3_by_one_worker_interrupted_and_resumed_by_two(
     prune_here, dense_path, calibration_path, digests, bucket, model, tmp_path, monkeypatch
 ):

@@ -203,7 +203,7 @@ def test_a_run_distils_each_layer_on_the_dense_models_hidden_states(run, make_wo
         states.append(Advance(index, states[-1]).run(worker))
     for index, report in enumerate(reports):
         shape = plain[1].layers[index].pruned
-        tensors = pruned.read(worker.model.layer_names(index, shape).values())
+        tensors = pruned.read(worker.model.stored_dims(index, shape))
         layer = worker.model.from_disk(index, tensors, shape, None)
         ahead = states[min(index + 1 + look_ahead, LAYERS)]
         finished, found = Distill(index, layer, states[index], states[index + 1], ahead).run(worker)

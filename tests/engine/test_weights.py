@@ -95,6 +95,7 @@ def on_two_nodes(runs: list[dict], second_node: dict[str, str], folder: Path, **
     return json.loads(results.read_text())
 
 
+@pytest.mark.slow
 def test_a_node_that_sees_no_folder_is_served_or_asks_the_hub_and_the_bytes_are_the_same(
     run, save_model, dense_path, calibrate, digests, tmp_path
 ):

@@ -35,7 +35,8 @@ from distprune.families.tied import UNTIED, differ_though_tied, untied
 from distprune.hardware import AUTO, ComputeDtype, compute_dtype
 from distprune.layers.architecture import Architecture
 from distprune.layers.module import empty_model
-from distprune.methods import Method, make_method
+from distprune.layers.shapes import ExpertsShape
+from distprune.methods import METHODS, Method, make_method
 from distprune.storage import is_remote, is_url, location
 from distprune.version import __version__
 
@@ -43,6 +44,8 @@ from distprune.version import __version__
 GRADIENTS_KEPT = 2
 #: Shards that workers merge at once, at most: so many lie on the disk beside the parts that they are made of.
 MERGED_AT_ONCE = 16
+#: Rows of the matrices that torch multiplies for several experts at once are multiples of so many bytes.
+ROW_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def check_job(config: PruneConfig) -> Job:
     method = make_method(config.method, config.options)
     hub, stored = open_model(config)
     model_path, model = stored.path, dense_model(stored)
+    if config.experts_at_once is not None:
+        check_takes_chunks(config, method, model)
     texts = config.calibration, config.distill and config.distill.calibration
     for path in filter(None, texts):
         tokenizer = load_tokenizer(model_path, config.trust_remote_code)
@@ -126,6 +131,7 @@ def check_job(config: PruneConfig) -> Job:
     is_untied = differ_though_tied(model.architecture.model, stored, model.names)
     if is_untied:
         model = dense_model(untied(stored))
+    check_rows_of_experts(config, model)
     target = target_of(config, model.architecture, stored_sizes(model))
     method.check_target(target, config.align)
     there = folder_size(partial_directory(config.output))
@@ -135,36 +141,61 @@ def check_job(config: PruneConfig) -> Job:
     return Job(config, model_path, hub, model, method, target, left, notes)
 
 
+def check_takes_chunks(config: PruneConfig, method: Method, model: DenseModel) -> None:
+    """See that a run can do with some of a mixture's experts at a time.
+
+    Raises:
+        InputError: it can't.
+    """
+    option = f"--experts-at-once {config.experts_at_once}"
+    if not any(isinstance(shape.ffn, ExpertsShape) for shape in model.architecture.dense_shapes):
+        kind = model.architecture.config.model_type
+        raise InputError(f"{option}: distprune knows no mixture of experts in this {kind} model. Leave it out.")
+    if not method.takes_chunks:
+        able = ", ".join(sorted(name for name, each in METHODS.items() if each.takes_chunks))
+        raise InputError(
+            f"{option}: method {method.name} needs all experts of a layer at once. Leave it out, or choose one of the "
+            f"methods {able}."
+        )
+    if config.distill:
+        raise InputError(f"{option}: distillation needs all experts of a layer at once. Leave one of them out.")
+
+
 def dense_model(checkpoint: Checkpoint) -> DenseModel:
     """The language model of a checkpoint, every tensor that it needs there in the shape that it needs.
 
     Raises:
-        InputError: transformers has no such model, a tensor is missing or has another shape, or tensors of a decoder
-            layer are stored in a form of their own.
+        InputError: transformers has no such model, or a tensor is missing or has another shape.
     """
     config, _ = language_config(checkpoint.config)
     architecture = Architecture(config)
-    names = disk_names(empty_model(architecture), checkpoint)
-    for name, parts in names.converted.items():
-        if name.startswith(architecture.layers_path + "."):
-            raise InputError(
-                f"{checkpoint.tensors[parts[0]].file}: tensor '{parts[0]}' is one of {len(parts)} that transformers "
-                f"makes '{name}' of when it loads a {config.model_type} model, and distprune can't run such layers "
-                "yet. Give a model without experts."
-            )
-    return DenseModel(architecture, names, checkpoint)
+    return DenseModel(architecture, disk_names(empty_model(architecture), checkpoint), checkpoint)
+
+
+def check_rows_of_experts(config: PruneConfig, model: DenseModel) -> None:
+    """Refuse widths of experts that torch's grouped products, by which transformers runs them, can't take."""
+    architecture = model.architecture
+    kinds = {type(shape.ffn) for shape in architecture.dense_shapes}
+    dtypes = (stored_dtype(model), getattr(torch, config.dtype, torch.float32))
+    unit = ROW_BYTES // min(dtype.itemsize for dtype in dtypes)
+    if ExpertsShape in kinds and config.align % unit:
+        raise InputError(
+            f"align is {config.align}: torch multiplies the experts of {architecture.config.model_type} in rows of "
+            f"multiples of {ROW_BYTES} bytes, so their widths must be multiples of {unit} here. Set --align {unit} or "
+            "a multiple of it."
+        )
 
 
 def stored_dtype(model: DenseModel) -> torch.dtype:
     """The dtype of a checkpoint's weights, by its embedding."""
-    return model.checkpoint.tensors[model.names.on_disk(model.architecture.embedding_name)].dtype
+    return model.embedding_dtype
 
 
 def stored_sizes(model: DenseModel) -> StoredSizes:
     """How large the numbers of a checkpoint's tensors are."""
     tensors = model.checkpoint.tensors
     layers = tuple(
-        {name: tensors[stored].dtype.itemsize for name, stored in model.layer_names(index).items()}
+        {name: dtype.itemsize for name, dtype in model.stored_dtypes(index).items()}
         for index in range(model.architecture.num_layers)
     )
     return StoredSizes(layers, sum(tensors[name].nbytes for name in model.outer_names()))

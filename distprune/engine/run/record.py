@@ -26,7 +26,8 @@ OWN_FILES = (RECORD_FILE, CONFIG_FILE, CALIBRATION_FILE, LOG_FILE)
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer: its shape before and after, its parameters, the seconds each step took, and how it went."""
+    """One layer: its shape before and after, its parameters, the seconds each step took, how it went, and how many
+    calibration tokens each of its experts has seen in the dense model."""
 
     index: int
     dense: LayerShape
@@ -36,6 +37,7 @@ class LayerRecord:
     seconds: Mapping[str, float]
     warnings: list[str]
     distillation: DistillationReport | None
+    expert_tokens: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def layer_records(
     plan: list[LayerShape],
     reports: list[Report],
     distillations: list[DistillationReport | None],
+    expert_tokens: list[list[int] | None],
 ) -> list[LayerRecord]:
     return [
         LayerRecord(
@@ -112,6 +115,7 @@ def layer_records(
             seconds=reports[index].seconds,
             warnings=reports[index].warnings,
             distillation=distillations[index],
+            expert_tokens=expert_tokens[index],
         )
         for index, shape in enumerate(plan)
     ]

@@ -37,10 +37,19 @@ class Relay(ABC):
         stations: how many there are.
         micro_batch: samples that are never parted.
         keeps_end: whether anybody asks for what the last station gives.
+        in_one_piece: whether all samples go together, one worker being at work at a time.
     """
 
-    def __init__(self, pool: WorkerPool, stations: int, micro_batch: int, keeps_end: bool = False):
+    def __init__(
+        self,
+        pool: WorkerPool,
+        stations: int,
+        micro_batch: int,
+        keeps_end: bool = False,
+        in_one_piece: bool = False,
+    ):
         self.pool, self.stations, self.micro_batch, self.keeps_end = pool, stations, micro_batch, keeps_end
+        self.in_one_piece = in_one_piece
         self._open: dict[int, OpenStation] = {}
         self._end: list[Any] = []
 
@@ -76,7 +85,8 @@ class Relay(ABC):
     def begin(self, first: int, samples: HostTensor) -> None:
         """Give a station all that it gets at once, in the pieces that the stations after it will get."""
         workers = len(self.pool.workers)
-        self._pieces = split(len(samples.array), self.micro_batch, PIECES_PER_WORKER * workers)
+        most = 1 if self.in_one_piece else PIECES_PER_WORKER * workers
+        self._pieces = split(len(samples.array), self.micro_batch, most)
         self._next = first
         self._open_until(first + workers)
         for piece in self._pieces:

@@ -123,8 +123,7 @@ def expected_shapes(job: Job, plan: Sequence[LayerShape]) -> dict[str, tuple[int
     """The dimensions of all tensors of the result, by their names on disk."""
     model, expected = job.model, {}
     for index, shape in enumerate(plan):
-        dims = model.architecture.layer_tensors(index, shape)
-        expected |= {stored: dims[name] for name, stored in model.layer_names(index, shape).items()}
+        expected |= model.stored_dims(index, shape)
     copies = (*model.outer_names(), *model.names.carried)
     return expected | {name: tuple(job.checkpoint.tensors[name].shape) for name in copies}
 

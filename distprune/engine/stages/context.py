@@ -32,11 +32,13 @@ class RunContext(FirstStages):
         journal: what was done by now, and what is to be kept.
         block_length: layers in a row that are pruned on each other's outputs.
         micro_batch: samples that are never parted.
+        in_one_piece: whether all samples go from layer to layer together.
     """
 
     journal: Journal
     block_length: int
     micro_batch: int
+    in_one_piece: bool = False
 
     def begins_block(self, index: int) -> bool:
         """Whether a layer is pruned on the dense model's hidden states."""

@@ -36,7 +36,7 @@ class DensePass(Relay):
     """
 
     def __init__(self, context: RunContext, tokens: np.ndarray, for_gradients: bool = False):
-        super().__init__(context.pool, context.layers, context.micro_batch, keeps_end=for_gradients)
+        super().__init__(context.pool, context.layers, context.micro_batch, for_gradients, context.in_one_piece)
         self.context, self.tokens, self.for_gradients = context, tokens, for_gradients
         self.layers, self.journal, self.progress = context.layers, context.journal, context.progress
         self._kind = PASSED if for_gradients else PROFILE

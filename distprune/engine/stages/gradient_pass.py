@@ -38,7 +38,7 @@ class GradientPass(Relay):
     """
 
     def __init__(self, context: RunContext, tokens: np.ndarray):
-        super().__init__(context.pool, 1 + context.layers, context.micro_batch)
+        super().__init__(context.pool, 1 + context.layers, context.micro_batch, in_one_piece=context.in_one_piece)
         self.context, self.tokens, self.layers = context, tokens, context.layers
         self.journal, self.progress = context.journal, context.progress
         layers = (self._layer(station) for station in range(1, 1 + self.layers))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -15,10 +15,11 @@ from torch import Tensor
 from distprune.checkpoint import PartFolder, WrittenFile
 from distprune.config import PruneConfig
 from distprune.engine.worker.dense_model import DenseModel
+from distprune.layers.expert_chunks import ExpertChunks
 from distprune.layers.loss import LossHead
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.runner import LayerRunner
-from distprune.layers.shapes import LayerShape
+from distprune.layers.shapes import ExpertsShape, LayerShape
 from distprune.methods import make_method
 from distprune.statistics import Moment
 
@@ -115,9 +116,17 @@ class LayerWorker:
     # ---------------------------------------------------------------- weights
 
     def read_layer(self, index: int) -> DecoderLayer:
-        """A layer of the dense model, on the CPU. What is open is given up for it."""
+        """A layer of the dense model, on the CPU, without its experts where :meth:`chunks` read them. What is open is
+        given up for it."""
         self.close()
-        return self.model.read_layer(index)
+        return self.model.read_layer(index) if self.chunks(index) is None else self.model.read_frame(index)
+
+    def chunks(self, index: int) -> ExpertChunks | None:
+        """How a layer's experts are read, where they are read a chunk at a time."""
+        at_once = self.config.experts_at_once
+        if at_once is None or not isinstance(self.architecture.dense_shape(index).ffn, ExpertsShape):
+            return None
+        return ExpertChunks(self.architecture.names(index), partial(self.model.read_chosen, index), at_once)
 
     def finish(self, index: int, layer: DecoderLayer) -> Finished:
         """Write a layer to the folder of parts, where this node sees it; the driver writes what it gets otherwise."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,38 +9,11 @@ import torch
 from torch import Tensor
 
 from distprune.calibration import CalibrationMetadata, draw_calibration
-from distprune.checks import solving
 from distprune.engine.worker.layer_worker import ForgottenError, LayerWorker, moved
+from distprune.engine.worker.open_layers import OpenLayer, open_layer
 from distprune.engine.worker.task import Task
 from distprune.layers.loss import LossHead
-from distprune.layers.parts import DecoderLayer
 from distprune.methods import Profile
-from distprune.statistics import LayerStatistics, Moment, sites_of
-
-
-@dataclass
-class OpenLayer:
-    """A dense layer in the dense pass, or the gradient pass: what was seen of how many pieces of the samples.
-
-    ``profiled`` are the moments for its profile; None where it gets none in this pass. ``carried`` are those that go
-    to its pruning.
-    """
-
-    index: int
-    layer: DecoderLayer
-    solve_device: torch.device
-    profiled: Sequence[Moment] | None
-    carried: Sequence[Moment] = ()
-    pieces: int = 0
-
-    def __post_init__(self):
-        self.moments = *(self.profiled or ()), *self.carried
-        self.statistics = LayerStatistics(self.moments, self.solve_device)
-
-    @property
-    def observation(self) -> dict[str, Any]:
-        """What a runner is told to observe."""
-        return {"observe": self.statistics.update, "sites": sites_of(self.moments)} if self.moments else {}
 
 
 def opened_layer(worker: LayerWorker, index: int, pieces: int) -> OpenLayer:
@@ -109,7 +81,7 @@ class Advance(Task):
     hidden_states: Tensor
 
     def run(self, worker: LayerWorker) -> Tensor:
-        return worker.runner.run(worker.read_layer(self.index), self.index, self.hidden_states)
+        return open_layer(worker, self.index, None).forward(worker, self.hidden_states)
 
 
 # ---------------------------------------------------------------- the dense pass
@@ -122,11 +94,10 @@ class OpenForward(Task):
     index: int
 
     def run(self, worker: LayerWorker) -> None:
-        layer = worker.read_layer(self.index).to(worker.device)
+        shape = worker.architecture.dense_shape(self.index)
         # Where there is a gradient pass, it collects all that the profile needs.
-        moments = None if worker.has_gradient_pass else worker.method.dense_moments(layer.shape)
-        carried = worker.carried_moments(self.index, layer.shape)
-        worker.open(OpenLayer(self.index, layer, worker.solve_device, moments, carried))
+        moments = None if worker.has_gradient_pass else worker.method.dense_moments(shape)
+        worker.open(open_layer(worker, self.index, moments, carries=True))
 
 
 @dataclass(frozen=True)
@@ -144,7 +115,7 @@ class Sweep(Task):
 
     def run(self, worker: LayerWorker) -> Tensor:
         opened = opened_layer(worker, self.index, self.piece)
-        output = worker.runner.run(opened.layer, self.index, self.hidden_states, **opened.observation)
+        output = opened.forward(worker, self.hidden_states)
         opened.pieces += 1
         return output
 
@@ -167,10 +138,8 @@ class CloseLayer(Task):
     def run(self, worker: LayerWorker) -> tuple[Profile, dict[str, Tensor]]:
         opened = opened_layer(worker, self.index, self.pieces)
         worker.close()
-        layer = opened.layer.to(worker.solve_device)
-        with solving(worker.method.name, self.index):
-            profile = {} if opened.profiled is None else worker.method.profile(layer, opened.statistics)
-        carried = opened.statistics.to_tensors(opened.carried)
+        profile = opened.profile()
+        carried = opened.statistics.to_tensors(opened.carried) if opened.carried else {}
         return moved(profile, "cpu"), moved(carried, "cpu")
 
 
@@ -226,9 +195,9 @@ class OpenBackward(Task):
     index: int
 
     def run(self, worker: LayerWorker) -> None:
-        layer = worker.read_layer(self.index).to(worker.device)
-        moments = (*worker.method.dense_moments(layer.shape), *worker.method.gradient_moments(layer.shape))
-        worker.open(OpenLayer(self.index, layer, worker.solve_device, moments))
+        shape = worker.architecture.dense_shape(self.index)
+        moments = (*worker.method.dense_moments(shape), *worker.method.gradient_moments(shape))
+        worker.open(open_layer(worker, self.index, moments))
 
 
 @dataclass(frozen=True)
@@ -247,7 +216,6 @@ class Backward(Task):
 
     def run(self, worker: LayerWorker) -> Tensor:
         opened = opened_layer(worker, self.index, self.piece)
-        states = self.hidden_states, self.gradient
-        result = worker.runner.backward(opened.layer, self.index, *states, **opened.observation)
+        result = opened.backward(worker, self.hidden_states, self.gradient)
         opened.pieces += 1
         return result
