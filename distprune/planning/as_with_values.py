@@ -1,12 +1,19 @@
-"""What torch would do otherwise where tensors have no values: choose the attention of a GPU that is only imagined, and
-find no eigenvectors where eigenvalues alone are asked for."""
+"""What torch would do otherwise where tensors have no values: choose the attention of a GPU that is only imagined, find
+no eigenvectors where eigenvalues alone are asked for, route tokens to experts, and multiply them by the experts'
+matrices, which takes as much as multiplying them all by one."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
+
+from distprune.planning.imagined_gpu import IMAGINED_GPU
 
 aten = torch.ops.aten
 
@@ -14,12 +21,41 @@ aten = torch.ops.aten
 class AsWithValues(TorchFunctionMode):
     """While it is entered, torch chooses the kernels that it would for tensors with values."""
 
+    def __enter__(self):
+        # It fails for the kind of device that the imagined GPU is of, where no casts are automatic.
+        answers = is_autocast_enabled(torch.is_autocast_enabled)
+        self._answering = mock.patch.object(torch, "is_autocast_enabled", answers)
+        self._answering.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._answering.stop()
+        return super().__exit__(*error)
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.linalg.eigvalsh:
             return aten._linalg_eigh(*args, compute_v=False)[0]
         if function is F.scaled_dot_product_attention and args[0].device.type != "cpu":
             return attention(*args, **(kwargs or {}))
+        if function is torch._grouped_mm:  # of bfloat16 alone torch tells the shape, and of none the operations
+            return args[0] @ args[1][0]
+        if function is torch.equal:  # which asks whether tokens that are routed again go where they went
+            return True
+        if function is torch.bincount:
+            return even_counts(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
+
+
+def is_autocast_enabled(ask: Callable[..., bool]) -> Callable[..., bool]:
+    """torch's own answer, or no for the imagined GPU."""
+    return lambda *device: device != (IMAGINED_GPU.type,) and ask(*device)
+
+
+def even_counts(numbers: Tensor, minlength: int) -> Tensor:
+    """How often each number occurs, if all occur as often."""
+    each, more = divmod(numbers.numel(), minlength)
+    with unset_fake_temporarily():
+        return torch.tensor([each + (number < more) for number in range(minlength)])
 
 
 def attention(

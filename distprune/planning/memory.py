@@ -120,11 +120,11 @@ def _rehearsed(scenario: Scenario) -> Iterator[tuple[type[Task], Rehearsed]]:
 
 def _samples(scenario: Scenario, task: type[Task]) -> float:
     """Those that one task gets at most: a piece of the relays', all, or all that is learnt from."""
-    if issubclass(task, (Sweep, Backward, LossGradient)):
+    if issubclass(task, (Sweep, Backward, LossGradient)) and scenario.config.experts_at_once is None:
         batches = -(-scenario.calibration.samples // scenario.batch)
         pieces = min(batches, PIECES_PER_WORKER * scenario.placement.workers)
         return min(scenario.calibration.samples, scenario.batch * -(-batches // pieces))
-    if issubclass(task, (Embed, Prune)):
+    if issubclass(task, (Embed, Prune, Sweep, Backward, LossGradient)):
         return scenario.calibration.samples
     if issubclass(task, (Advance, Distill)):
         return scenario.distilled_on.samples if scenario.distilled_on else scenario.calibration.samples
@@ -166,7 +166,9 @@ def _learnt(scenario: Scenario) -> float:
 def _store_peak(scenario: Scenario) -> int:
     """What the workers' calls hold at once: inputs, outputs that are put once more, and pruned layers."""
     workers, states = scenario.placement.workers, scenario.hidden_states(scenario.calibration)
-    layer = max(scenario.pruned_bytes)
+    # Layers whose experts come in chunks are written where they are pruned, if that node sees the output's folder.
+    is_written = scenario.config.experts_at_once is not None and scenario.config.writes == "auto"
+    layer = 0 if is_written else max(scenario.pruned_bytes)
     # In the dense pass, the input of every open layer, and what the driver just got.
     batches = -(-scenario.calibration.samples // scenario.batch)
     open_layers = min(workers, scenario.layers, batches, PIECES_PER_WORKER * workers)

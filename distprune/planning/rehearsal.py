@@ -55,6 +55,7 @@ from distprune.planning.as_with_values import AsWithValues
 from distprune.planning.counting import Counting, Counts
 from distprune.planning.imagined_gpu import IMAGINED_GPU
 from distprune.planning.valueless_checkpoint import ValuelessCheckpoint
+from distprune.planning.valueless_parts import ValuelessParts
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Rehearsal:
     distillation_length: int | None = None
     base: Rehearsal | None = None
     _taken: dict[Hashable, Takes] = field(default_factory=dict)
+    _middle: dict[tuple[str, int], tuple[Hashable, int]] = field(default_factory=dict)
     #: Inside, tensors that are made have no values.
     _values: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
@@ -155,13 +157,21 @@ class Rehearsal:
 
     def rough_shape(self, index: int) -> Hashable:
         """Equal for layers of which pruning leaves about as much."""
-        return rough(self.shapes[index], self.model.architecture.dense_shape(index))
+        return self._rough_shapes[index]
+
+    @cached_property
+    def _rough_shapes(self) -> list[Hashable]:
+        return [
+            rough(shape, dense) for shape, dense in zip(self.shapes, self.model.architecture.dense_shapes, strict=True)
+        ]
 
     def _like(self, what: str, index: int, *alike: Callable[[int], Hashable]) -> tuple[Hashable, int]:
         """A key of all layers that are alike, and the layer in their middle, which stands for them."""
-        key = tuple(of(index) for of in alike)
-        like = [other for other in range(len(self.shapes)) if tuple(of(other) for of in alike) == key]
-        return (what, key), like[len(like) // 2]
+        if (what, index) not in self._middle:
+            key = tuple(of(index) for of in alike)
+            like = [other for other in range(len(self.shapes)) if tuple(of(other) for of in alike) == key]
+            self._middle |= {(what, other): ((what, key), like[len(like) // 2]) for other in like}
+        return self._middle[what, index]
 
     def _once(self, key: Hashable, rehearse: Callable[[], Any]) -> Any:
         if key not in self._taken:
@@ -176,7 +186,7 @@ class Rehearsal:
         """Does the tasks. What it makes once and keeps, masks and positions, is not counted."""
         device = torch.device("cpu") if self.device == "cpu" else IMAGINED_GPU
         model = replace(self.model, checkpoint=ValuelessCheckpoint(self.model.checkpoint))
-        worker = LayerWorker(self.config.model_copy(update={"device": self.device}), model, device)
+        worker = LayerWorker(self.config.model_copy(update={"device": self.device}), model, device, ValuelessParts())
         runner = worker.runner
         runner.shell.fill(worker._small_tensors)
         for dtype in {runner.dtype, runner.gradient_dtype}:
@@ -261,6 +271,8 @@ class Rehearsal:
         """What a layer takes that is opened, passed by samples and closed; and what closing it gave, if that is not
         known by now."""
         index = opening.layer
+        if self.worker.chunks(index) is not None:
+            return self._passed_at_once(opening, passing)
         with self._counting() as do:
             taken = {type(opening): same(do(opening)[0])}
             # The first micro-batch finds totals that are not there yet.
@@ -270,6 +282,17 @@ class Rehearsal:
                 known, results = closed
                 return taken | {kind: takes for kind, takes in known.items() if issubclass(kind, CloseLayer)}, results
             done, results = do(CloseLayer(index, len(pieces)))
+        return taken | {CloseLayer: same(done)}, results
+
+    def _passed_at_once(self, opening: Task, passing: Callable[[int, int], Task]) -> tuple[Takes, Any]:
+        """The same of a layer whose experts come a chunk at a time, and all samples as one piece."""
+        pieces = []
+        with self._counting() as do:
+            for batches in (2, 3):
+                opened = do(opening)[0]
+                pieces.append(do(passing(0, batches))[0])
+                done, results = do(CloseLayer(opening.layer, 1))
+        taken = {type(opening): same(opened), type(passing(0, 1)): Rehearsed(*pieces, self._sizes)}
         return taken | {CloseLayer: same(done)}, results
 
     def _prune(self, index: int) -> Takes:
@@ -302,11 +325,10 @@ class Rehearsal:
     def _learning(self, index: int) -> Takes:
         """What it takes a pruned layer to learn."""
         options, shape = self.config.distill, self.shapes[index]
+        dtypes = self.model.stored_dtypes(index)
         student = self.model.architecture.names(index).layer_from_state(
             {
-                name: torch.empty(dims, dtype=self.model.checkpoint.tensors[self.model.layer_names(index)[name]].dtype)
-                if name in self.model.layer_names(index)
-                else torch.empty(dims, dtype=self.worker.runner.dtype)
+                name: torch.empty(dims, dtype=dtypes.get(name, self.worker.runner.dtype))
                 for name, dims in self.model.architecture.layer_tensors(index, shape).items()
             },
             shape,

@@ -158,8 +158,8 @@ class Scenario:
     def stored_bytes(self) -> tuple[int, ...]:
         """Bytes of each layer in the checkpoint."""
         tensors = self.model.checkpoint.tensors
-        names = map(self.model.layer_names, range(self.layers))
-        return tuple(sum(tensors[stored].nbytes for stored in layer.values()) for layer in names)
+        layers = map(self.model.stored_dims, range(self.layers))
+        return tuple(sum(tensors[stored].nbytes for stored in layer) for layer in layers)
 
     @cached_property
     def pruned_bytes(self) -> tuple[int, ...]:

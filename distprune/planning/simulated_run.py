@@ -202,6 +202,7 @@ class SimulatedRun:
             layers=scenario.layers,
             block_length=scenario.block_length,
             micro_batch=scenario.batch,
+            in_one_piece=scenario.config.experts_at_once is not None,
         )
         self.tokens = rows(scenario.calibration)
 

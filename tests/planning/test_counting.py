@@ -81,3 +81,17 @@ def test_views_and_memory_that_is_not_filled_cost_nothing():
 def test_what_has_gone_is_not_counted_as_living():
     counts = counted(lambda: [torch.ones(1000).sum() for _ in range(5)])
     assert 4000 <= counts.peak["cpu"] < 5000
+
+
+@pytest.mark.parametrize("dtype, kind", [(torch.float32, FLOAT32), (torch.bfloat16, HALF)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_count_the_products_of_the_tokens_that_are_routed_to_them(dtype, kind, transposed):
+    """Whatever they are computed in: torch counts none, and of bfloat16 alone it tells the shape."""
+
+    def run():
+        tokens, weights = torch.randn(48, 16, dtype=dtype), torch.randn(4, 32, 16, dtype=dtype).mT
+        weights = weights.contiguous() if transposed else weights
+        offsets = torch.tensor([12, 24, 36, 48], dtype=torch.int32)
+        assert torch.nn.functional.grouped_mm(tokens, weights, offs=offsets).shape == (48, 32)
+
+    assert counted(run).flops(kind) == 2 * 48 * 16 * 32

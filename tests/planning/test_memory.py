@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from kinds_of_methods import OF_ALL_MODELS
 from small_models import small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +17,6 @@ from distprune.engine.run.preflight import dense_model
 from distprune.engine.worker.layer_worker import LayerWorker
 from distprune.engine.worker.pass_tasks import Backward, CloseLayer, OpenBackward, OpenForward, Sweep
 from distprune.engine.worker.prune_task import Prune
-from distprune.methods import METHODS
 from distprune.planning import Cluster
 from distprune.planning.memory import task_peaks
 from distprune.planning.rehearsal import CloseAfterForward
@@ -73,7 +73,7 @@ def planned_run(folder, method: str, **options):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_ALL_MODELS)
 def test_the_peaks_of_all_tasks_are_those_of_the_tasks_themselves(wide, method):
     scenario = planned_run(wide, method)
     index, shape = 1, scenario.shapes[1]

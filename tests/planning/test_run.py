@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 import ray
 import torch
+from kinds_of_methods import OF_ALL_MODELS
 from typer.testing import CliRunner
 
 import distprune
@@ -17,7 +18,6 @@ from distprune.cli import app
 from distprune.config import PruneConfig
 from distprune.engine.run.preflight import dense_model
 from distprune.hardware import ComputeDtype
-from distprune.methods import METHODS
 from distprune.planning import Cluster
 from distprune.planning import run as planning_run
 from distprune.planning.model_from_headers import open_headers
@@ -28,7 +28,7 @@ def stage(planned, name: str):
     return next(stage for stage in planned.stages if stage.name == name)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_ALL_MODELS)
 def test_what_remains_is_within_one_step_of_what_was_asked_for(plan, small, method):
     planned = plan(method=method, sparsity=0.3)
     dense = dense_model(open_headers(str(small))).architecture
@@ -38,7 +38,7 @@ def test_what_remains_is_within_one_step_of_what_was_asked_for(plan, small, meth
     assert abs(planned.decoder_parameters_after - target.remaining) <= step
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_ALL_MODELS)
 def test_parameters_are_those_that_a_run_reaches(plan, run, dense_path, method):
     _, record = run(method=method, sparsity=0.3)
     planned = plan(dense_path, method=method, sparsity=0.3, samples=8, sequence_length=16)
