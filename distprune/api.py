@@ -33,6 +33,7 @@ def calibrate(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    cover_experts: bool = False,
 ) -> Calibration:
     """Make a calibration set in Arrow, from texts in equal shares or, without any, from the model's own samples.
 
@@ -46,6 +47,7 @@ def calibrate(
         seed: seed of the choice of windows, or of the model's own samples.
         device: where the model writes its own samples.
         dtype: what it computes in then; "auto" is the checkpoint's, or float32 where the device has no units for that.
+        cover_experts: add windows for experts of a mixture that the others seldom reach; needs ``text``.
 
     Raises:
         InputError: an option, file or text is unusable; names it and the fix.
@@ -64,6 +66,7 @@ def calibrate(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        cover_experts=cover_experts,
     )
 
 

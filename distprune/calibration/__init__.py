@@ -18,11 +18,12 @@ from distprune.calibration.arrow import (
     write_calibration,
 )
 from distprune.calibration.chat import Rendered
+from distprune.calibration.expert_coverage import CANDIDATES, choose_covering
 from distprune.calibration.own_samples import generate_own_samples
 from distprune.calibration.packing import draw_windows, equal_shares, interleave
 from distprune.calibration.text_sources import TextSource, read_source
 from distprune.calibration.tokenizer import load_tokenizer, tokenizer_fingerprint
-from distprune.calibration.whole_model import check_sequence_length, load_config
+from distprune.calibration.whole_model import check_sequence_length, load_config, load_model
 from distprune.errors import InputError
 from distprune.hardware import AUTO
 
@@ -53,6 +54,7 @@ def build_calibration(
     device: str = "cpu",
     dtype: str | torch.dtype = AUTO,
     trust_remote_code: bool = False,
+    cover_experts: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Draw a calibration set as `draw_calibration` does, write it and open it. Raises InputError."""
@@ -67,6 +69,7 @@ def build_calibration(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        cover_experts=cover_experts,
         on_progress=on_progress,
     )
     write_calibration(output, tokens, metadata)
@@ -84,21 +87,27 @@ def draw_calibration(
     device: str = "cpu",
     dtype: str | torch.dtype = AUTO,
     trust_remote_code: bool = False,
+    cover_experts: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, CalibrationMetadata]:
     """Draw `samples` windows of `sequence_length` tokens -> int32 (samples, sequence_length), and what is said of them.
 
     Each of `texts` (see `sources.read_source`) gives an equal share of the windows, the first ones one more
     where it doesn't come out even; rows take the sources in turn. Without texts the model writes its own
-    samples on `device` in `dtype`, and `on_progress(tokens done, tokens in all)` is called. Raises InputError.
+    samples on `device` in `dtype`, and `on_progress(tokens done, tokens in all)` is called. With
+    `cover_experts` a mixture of experts reads more of the texts, and windows are added for experts that the
+    others seldom reach. Raises InputError.
     """
     _check_counts(samples, seed, len(texts))
+    if cover_experts and not texts:
+        raise InputError("--cover-experts: chooses among windows of text. Give --text.")
     config = load_config(model_path, trust_remote_code)
     check_sequence_length(sequence_length, config, model_path)
     tokenizer = load_tokenizer(model_path, trust_remote_code)
     sources = [read_source(text, field) for text in texts]
     if sources:
-        tokens = _windows_of_texts(texts, sources, tokenizer, samples, sequence_length, seed)
+        most = CANDIDATES if cover_experts else 1
+        tokens = _windows_of_texts(texts, sources, tokenizer, samples, sequence_length, seed, most)
     else:
         tokens = generate_own_samples(
             model_path,
@@ -110,6 +119,10 @@ def draw_calibration(
             on_progress=on_progress,
             trust_remote_code=trust_remote_code,
         )
+    if cover_experts:
+        model = load_model(model_path, device, dtype, trust_remote_code)
+        tokens, coverage = choose_covering(model, tokens, samples, on_progress=on_progress)
+        _LOGGER.warning("%s", coverage)
     metadata = CalibrationMetadata(
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         vocab_size=config.vocab_size,
@@ -129,22 +142,25 @@ def _windows_of_texts(
     samples: int,
     length: int,
     seed: int,
+    most: int,
 ) -> np.ndarray:
-    """int32 (samples, length): equal shares of all sources, in turn."""
+    """int32 (samples, length): equal shares of all sources, in turn; up to ``most`` times as many."""
     parts = [
-        _windows_of_text(str(text), source, tokenizer, share, length, seed)
+        _windows_of_text(str(text), source, tokenizer, share, length, seed, most * share)
         for text, source, share in zip(texts, sources, equal_shares(samples, len(sources)), strict=True)
     ]
     return interleave(parts)
 
 
 def _windows_of_text(
-    name: str, source: TextSource, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int
+    name: str, source: TextSource, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int, most: int
 ) -> np.ndarray:
-    """int32 (count, length). Says how many conversations the tokenizer's chat template refused."""
+    """int32 (count, length), or up to ``most``. Says how many conversations the tokenizer's chat template refused."""
     documents = Rendered(source.documents, tokenizer)
     try:
-        windows = draw_windows(documents, tokenizer, count, length, seed, from_start=source.from_start, name=name)
+        windows = draw_windows(
+            documents, tokenizer, count, length, seed, from_start=source.from_start, name=name, most=most
+        )
     except InputError as error:
         if not documents.refused:
             raise

@@ -23,6 +23,7 @@ def draw_windows(
     *,
     from_start: bool = False,
     name: str = "the text",
+    most: int | None = None,
 ) -> np.ndarray:
     """Draw `count` windows of `sequence_length` token ids -> int32 (count, sequence_length).
 
@@ -33,11 +34,13 @@ def draw_windows(
 
     `from_start`: documents are cut from their start and give their windows in order, as instructions need.
     No special tokens are added. The draw depends on the seed alone. Documents are tokenized only until
-    there are enough. Raises InputError, under `name`, when the documents hold too few windows.
+    there are enough. With `most`, so many are drawn where the documents hold them. Raises InputError, under `name`,
+    when the documents hold fewer than `count` windows.
     """
+    most = most or count
     long_documents = _cut_long_documents(documents, tokenizer, sequence_length, seed, from_start)
-    cut = list(islice(long_documents, count))
-    windows = list(islice(_rounds(cut), count))
+    cut = list(islice(long_documents, most))
+    windows = list(islice(_rounds(cut), most))
     if len(windows) < count:
         raise InputError(
             f"{name}: holds only {len(windows)} windows of {sequence_length} tokens, and {count} were asked for. "
