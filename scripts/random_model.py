@@ -88,9 +88,7 @@ def make_model(
     architecture = Architecture(config)
     config.architectures, config.dtype = [type(architecture.model).__name__], dtype
     config.save_pretrained(folder)
-    vocabulary = {f"w{number}": number for number in range(config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    make_tokenizer(folder, config.vocab_size)
     torch.manual_seed(0)
     model, writer = build_on_meta(config), ShardWriter(folder)
     parts = {"outer": [*architecture.outer_tensors()]}
@@ -103,6 +101,13 @@ def make_model(
         writer.put(part, random_tensors(model, names, dtype, device, gain))
     writer.assemble(list(parts), folder, max_shard_bytes=1)
     writer.discard()
+
+
+def make_tokenizer(folder: Path, words: int) -> None:
+    """Write a tokenizer of so many words."""
+    vocabulary = {f"w{number}": number for number in range(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
 
 
 def random_tensors(

@@ -3,7 +3,7 @@
     python scripts/serve_check_models.py FOLDER
 
 Writes a folder a model, each with its tokenizer and expected.json: prompts, as tokens, and what follows. SmolLM2 is
-real; Qwen3, Gemma 3 and Phi-3 are small and random.
+real; Qwen3, Gemma 3, Phi-3 and the mixtures of experts Qwen3-MoE and Mixtral are small and random.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from layer_edits import (
     without_attention,
     without_ffn,
 )
-from pruned_checkpoints import write_pruned
+from mixture_edits import fewer_experts, narrower_experts
+from pruned_checkpoints import save_as_made, write_pruned
 from smollm2 import bundled_smollm2
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -47,6 +48,11 @@ SMALL = {
     "initializer_range": 0.2,
 }
 SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 3}
+#: Mixtures of experts: in the layout stock, and the first with layers whose experts are narrower or fewer.
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128},
+}
 FAMILIES = {"qwen3": {}, "gemma3_text": SLIDING, "phi3": {"hidden_size": 256, "pad_token_id": 0}}
 
 
@@ -56,6 +62,8 @@ def main(folder: Path) -> None:
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     for name, model, edits in models(source, len(tokenizer)):
         pruned = write_pruned(model, edits, folder / name)
+        if model.config.model_type in MIXTURES:
+            save_as_made(load(pruned.folder), pruned.folder)
         tokenizer.save_pretrained(pruned.folder)
         expected = [greedy(pruned.folder, prompt) for prompt in prompts]
         (pruned.folder / "expected.json").write_text(json.dumps({"prompts": prompts, "tokens": expected}))
@@ -72,6 +80,17 @@ def models(source: Path, vocabulary: int) -> Iterator[tuple[str, PreTrainedModel
         for layout, edits in layouts(6, 250, 2, width * 3 // 4, width * 3 // 8, has_pairs=model_type == "phi3").items():
             torch.manual_seed(0)
             yield f"{model_type}-{layout}", AutoModelForCausalLM.from_config(config, dtype=torch.float32), edits
+    narrow_mixture = in_turn(narrower_experts(96), fewer_experts(6), fewer_groups(2))
+    for name, edit in {"narrower": narrower_experts(96), "fewer": fewer_experts(6)}.items():
+        config = AutoConfig.for_model("qwen3_moe", vocab_size=vocabulary, **SMALL | MIXTURES["qwen3_moe"])
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        yield f"qwen3_moe-{name}", model, dict.fromkeys((1, 3), edit)
+    for model_type, changes in MIXTURES.items():
+        config = AutoConfig.for_model(model_type, vocab_size=vocabulary, **SMALL | changes)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        yield f"{model_type}-stock", model, dict.fromkeys(range(config.num_hidden_layers), narrow_mixture)
 
 
 def layouts(
