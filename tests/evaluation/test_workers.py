@@ -55,6 +55,7 @@ def told(monkeypatch) -> list[tuple[object, str]]:
     return told
 
 
+@pytest.mark.slow
 def test_one_worker_and_two_find_what_is_found_here(here, evaluate, told):
     assert evaluate(workers=1) == here
     assert len({worker for worker, _ in told}) == 1

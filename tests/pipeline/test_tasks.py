@@ -37,6 +37,7 @@ def evaluate(tmp_path) -> dict:
     return {"tasks": ["tiny_choice"], "include_path": str(folder), "workers": 1, "device": "cpu"}
 
 
+@pytest.mark.slow
 def test_scores_of_tasks_decide_what_is_published(run_pipeline, new_workers, evaluate, tmp_path):
     changes = {"evaluate": evaluate, "sparsities": [0.3], "publish": {"to": [str(tmp_path / "shop")]}}
     passing = {"tasks": {"tiny_choice": {"acc": {"at_least": 0.0}}}}
