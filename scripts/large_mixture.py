@@ -31,7 +31,7 @@ POOL = 2**26
 
 
 def config_of(experts: int) -> DeepseekV3Config:
-    """DeepSeek-V3's own, but for the number of layers, of words and, if asked for, of experts."""
+    """DeepSeek-V3's own, except for the number of layers, of words and, if asked for, of experts."""
     return DeepseekV3Config(
         num_hidden_layers=1,
         first_k_dense_replace=0,

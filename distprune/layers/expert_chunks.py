@@ -22,7 +22,7 @@ class ExpertChunks:
     Attributes:
         names: what its tensors are called.
         read: reads some experts.
-        at_once: how many are read at once, but for the last. It fixes the order of sums, so it belongs to the run's
+        at_once: how many are read at once, except for the last. It fixes the order of sums, so it belongs to the run's
             configuration.
     """
 

@@ -78,7 +78,7 @@ class ExpertNames:
         )
 
     def state_of(self, experts: Experts) -> dict[str, Tensor]:
-        """The inverse of :meth:`take` but for what is shared, by names within the mixture's module."""
+        """The inverse of :meth:`take` except for what is shared, by names within the mixture's module."""
         inputs, down = self._joined(experts.inputs), experts.down
         correction, bias = experts.correction, experts.input_bias
         state: dict[str, Tensor | None] = {
