@@ -7,8 +7,7 @@ long ago, or does what another does too, never changes what was accepted.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import torch
 from upath import UPath
 
 from distprune.checkpoint.durable import read_tensors, write_tensors, write_text
-from distprune.checkpoint.piecewise import PiecewiseFile, piecewise_file
 from distprune.storage import Location
 
 SUFFIX = ".safetensors"
@@ -71,17 +69,6 @@ class PartFolder:
         file = self.path / f"{uuid.uuid4().hex}{OFFERED}"
         write_tensors(file, separate_in_memory(tensors))
         return WrittenFile(file.name, file.stat().st_size)
-
-    @contextmanager
-    def piecewise(self, expected: Mapping[str, torch.Tensor]) -> Iterator[tuple[PiecewiseFile, WrittenFile]]:
-        """Write a file of tensors that come in pieces; it is there at the end of the block.
-
-        Args:
-            expected: what it is to hold, of which only names, dtypes and dimensions matter.
-        """
-        file = self.path / f"{uuid.uuid4().hex}{OFFERED}"
-        with piecewise_file(file, expected) as pieces:
-            yield pieces, WrittenFile(file.name, pieces.size)
 
     def merge(self, parts: Iterable[str]) -> WrittenFile:
         """Write a file of all tensors of accepted parts.

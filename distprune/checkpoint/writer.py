@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from distprune.checkpoint.durable import move, read_tensors, write_tensors, writ
 from distprune.checkpoint.headers import read_header
 from distprune.checkpoint.layout import INDEX_FILE
 from distprune.checkpoint.part_folder import OFFERED, SUFFIX, PartFolder, WrittenFile, separate_in_memory
+from distprune.checkpoint.piecewise import piecewise_file
 from distprune.errors import StorageFailed
 from distprune.storage import location, make_folder
 
@@ -62,6 +63,22 @@ class ShardWriter:
         Tensors may lie on any device, be views of each other or not be contiguous; each is stored in full.
         """
         write_tensors(self._part_file(part), separate_in_memory(tensors))
+
+    def join(self, part: str, pieces: Sequence[Mapping[str, torch.Tensor] | WrittenFile]) -> None:
+        """Write one part of pieces, some of them files that other processes have written, with one in memory at a time.
+
+        What has the same name in several is joined along the first dimension, in the order of the pieces.
+
+        Raises:
+            StorageFailed: a file does not become visible here.
+        """
+        opened = [self._seen(piece) if isinstance(piece, WrittenFile) else piece for piece in pieces]
+        with piecewise_file(self._part_file(part), joined_dims(map(without_values, opened))) as file:
+            for piece in opened:
+                file.write(piece if isinstance(piece, Mapping) else read_tensors(piece))
+        for piece in opened:
+            if not isinstance(piece, Mapping):
+                piece.unlink()
 
     def read(self, part: str) -> dict[str, torch.Tensor]:
         """The tensors of a part that waits in a file of its own."""
@@ -195,6 +212,21 @@ class ShardWriter:
                 )
             time.sleep(0.1)
         return file
+
+
+def without_values(piece: Mapping[str, torch.Tensor] | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a piece, or of the file of one, on the meta device."""
+    infos = piece if isinstance(piece, Mapping) else read_header(piece)
+    return {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in infos.items()}
+
+
+def joined_dims(pieces: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What pieces without values give, those of the same name joined along the first dimension."""
+    joined: dict[str, torch.Tensor] = {}
+    for piece in pieces:
+        for name, tensor in piece.items():
+            joined[name] = torch.cat([joined[name], tensor]) if name in joined else tensor
+    return joined
 
 
 def _write_index(folder: Path, shards: list[str]) -> None:

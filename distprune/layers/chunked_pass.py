@@ -8,7 +8,7 @@ The gradient goes the other way round: to the experts' output, through one chunk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -45,7 +45,7 @@ class Routed:
         weights: theirs, (T, k).
         order: the T · k pairs of a token and one of its choices, sorted by expert.
         starts: where the pairs of each expert begin there, and where those of the last end, (E + 1,).
-        total: the sum of the outputs of the experts so far, (T, d) in float32.
+        total: the sum of the outputs of the experts so far, (T, d) in float32; None before the first.
         at_total: the loss's gradient there, (T, d).
         at_inputs, at_weights: the gradients of the experts so far, (T, d) and (T, k) in float32.
     """
@@ -56,7 +56,7 @@ class Routed:
     weights: Tensor
     order: Tensor
     starts: list[int]
-    total: Tensor
+    total: Tensor | None = None
     at_total: Tensor | None = None
     at_inputs: Tensor | None = None
     at_weights: Tensor | None = None
@@ -66,8 +66,17 @@ class Routed:
         """From what the experts of a layer that has so many are called with."""
         numbers, order = torch.sort(chosen.flatten(), stable=True)
         starts = [0, *accumulate(torch.bincount(numbers, minlength=experts).tolist())]
-        total = torch.zeros(inputs.shape, dtype=torch.float32, device=inputs.device)
-        return cls(batch, inputs, chosen, weights, order, starts, total)
+        return cls(batch, inputs, chosen, weights, order, starts)
+
+    def add(self, tokens: Tensor, output: Tensor) -> None:
+        """Add to the total what experts give at these tokens, (n,) and (n, d), in their order."""
+        if self.total is None:
+            self.total = torch.zeros(self.inputs.shape, dtype=torch.float32, device=self.inputs.device)
+        self.total.index_add_(0, tokens, output.to(self.total))
+
+    def given(self, like: Tensor) -> Tensor:
+        """The total in the dtype and on the device of a tensor of its shape."""
+        return torch.zeros_like(like) if self.total is None else self.total.to(like)
 
     def rows(self, own: range) -> tuple[Tensor, Tensor]:
         """The pairs of tokens and some experts: which token, and which of its k choices."""
@@ -75,7 +84,81 @@ class Routed:
         return order // choices, order % choices
 
 
-class ChunkedPass:
+class ExpertPasses:
+    """Passes through some experts of a layer at a time, of what all of them are called with.
+
+    Args:
+        runner: says where, and in what micro-batches.
+        index: which layer of the model it is.
+        routed: what the experts are called with, one micro-batch after the other.
+        dtype: what they run in; by default the runner's.
+    """
+
+    def __init__(self, runner: LayerRunner, index: int, routed: list[Routed], dtype: torch.dtype | None = None):
+        self._runner, self._index, self.routed = runner, index, routed
+        self._dtype = dtype or runner.dtype
+
+    @torch.no_grad()
+    def add(self, own: range, experts: Experts, observe: Observer | None = None, sites: Collection[Site] = ()) -> None:
+        """Add what some experts give, ``own`` being their numbers in the layer; ``sites`` are theirs."""
+        for routed, (tokens, _), _, output in self._through(own, experts, observe, sites):
+            routed.add(tokens, output)
+
+    @torch.no_grad()
+    def outputs(self, own: range, experts: Experts) -> list[Tensor]:
+        """What some experts give at the tokens that are routed to them, of every micro-batch, (n, d)."""
+        return [output.to(routed.inputs.device) for routed, _, _, output in self._through(own, experts, None, ())]
+
+    def add_outputs(self, own: range, outputs: Iterable[Tensor]) -> None:
+        """Add what :meth:`outputs` has given, here or elsewhere."""
+        for routed, output in zip(self.routed, outputs, strict=True):
+            routed.add(routed.rows(own)[0], output)
+
+    @torch.no_grad()
+    def observe(self, own: range, experts: Experts, observe: Observer, sites: Collection[Site]) -> None:
+        """See what passes through some experts, and add nothing."""
+        for _ in self._through(own, experts, observe, sites):
+            pass
+
+    def backward_through(
+        self, own: range, experts: Experts, observe: Observer | None = None, sites: Collection[Site] = ()
+    ) -> None:
+        """Take it through some experts; ``sites`` are their activations."""
+        with torch.enable_grad():
+            for routed, rows, leaves, output in self._through(own, experts, observe, sites):
+                assert routed.at_total is not None and routed.at_inputs is not None and routed.at_weights is not None
+                at_output = routed.at_total[rows[0]].to(output)
+                at_inputs, at_weights = torch.autograd.grad(output, leaves, at_output)
+                routed.at_inputs.index_add_(0, rows[0], at_inputs.to(routed.at_inputs))
+                routed.at_weights[rows] = at_weights.squeeze(1).to(routed.at_weights)
+
+    def _through(
+        self, own: range, experts: Experts, observe: Observer | None, sites: Collection[Site]
+    ) -> Iterator[tuple[Routed, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]]:
+        """Of every micro-batch: its rows, what some experts are called with at them, and what they give, weighted."""
+        device, seen = self._runner.device, dict[Site, Tensor]()
+        moved = map_tensors(experts, lambda tensor: tensor.to(device))
+        module = build_experts(self._runner.architecture, self._index, moved, self._dtype).requires_grad_(False)
+        in_chunk = {site.of(site.expert - own.start): site for site in sites if site.expert is not None}
+        places = ExpertPlaces(module, in_chunk, lambda site, seen_there: seen.update({in_chunk[site]: seen_there}))
+        handles = [*places.watch()] if sites else []
+        try:
+            for routed in self.routed:
+                rows = routed.rows(own)
+                numbers = (routed.chosen[rows] - own.start).unsqueeze(1).to(device)
+                leaves = routed.inputs[rows[0]].to(device), routed.weights[rows].unsqueeze(1).to(device)
+                if torch.is_grad_enabled():
+                    leaves = leaves[0].requires_grad_(), leaves[1].requires_grad_()
+                yield routed, rows, leaves, module(leaves[0], numbers, leaves[1])
+                if observe:
+                    observe(seen)
+                seen.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class ChunkedPass(ExpertPasses):
     """One layer's passes over hidden states.
 
     Forward: :meth:`route`, :meth:`add` for every chunk, :meth:`output`. Backward after every chunk was added:
@@ -87,6 +170,7 @@ class ChunkedPass:
         index: which layer of the model it is.
         hidden_states: at its input, (samples, length, d). What is noted of the experts is kept on their device.
         dtype: what the layer runs in; by default the runner's.
+        routed: what its experts are called with, where that was noted before.
     """
 
     def __init__(
@@ -96,11 +180,11 @@ class ChunkedPass:
         index: int,
         hidden_states: Tensor,
         dtype: torch.dtype | None = None,
+        routed: Iterable[Routed] = (),
     ):
-        self._runner, self._index, self._states = runner, index, hidden_states
-        self._dtype = dtype or runner.dtype
+        super().__init__(runner, index, [*routed], dtype)
+        self._states = hidden_states
         self._layer, self._module = layer, self._build(layer)
-        self._routed: list[Routed] = []
 
     def _build(self, layer: DecoderLayer) -> nn.Module:
         return self._runner.build(layer, self._index, self._dtype).requires_grad_(False)
@@ -115,7 +199,7 @@ class ChunkedPass:
         def note(inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
             device = self._states.device
             called_with = inputs.to(device), chosen.to(device), weights.to(device)
-            self._routed.append(Routed.of(batch, *called_with, count))
+            self.routed.append(Routed.of(batch, *called_with, count))
             if not sites:
                 raise EndOfPass
             return torch.zeros_like(inputs)
@@ -131,44 +215,28 @@ class ChunkedPass:
                     seen.clear()
 
     @torch.no_grad()
-    def add(self, own: range, experts: Experts, observe: Observer | None = None, sites: Collection[Site] = ()) -> None:
-        """Add what some experts give, ``own`` being their numbers in the layer; ``sites`` are theirs."""
-        for routed, (tokens, _), _, output in self._through(own, experts, observe, sites):
-            routed.total.index_add_(0, tokens, output.to(routed.total))
-
-    @torch.no_grad()
-    def observe(self, own: range, experts: Experts, observe: Observer, sites: Collection[Site]) -> None:
-        """See what passes through some experts, and add nothing."""
-        for _ in self._through(own, experts, observe, sites):
-            pass
-
-    @torch.no_grad()
     def output(
         self,
         observe: Observer | None = None,
         sites: Collection[Site] = (),
-        layer: DecoderLayer | None = None,
     ) -> Tensor:
         """The layer's output hidden states, of the input's shape, dtype and on its device, when all chunks were added.
 
         Args:
             observe, sites: as in :meth:`LayerRunner.run`; none of experts.
-            layer: another layer, which calls its experts with the same.
 
         Raises:
             InputError: the activations exceed the range of the dtype.
         """
-        if layer is not None:
-            self._layer, self._module = layer, self._build(layer)
 
         def give(inputs: Tensor, chosen: Tensor, _: Tensor) -> Tensor:
             if not torch.equal(chosen.to(routed.chosen.device), routed.chosen):
                 raise AssertionError(f"layer {self._index} calls other experts than were run for it")
-            return routed.total.to(inputs)
+            return routed.given(inputs)
 
         output = self._runner.empty_like(self._states)
         with self._standing_in(give), self._tapped(sites) as seen:
-            for routed in self._routed:
+            for routed in self.routed:
                 given = self._forward(self._given(routed.batch))
                 check_hidden_states(given, self._index)
                 output[routed.batch] = given
@@ -191,32 +259,21 @@ class ChunkedPass:
         totals: list[Tensor] = []
 
         def give(inputs: Tensor, *_: Tensor) -> Tensor:
-            totals[:] = [routed.total.to(inputs).requires_grad_()]
+            totals[:] = [routed.given(inputs).requires_grad_()]
             return totals[0]
 
         with self._standing_in(give), self._tapped(sites) as seen:
-            for routed in self._routed:
+            for routed in self.routed:
                 with torch.enable_grad():
                     output = self._forward(self._given(routed.batch))
                 with deterministic_attention():
                     [at_total] = torch.autograd.grad(output, totals, gradient[routed.batch].to(output))
                 routed.at_total = at_total.to(self._states.device)
-                routed.at_inputs, routed.at_weights = torch.zeros_like(routed.total), torch.zeros_like(routed.weights)
+                routed.at_inputs = torch.zeros_like(routed.inputs, dtype=torch.float32)
+                routed.at_weights = torch.zeros_like(routed.weights)
                 if observe:
                     observe(seen)
                     seen.clear()
-
-    def backward_through(
-        self, own: range, experts: Experts, observe: Observer | None = None, sites: Collection[Site] = ()
-    ) -> None:
-        """Take it through some experts; ``sites`` are their activations."""
-        with torch.enable_grad():
-            for routed, rows, leaves, output in self._through(own, experts, observe, sites):
-                assert routed.at_total is not None and routed.at_inputs is not None and routed.at_weights is not None
-                at_output = routed.at_total[rows[0]].to(output)
-                at_inputs, at_weights = torch.autograd.grad(output, leaves, at_output)
-                routed.at_inputs.index_add_(0, rows[0], at_inputs.to(routed.at_inputs))
-                routed.at_weights[rows] = at_weights.squeeze(1).to(routed.at_weights)
 
     def backward_to_input(
         self, gradient: Tensor, observe: Observer | None = None, sites: Collection[Site] = ()
@@ -234,11 +291,11 @@ class ChunkedPass:
 
         def give(inputs: Tensor, _: Tensor, weights: Tensor) -> Tensor:
             calls[:] = inputs, weights
-            return routed.total.to(inputs)
+            return routed.given(inputs)
 
         result = self._runner.empty_like(gradient)
         with self._standing_in(give), self._tapped(sites) as seen:
-            for routed in self._routed:
+            for routed in self.routed:
                 given = self._given(routed.batch).requires_grad_()
                 with torch.enable_grad():
                     output = self._forward(given)
@@ -280,28 +337,3 @@ class ChunkedPass:
             yield
         finally:
             del experts.forward
-
-    def _through(
-        self, own: range, experts: Experts, observe: Observer | None, sites: Collection[Site]
-    ) -> Iterator[tuple[Routed, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]]:
-        """Of every micro-batch: its rows, what some experts are called with at them, and what they give, weighted."""
-        device, seen = self._runner.device, dict[Site, Tensor]()
-        moved = map_tensors(experts, lambda tensor: tensor.to(device))
-        module = build_experts(self._runner.architecture, self._index, moved, self._dtype).requires_grad_(False)
-        in_chunk = {site.of(site.expert - own.start): site for site in sites if site.expert is not None}
-        places = ExpertPlaces(module, in_chunk, lambda site, seen_there: seen.update({in_chunk[site]: seen_there}))
-        handles = [*places.watch()] if sites else []
-        try:
-            for routed in self._routed:
-                rows = routed.rows(own)
-                numbers = (routed.chosen[rows] - own.start).unsqueeze(1).to(device)
-                leaves = routed.inputs[rows[0]].to(device), routed.weights[rows].unsqueeze(1).to(device)
-                if torch.is_grad_enabled():
-                    leaves = leaves[0].requires_grad_(), leaves[1].requires_grad_()
-                yield routed, rows, leaves, module(leaves[0], numbers, leaves[1])
-                if observe:
-                    observe(seen)
-                seen.clear()
-        finally:
-            for handle in handles:
-                handle.remove()

@@ -76,6 +76,10 @@ class LayerNames:
         """The module of a mixture's router; None where there is no mixture."""
         return None if self.experts is None else _path(self.family.ffn, self.experts.router)
 
+    def is_of_router(self, name: str) -> bool:
+        """Whether a tensor belongs to a mixture's router."""
+        return self.router is not None and name.startswith(f"{self.router}.")
+
     def is_in_attention(self, name: str) -> bool:
         """Whether a tensor of the rest lies in an attention that is known: a norm of its queries."""
         return self.full is not None and name.startswith(f"{self.family.attention}.")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from distprune.engine.scheduler.relay import PIECES_PER_WORKER
 from distprune.engine.worker.distill_task import Distill
 from distprune.engine.worker.end_to_end_tasks import StepOptimizer
+from distprune.engine.worker.expert_tasks import JoinExperts, PruneAround, PruneExperts
 from distprune.engine.worker.pass_tasks import Advance, Backward, Embed, LossGradient, Sweep
 from distprune.engine.worker.prune_task import Prune
 from distprune.engine.worker.task import Task
@@ -124,7 +125,7 @@ def _samples(scenario: Scenario, task: type[Task]) -> float:
         batches = -(-scenario.calibration.samples // scenario.batch)
         pieces = min(batches, PIECES_PER_WORKER * scenario.placement.workers)
         return min(scenario.calibration.samples, scenario.batch * -(-batches // pieces))
-    if issubclass(task, (Embed, Prune, Sweep, Backward, LossGradient)):
+    if issubclass(task, (Embed, Prune, PruneAround, PruneExperts, JoinExperts, Sweep, Backward, LossGradient)):
         return scenario.calibration.samples
     if issubclass(task, (Advance, Distill)):
         return scenario.distilled_on.samples if scenario.distilled_on else scenario.calibration.samples

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,7 @@ from distprune.engine.worker.end_to_end_tasks import (
     OpenStudent,
     StepOptimizer,
 )
+from distprune.engine.worker.expert_tasks import JoinExperts, PruneAround, PruneExperts
 from distprune.engine.worker.layer_worker import LayerWorker
 from distprune.engine.worker.pass_tasks import (
     Advance,
@@ -49,7 +50,7 @@ from distprune.engine.worker.prune_task import Prune
 from distprune.engine.worker.task import Task
 from distprune.layers.loss import TOKENS_AT_ONCE
 from distprune.layers.parts import DecoderLayer
-from distprune.layers.shapes import LayerShape
+from distprune.layers.shapes import ExpertsShape, LayerShape
 from distprune.methods import make_method
 from distprune.planning.as_with_values import AsWithValues
 from distprune.planning.counting import Counting, Counts
@@ -303,10 +304,31 @@ class Rehearsal:
             def task(batches: int) -> Prune:
                 return Prune(index, self.states(batches), planned, profile, carried, propagates)
 
+            if self.worker.chunks(index) is not None:
+                return self._prune_in_chunks(task)
             return {Prune: self._twice(task)}
 
         key, index = self._like("prune", index, self.kind, self.carries, self.rough_shape)
         return self._once(key, lambda: prune(index))
+
+    def _prune_in_chunks(self, task: Callable[[int], Prune]) -> Takes:
+        """The tasks in the place of one; the first chunk stands for all."""
+        done: list[dict[type[Task], Done]] = []
+        for batches in (2, 3):
+            whole, taken = task(batches), dict[type[Task], Done]()
+            planned = whole.planned
+            with self._counting() as do:
+                taken[PruneAround], (finished, state, routed, _) = do(PruneAround(**vars(whole)))
+                if isinstance(planned.ffn, ExpertsShape):
+                    of_chunk = PruneExperts(whole.index, planned, whole.profile, whole.propagates, 0, routed)
+                    taken[PruneExperts], (_, outputs, _) = do(of_chunk)
+                    chunks = [outputs] * -(-planned.ffn.count // self.config.experts_at_once)
+                if whole.propagates and isinstance(planned.ffn, ExpertsShape):
+                    states, pairs = self.states(batches), finished.rotary_pairs
+                    joining = JoinExperts(whole.index, states, planned, state, pairs, routed, chunks)
+                    taken[JoinExperts], _ = do(joining)
+            done.append(taken)
+        return {kind: Rehearsed(done[0][kind], done[1][kind], self._sizes) for kind in done[0]}
 
     def _twice(self, task: Callable[[int], Task]) -> Rehearsed:
         done = []
@@ -414,12 +436,12 @@ def same(done: Done) -> Rehearsed:
 
 
 def values_of(result: Any) -> Any:
-    """What a task gives, with layers and finished ones as their tensors."""
-    if isinstance(result, tuple):
-        return tuple(map(values_of, result))
-    if isinstance(result, DecoderLayer):
-        return list(result.tensors())
-    return getattr(result, "written", result)
+    """What a task gives, with lists in the place of dataclasses such as layers."""
+    if isinstance(result, list | tuple):
+        return [values_of(value) for value in result]
+    if isinstance(result, Mapping):
+        return {name: values_of(value) for name, value in result.items()}
+    return values_of([*vars(result).values()]) if is_dataclass(result) else result
 
 
 def rough(shape: LayerShape, dense: LayerShape) -> Hashable:

@@ -16,7 +16,7 @@ from distprune.distillation.layerwise import DistillationReport, shuffled_batche
 from distprune.engine.scheduler.pool import WorkerPool
 from distprune.engine.scheduler.simulation import Machines, MemoryJournal, Result, SimulatedRuntime, SimulatedWorker
 from distprune.engine.stages.checking import Check
-from distprune.engine.stages.context import RunContext
+from distprune.engine.stages.context import RunContext, mixtures_of
 from distprune.engine.stages.dense_pass import DensePass
 from distprune.engine.stages.end_to_end import Step
 from distprune.engine.stages.gradient_pass import GradientPass
@@ -25,6 +25,7 @@ from distprune.engine.stages.pruning_pass import PruningPass
 from distprune.engine.telemetry.progress import Progress
 from distprune.engine.worker.distill_task import Distill
 from distprune.engine.worker.end_to_end_tasks import CloseEnd, FoldIn, Forward, OpenDense, OpenStudent, StepOptimizer
+from distprune.engine.worker.expert_tasks import PruneAround, PruneExperts
 from distprune.engine.worker.host_tensor import HostTensor
 from distprune.engine.worker.layer_worker import Finished
 from distprune.engine.worker.pass_tasks import Advance, CloseLayer, CloseLoss, OpenBackward, OpenForward
@@ -113,8 +114,10 @@ class PlannedRuntime(SimulatedRuntime):
             seconds += rehearsed.on(samples, self._seconds_of)
             moved = rehearsed.on(samples, lambda done: float(done.given))
             self.tally.add(rehearsed, samples)
-        if isinstance(task, (Prune, Distill, FoldIn)):
+        if isinstance(task, (Prune, PruneExperts, Distill, FoldIn)):
             size = self.scenario.pruned_bytes[task.index]
+            if isinstance(task, PruneExperts):  # each of as many experts; what is around them is little
+                size /= self.context.chunks_of(task.planned.ffn)
             if self.scenario.config.writes != "driver":
                 moved -= size
                 seconds += size / self.scenario.rates.write
@@ -166,6 +169,10 @@ def stand_ins(task: Task) -> list[Any]:
     match task:
         case Prune():
             return [finished, states if task.propagates else None, Report({}, [])]
+        case PruneAround():
+            return [finished, {}, states, Report({}, [])]
+        case PruneExperts():
+            return [{}, [], Report({}, [])]
         case Distill():
             return [finished, DistillationReport([], 0.0, 0.0, True)]
         case FoldIn():
@@ -202,7 +209,8 @@ class SimulatedRun:
             layers=scenario.layers,
             block_length=scenario.block_length,
             micro_batch=scenario.batch,
-            in_one_piece=scenario.config.experts_at_once is not None,
+            experts_at_once=scenario.config.experts_at_once,
+            mixtures=mixtures_of(scenario.architecture.dense_shapes),
         )
         self.tokens = rows(scenario.calibration)
 

@@ -20,6 +20,7 @@ from distprune.config import PruneConfig
 from distprune.engine.run.preflight import dense_model
 from distprune.engine.worker.layer_worker import LayerWorker
 from distprune.engine.worker.pass_tasks import CloseLayer, OpenForward, Sweep
+from distprune.engine.worker.expert_tasks import JoinExperts, PruneAround, PruneExperts
 from distprune.engine.worker.prune_task import Prune
 
 def peak() -> float:
@@ -40,7 +41,15 @@ before = peak()
 OpenForward(0).run(worker)
 Sweep(0, 0, states).run(worker)
 profile, carried = CloseLayer(0, 1).run(worker)
-Prune(0, states, shape.with_ffn(width=width), profile, carried, True).run(worker)
+whole = Prune(0, states, shape.with_ffn(width=width), profile, carried, True)
+if at_once is None:
+    whole.run(worker)
+else:
+    finished, state, routed, _ = PruneAround(**vars(whole)).run(worker)
+    outputs = []
+    for chunk in range(-(-shape.ffn.count // at_once)):
+        outputs.append(PruneExperts(0, whole.planned, profile, True, chunk, routed).run(worker)[1])
+    JoinExperts(0, states, whole.planned, state, finished.rotary_pairs, routed, outputs).run(worker)
 print(peak() - before)
 """
 

@@ -64,6 +64,8 @@ class LayerFiles:
         self._journal.write(part, asdict(report), {} if pairs is None else {PAIRS: pairs})
         if isinstance(finished.written, WrittenFile):
             self._writer.accept(part, finished.written)
+        elif isinstance(finished.written, Sequence):
+            self._writer.join(part, [unpack_all(piece) for piece in finished.written])
         else:
             self._writer.put(part, unpack_all(finished.written))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from distprune.engine.run.journal import Journal
 from distprune.engine.scheduler.pool import WorkerPool
 from distprune.engine.telemetry.progress import Progress
+from distprune.layers.shapes import ExpertsShape, FeedForwardShape, LayerShape
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,31 @@ class RunContext(FirstStages):
         journal: what was done by now, and what is to be kept.
         block_length: layers in a row that are pruned on each other's outputs.
         micro_batch: samples that are never parted.
-        in_one_piece: whether all samples go from layer to layer together.
+        experts_at_once: how many of a mixture's experts are in memory at a time; None where all are.
+        mixtures: the layers that have one.
     """
 
     journal: Journal
     block_length: int
     micro_batch: int
-    in_one_piece: bool = False
+    experts_at_once: int | None = None
+    mixtures: frozenset[int] = frozenset()
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether all samples go from layer to layer together."""
+        return self.experts_at_once is not None
+
+    @property
+    def mixtures_in_chunks(self) -> frozenset[int]:
+        """The layers whose experts come a chunk at a time."""
+        return frozenset() if self.experts_at_once is None else self.mixtures
+
+    def chunks_of(self, planned: FeedForwardShape | ExpertsShape | None) -> int:
+        """How many chunks of experts a pruned layer has."""
+        if self.experts_at_once is None or not isinstance(planned, ExpertsShape):
+            return 0
+        return -(-planned.count // self.experts_at_once)
 
     def begins_block(self, index: int) -> bool:
         """Whether a layer is pruned on the dense model's hidden states."""
@@ -47,3 +67,8 @@ class RunContext(FirstStages):
     def ends_block(self, index: int) -> bool:
         """Whether no layer is pruned on the output of this one."""
         return index + 1 == self.layers or self.begins_block(index + 1)
+
+
+def mixtures_of(shapes: Iterable[LayerShape]) -> frozenset[int]:
+    """The layers that have a mixture of experts, of all layers' shapes."""
+    return frozenset(index for index, shape in enumerate(shapes) if isinstance(shape.ffn, ExpertsShape))

@@ -8,6 +8,7 @@ from typing import Any
 
 from distprune.engine.run.journal import entry_of
 from distprune.engine.run.states import DENSE, MOMENTS, PRUNED, load_states, save_states
+from distprune.engine.stages.chunked_layer import ChunkedLayer
 from distprune.engine.stages.context import RunContext
 from distprune.engine.worker.host_tensor import HostTensor, pack_all
 from distprune.engine.worker.layer_worker import Finished
@@ -24,8 +25,9 @@ PrunedSink = Callable[[int, Finished, Report], None]
 class PruningPass:
     """The pruning pass of one run.
 
-    A task is one layer, so a lost worker costs no more than that. Pruned layers go to ``sink`` while the workers go on:
-    two at a time are held here, at most. What waits in the journal is read when its layer's turn comes.
+    A task is one layer, or some of its experts, so a lost worker costs no more than that. Pruned layers go to ``sink``
+    while the workers go on: two at a time are held here, at most. What waits in the journal is read when its layer's
+    turn comes.
 
     Args:
         plan: the shape of every layer.
@@ -58,7 +60,11 @@ class PruningPass:
         profile = Later(lambda: pack_all(self.profiles[index]))
         propagates = not self.context.ends_block(index)
         task = Prune(index, hidden_states, self.plan[index], profile, carried, propagates)
-        self.pool.submit(task, partial(self._receive, index))
+        receive = partial(self._receive, index)
+        if index in self.context.mixtures_in_chunks:
+            ChunkedLayer(self.pool, task, self.context.chunks_of(self.plan[index].ffn), receive).submit()
+        else:
+            self.pool.submit(task, receive)
 
     def _stored_states(self, kind: str, index: int) -> Any:
         return self.pool.put(load_states(self.journal, kind, index))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -88,16 +88,25 @@ class DenseModel:
         """A layer, on the CPU."""
         return self.architecture.layer_from_state(index, self.read_state(index))
 
-    def read_frame(self, index: int) -> DecoderLayer:
-        """A layer with a mixture, on the CPU, whose experts are elsewhere."""
+    def read_frame(self, index: int, is_wanted: Callable[[str], bool] | None = None) -> DecoderLayer:
+        """A layer with a mixture, on the CPU, whose experts are elsewhere.
+
+        Args:
+            index: the layer.
+            is_wanted: tells by its name in the module whether a tensor is; what is not lies on the meta device too.
+        """
         prefix, is_of_experts = self.architecture.layer_prefix(index), self.architecture.names(index).is_of_experts
         names = {name: name.removeprefix(prefix) for name in self._layer_dims(index)}
-        dims = {name: dims for name, dims in self._layer_dims(index).items() if not is_of_experts(names[name])}
+        here = {
+            name: self._layer_dims(index)[name]
+            for name, own in names.items()
+            if not is_of_experts(own) and (is_wanted is None or is_wanted(own))
+        }
         dtypes = self.stored_dtypes(index)
-        state = self._read_of_layer(index, dims) | {
+        state = self._read_of_layer(index, here) | {
             own: torch.empty(self._layer_dims(index)[name], dtype=dtypes[own], device="meta")
             for name, own in names.items()
-            if is_of_experts(own)
+            if name not in here
         }
         layer = self.architecture.layer_from_state(index, state)
         assert isinstance(layer.ffn, Experts)

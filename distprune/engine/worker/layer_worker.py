@@ -24,6 +24,8 @@ from distprune.methods import make_method
 from distprune.statistics import Moment
 
 Opened = TypeVar("Opened")
+#: Tensors by their names on disk, or the file that they were written to.
+Piece = Mapping[str, Tensor] | WrittenFile
 
 
 class ForgottenError(Exception):
@@ -42,12 +44,13 @@ class Finished:
     """A finished layer.
 
     Attributes:
-        written: its tensors by their names on disk, or the file that a worker has written them to.
+        written: its tensors by their names on disk, or the file that a worker has written them to; or several of
+            those, of which the first dimensions of what has the same name are to be joined.
         rotary_pairs: those that each KV group has kept, (g, p/2); None where all are there. No tensor of the result
             says so: its configuration does.
     """
 
-    written: Mapping[str, Tensor] | WrittenFile
+    written: Piece | Sequence[Piece]
     rotary_pairs: Tensor | None
 
 
@@ -129,10 +132,13 @@ class LayerWorker:
         return ExpertChunks(self.architecture.names(index), partial(self.model.read_chosen, index), at_once)
 
     def finish(self, index: int, layer: DecoderLayer) -> Finished:
-        """Write a layer to the folder of parts, where this node sees it; the driver writes what it gets otherwise."""
-        tensors = self.model.to_disk(index, layer.to("cpu"))
+        """Write a layer, see :meth:`write`."""
         pairs = None if layer.attention is None else layer.attention.rotary_pairs
-        return Finished(tensors if self.parts is None else self.parts.write(tensors), pairs)
+        return Finished(self.write(self.model.to_disk(index, layer.to("cpu"))), pairs)
+
+    def write(self, tensors: dict[str, Tensor]) -> dict[str, Tensor] | WrittenFile:
+        """Write tensors to the folder of parts, where this node sees it; else the driver gets them as they are."""
+        return tensors if self.parts is None else self.parts.write(tensors)
 
     def carried_moments(self, index: int, shape: LayerShape) -> Sequence[Moment]:
         """Moments of a layer that is pruned on what it sees in the dense pass."""

@@ -9,14 +9,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from distprune.checks import solving
-from distprune.engine.worker.layer_pruning import LayerPruning, pruning_of
-from distprune.engine.worker.layer_worker import Finished, LayerWorker, moved
+from distprune.engine.worker.layer_pruning import LayerPruning
+from distprune.engine.worker.layer_worker import Finished, LayerWorker
 from distprune.engine.worker.report import Report, Stopwatch, convergence_warnings
 from distprune.engine.worker.task import Task
-from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import LayerShape
 from distprune.methods import Profile
-from distprune.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -42,31 +40,15 @@ class Prune(Task):
 
     def run(self, worker: LayerWorker) -> tuple[Finished, Tensor | None, Report]:
         clock = Stopwatch()
-        with pruning_of(worker, self.index, self.planned, self.hidden_states, self.propagates) as pruning:
-            clock.lap("read")
-            statistics = self._statistics(worker, pruning)
-            clock.lap("statistics")
-            with convergence_warnings() as warned, solving(worker.method.name, self.index):
-                pruned = self._prune(worker, pruning, statistics)
-            clock.lap("solve")
-            output = pruning.output(pruned) if self.propagates else None
-            clock.lap("propagate")
-            finished = pruning.finish(pruned)
+        layer = worker.read_layer(self.index)
+        pruning = LayerPruning(worker, self.index, layer, self.planned, self.hidden_states)
+        clock.lap("read")
+        statistics = pruning.statistics(self.carried)
+        clock.lap("statistics")
+        with convergence_warnings() as warned, solving(worker.method.name, self.index):
+            pruned = pruning.prune(statistics, self.profile)
+        clock.lap("solve")
+        output = worker.runner.run(pruned, self.index, self.hidden_states) if self.propagates else None
+        clock.lap("propagate")
+        finished = worker.finish(self.index, pruned)
         return finished, output, Report(clock.laps, warned)
-
-    def _statistics(self, worker: LayerWorker, pruning: LayerPruning) -> LayerStatistics:
-        """Those that were carried from the dense pass, if they are all that is asked for."""
-        moments = worker.method.pruning_moments(pruning.layer.shape, self.planned)
-        carried = moved(self.carried, worker.solve_device)
-        return LayerStatistics.from_tensors(carried, moments) or pruning.observe(pruning.layer, moments)
-
-    def _prune(self, worker: LayerWorker, pruning: LayerPruning, statistics: LayerStatistics) -> DecoderLayer:
-        """The layer in its planned shape, its tensors in the dtypes of the checkpoint's."""
-        layer = pruning.layer
-        if layer.attention is None and layer.ffn is None:  # nothing of it is known
-            return layer
-        profile = moved(self.profile, worker.solve_device)
-        pruned = worker.method.prune(pruning.to_prune(statistics=statistics, profile=profile))
-        if pruned.shape != self.planned:
-            raise AssertionError(f"{worker.method.name} gave layer {self.index} {pruned.shape}, planned {self.planned}")
-        return pruning.stored(pruned)

@@ -19,8 +19,7 @@ class Copy(Task):
     names: tuple[str, ...]
 
     def run(self, worker: LayerWorker) -> dict[str, Tensor] | WrittenFile:
-        tensors = worker.model.checkpoint.read(self.names)
-        return tensors if worker.parts is None else worker.parts.write(tensors)
+        return worker.write(worker.model.checkpoint.read(self.names))
 
 
 @dataclass(frozen=True)
