@@ -3,16 +3,22 @@
     python scripts/large_mixture.py FOLDER [--experts-at-once 8] [--method wanda-sp] [--experts 256]
 
 It writes a checkpoint of 23 GB to FOLDER/model, unless it is there, prunes it to FOLDER/pruned, and prints how long
-that took and the most memory that all processes of the run held together (their proportional set sizes).
+that took and the most memory that all processes of the run held together (their proportional set sizes). Then the
+engine's own scheduler does the pruning pass again on simulated clusters, where every task takes as long as it took
+here, and it prints what part of the workers' time they are at work.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import torch
@@ -21,8 +27,20 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 
 from distprune.checkpoint.piecewise import piecewise_file
+from distprune.engine.run.journal import entry_of
+from distprune.engine.run.record import LOG_FILE
+from distprune.engine.run.states import DENSE
+from distprune.engine.scheduler.pool import WorkerPool
+from distprune.engine.scheduler.simulation import Machines, MemoryJournal, SimulatedRuntime, SimulatedWorker
+from distprune.engine.stages.context import RunContext
+from distprune.engine.stages.pruning_pass import PruningPass
+from distprune.engine.telemetry.progress import Progress
+from distprune.engine.worker.expert_tasks import PruneAround, PruneExperts
+from distprune.engine.worker.task import Task
 from distprune.layers.architecture import Architecture
+from distprune.layers.shapes import ExpertsShape, LayerShape
 from distprune.layers.tree import build_on_meta
+from distprune.planning.simulated_run import stand_ins
 
 LAYER = "model.layers.0."
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -87,6 +105,64 @@ def memory_of(process: psutil.Process) -> int:
     return total
 
 
+@dataclass(frozen=True)
+class Took:
+    """The seconds of a pruning pass's tasks: around the experts, of each of the chunks, and for the output."""
+
+    around: float
+    experts: list[float]
+    join: float
+
+    @classmethod
+    def of(cls, log: Path) -> Took:
+        """What the log of a run says whose model has one layer."""
+        seconds: dict[str, list[float]] = {}
+        for line in log.read_text().splitlines():
+            event = json.loads(line)
+            if event.get("message") == "call ended" and event["stage"] == "Pruning":
+                seconds.setdefault(event["call"], []).append(event["seconds"])
+        return cls(sum(seconds["prune_around"]), seconds["prune_experts"], sum(seconds.get("join_experts", [0.0])))
+
+
+class Replay(SimulatedRuntime):
+    """Workers whose tasks take what was measured; notes when the first chunk begins and the last one ends."""
+
+    def __init__(self, took: Took, workers: int):
+        super().__init__(SimpleNamespace(start=0.0), Machines(workers), None)
+        self.took, self.began, self.ended = took, inf, 0.0
+
+    def _done(self, task: Task, worker: SimulatedWorker) -> tuple[list, float, float]:
+        took = self.took
+        if isinstance(task, PruneExperts):
+            self.began = min(self.began, self.clock)
+            return stand_ins(task), took.experts[task.chunk], 0.0
+        return stand_ins(task), took.around if isinstance(task, PruneAround) else took.join, 0.0
+
+    def fetch(self, results: list) -> list:
+        self.ended = self.clock
+        return super().fetch(results)
+
+
+def replay(took: Took, workers: int) -> tuple[float, float]:
+    """The seconds of the pruning pass, and those of its experts, by so many workers."""
+    runtime, chunks = Replay(took, workers), len(took.experts)
+    context = RunContext(
+        WorkerPool(runtime, workers), Progress(), 1, MemoryJournal(), 1, 1, experts_at_once=1, mixtures={0: chunks}
+    )
+    context.journal.write(entry_of(DENSE, 0), tensors={"0": torch.zeros(1, 1, 1)})
+    PruningPass(context, [LayerShape(None, ExpertsShape(chunks, 1))], [{}], lambda *_: None).run(())
+    return runtime.clock, runtime.ended - runtime.began
+
+
+def tell_how_it_spreads(took: Took) -> None:
+    """Print parallel efficiencies: the seconds of one worker over those of all workers of several."""
+    print(f"around the experts {took.around:.0f} s, {len(took.experts)} chunks {sum(took.experts):.0f} s")
+    alone = replay(took, 1)
+    for workers in (2, 4, 8, 16):
+        layer, experts = (one / (workers * several) for one, several in zip(alone, replay(took, workers), strict=True))
+        print(f"{workers:3} workers, simulated: efficiency {experts:.2f} of the experts, {layer:.2f} of the layer")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -119,7 +195,9 @@ def main() -> None:
         most = max(most, memory_of(process))
         time.sleep(0.5)
     seconds, memory = time.perf_counter() - began, most / 2**30
-    print(f"{seconds:.0f} s, {memory:.2f} GiB in all processes at most, exit {run.returncode}")
+    print(f"{seconds:.0f} s, {memory:.2f} GiB in all processes at most, exit {run.returncode}", flush=True)
+    if run.returncode == 0:
+        tell_how_it_spreads(Took.of(output / LOG_FILE))
 
 
 if __name__ == "__main__":

@@ -46,8 +46,7 @@ class Routed:
         order: the T · k pairs of a token and one of its choices, sorted by expert.
         starts: where the pairs of each expert begin there, and where those of the last end, (E + 1,).
         total: the sum of the outputs of the experts so far, (T, d) in float32; None before the first.
-        at_total: the loss's gradient there, (T, d).
-        at_inputs, at_weights: the gradients of the experts so far, (T, d) and (T, k) in float32.
+        at_inputs, at_weights: the gradients of the experts so far, (T, d) in float32 and (T, k); None before the first.
     """
 
     batch: slice
@@ -57,7 +56,6 @@ class Routed:
     order: Tensor
     starts: list[int]
     total: Tensor | None = None
-    at_total: Tensor | None = None
     at_inputs: Tensor | None = None
     at_weights: Tensor | None = None
 
@@ -95,19 +93,22 @@ class ExpertPasses:
     """
 
     def __init__(self, runner: LayerRunner, index: int, routed: list[Routed], dtype: torch.dtype | None = None):
-        self._runner, self._index, self.routed = runner, index, routed
+        self._runner, self.index, self.routed = runner, index, routed
         self._dtype = dtype or runner.dtype
 
     @torch.no_grad()
-    def add(self, own: range, experts: Experts, observe: Observer | None = None, sites: Collection[Site] = ()) -> None:
-        """Add what some experts give, ``own`` being their numbers in the layer; ``sites`` are theirs."""
-        for routed, (tokens, _), _, output in self._through(own, experts, observe, sites):
-            routed.add(tokens, output)
+    def outputs(
+        self, own: range, experts: Experts, observe: Observer | None = None, sites: Collection[Site] = ()
+    ) -> list[Tensor]:
+        """What some experts give at the tokens that are routed to them, of every micro-batch, (n, d).
 
-    @torch.no_grad()
-    def outputs(self, own: range, experts: Experts) -> list[Tensor]:
-        """What some experts give at the tokens that are routed to them, of every micro-batch, (n, d)."""
-        return [output.to(routed.inputs.device) for routed, _, _, output in self._through(own, experts, None, ())]
+        Args:
+            own: their numbers in the layer.
+            experts: only these.
+            observe, sites: as in :meth:`LayerRunner.run`; theirs.
+        """
+        passes = self._through(own, experts, observe, sites)
+        return [output.to(routed.inputs.device) for routed, _, _, output in passes]
 
     def add_outputs(self, own: range, outputs: Iterable[Tensor]) -> None:
         """Add what :meth:`outputs` has given, here or elsewhere."""
@@ -120,17 +121,38 @@ class ExpertPasses:
         for _ in self._through(own, experts, observe, sites):
             pass
 
-    def backward_through(
-        self, own: range, experts: Experts, observe: Observer | None = None, sites: Collection[Site] = ()
-    ) -> None:
-        """Take it through some experts; ``sites`` are their activations."""
+    def gradients(
+        self,
+        own: range,
+        experts: Experts,
+        at_totals: Iterable[Tensor],
+        observe: Observer | None = None,
+        sites: Collection[Site] = (),
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The loss's gradients at what some experts are called with: tokens (n, d) and their weights (n,), by batch.
+
+        Args:
+            own, experts, observe, sites: as of :meth:`outputs`.
+            at_totals: the gradient at what all experts give together, (T, d), of every micro-batch.
+        """
+        found, device = [], torch.device("cpu")
         with torch.enable_grad():
-            for routed, rows, leaves, output in self._through(own, experts, observe, sites):
-                assert routed.at_total is not None and routed.at_inputs is not None and routed.at_weights is not None
-                at_output = routed.at_total[rows[0]].to(output)
-                at_inputs, at_weights = torch.autograd.grad(output, leaves, at_output)
-                routed.at_inputs.index_add_(0, rows[0], at_inputs.to(routed.at_inputs))
-                routed.at_weights[rows] = at_weights.squeeze(1).to(routed.at_weights)
+            passes = self._through(own, experts, observe, sites)
+            for at_total, (routed, (tokens, _), leaves, output) in zip(at_totals, passes, strict=True):
+                device = routed.inputs.device
+                at_inputs, at_weights = torch.autograd.grad(output, leaves, at_total[tokens].to(output))
+                found.append((at_inputs.to(device), at_weights.squeeze(1).to(device)))
+        return found
+
+    def add_gradients(self, own: range, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Add what :meth:`gradients` has given, here or elsewhere."""
+        for routed, (at_inputs, at_weights) in zip(self.routed, gradients, strict=True):
+            if routed.at_inputs is None or routed.at_weights is None:
+                routed.at_inputs = torch.zeros_like(routed.inputs, dtype=torch.float32)
+                routed.at_weights = torch.zeros_like(routed.weights)
+            rows = routed.rows(own)
+            routed.at_inputs.index_add_(0, rows[0], at_inputs.to(routed.at_inputs))
+            routed.at_weights[rows] = at_weights.to(routed.at_weights)
 
     def _through(
         self, own: range, experts: Experts, observe: Observer | None, sites: Collection[Site]
@@ -138,7 +160,7 @@ class ExpertPasses:
         """Of every micro-batch: its rows, what some experts are called with at them, and what they give, weighted."""
         device, seen = self._runner.device, dict[Site, Tensor]()
         moved = map_tensors(experts, lambda tensor: tensor.to(device))
-        module = build_experts(self._runner.architecture, self._index, moved, self._dtype).requires_grad_(False)
+        module = build_experts(self._runner.architecture, self.index, moved, self._dtype).requires_grad_(False)
         in_chunk = {site.of(site.expert - own.start): site for site in sites if site.expert is not None}
         places = ExpertPlaces(module, in_chunk, lambda site, seen_there: seen.update({in_chunk[site]: seen_there}))
         handles = [*places.watch()] if sites else []
@@ -161,8 +183,8 @@ class ExpertPasses:
 class ChunkedPass(ExpertPasses):
     """One layer's passes over hidden states.
 
-    Forward: :meth:`route`, :meth:`add` for every chunk, :meth:`output`. Backward after every chunk was added:
-    :meth:`backward_to_experts`, :meth:`backward_through` for every chunk, :meth:`backward_to_input`.
+    Forward: :meth:`route`, :meth:`outputs` of every chunk and :meth:`add_outputs`, :meth:`output`. Backward after that:
+    :meth:`backward_to_experts`, :meth:`gradients` of every chunk and :meth:`add_gradients`, :meth:`backward_to_input`.
 
     Args:
         runner: says where, and in what micro-batches.
@@ -187,7 +209,7 @@ class ChunkedPass(ExpertPasses):
         self._layer, self._module = layer, self._build(layer)
 
     def _build(self, layer: DecoderLayer) -> nn.Module:
-        return self._runner.build(layer, self._index, self._dtype).requires_grad_(False)
+        return self._runner.build(layer, self.index, self._dtype).requires_grad_(False)
 
     # ---------------------------------------------------------------- forward
 
@@ -231,14 +253,14 @@ class ChunkedPass(ExpertPasses):
 
         def give(inputs: Tensor, chosen: Tensor, _: Tensor) -> Tensor:
             if not torch.equal(chosen.to(routed.chosen.device), routed.chosen):
-                raise AssertionError(f"layer {self._index} calls other experts than were run for it")
+                raise AssertionError(f"layer {self.index} calls other experts than were run for it")
             return routed.given(inputs)
 
         output = self._runner.empty_like(self._states)
         with self._standing_in(give), self._tapped(sites) as seen:
             for routed in self.routed:
                 given = self._forward(self._given(routed.batch))
-                check_hidden_states(given, self._index)
+                check_hidden_states(given, self.index)
                 output[routed.batch] = given
                 if observe:
                     observe(seen)
@@ -249,13 +271,17 @@ class ChunkedPass(ExpertPasses):
 
     def backward_to_experts(
         self, gradient: Tensor, observe: Observer | None = None, sites: Collection[Site] = ()
-    ) -> None:
-        """Take the loss's gradient from the layer's output, (samples, length, d), to that of the experts.
+    ) -> list[Tensor]:
+        """Take the loss's gradient from the layer's output, (samples, length, d), to what all experts give together.
 
         ``sites`` are of the mixture's output.
+
+        Returns:
+            The gradient there, (T, d), of every micro-batch.
         """
         assert {*sites} <= AFTER_EXPERTS
 
+        at_totals: list[Tensor] = []
         totals: list[Tensor] = []
 
         def give(inputs: Tensor, *_: Tensor) -> Tensor:
@@ -268,12 +294,11 @@ class ChunkedPass(ExpertPasses):
                     output = self._forward(self._given(routed.batch))
                 with deterministic_attention():
                     [at_total] = torch.autograd.grad(output, totals, gradient[routed.batch].to(output))
-                routed.at_total = at_total.to(self._states.device)
-                routed.at_inputs = torch.zeros_like(routed.inputs, dtype=torch.float32)
-                routed.at_weights = torch.zeros_like(routed.weights)
+                at_totals.append(at_total.to(self._states.device))
                 if observe:
                     observe(seen)
                     seen.clear()
+        return at_totals
 
     def backward_to_input(
         self, gradient: Tensor, observe: Observer | None = None, sites: Collection[Site] = ()
@@ -304,7 +329,7 @@ class ChunkedPass(ExpertPasses):
                 outputs, at_outputs = map(list, zip(*ends, strict=True))
                 with deterministic_attention():
                     [at_input] = torch.autograd.grad(outputs, given, at_outputs)
-                check_gradient(at_input, f"layer {self._index}")
+                check_gradient(at_input, f"layer {self.index}")
                 result[routed.batch] = at_input
                 if observe:
                     observe(seen)
@@ -323,7 +348,7 @@ class ChunkedPass(ExpertPasses):
         return self._states[batch].to(self._runner.device, self._dtype, copy=True)
 
     def _forward(self, given: Tensor) -> Tensor:
-        return self._runner.forward(self._module, self._index, given)
+        return self._runner.forward(self._module, self.index, given)
 
     def _tapped(self, sites: Collection[Site]) -> AbstractContextManager[dict[Site, Tensor]]:
         return tapped(self._module, self._runner.architecture.family, self._layer.shape, sites)

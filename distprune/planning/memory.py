@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from distprune.engine.scheduler.relay import PIECES_PER_WORKER
 from distprune.engine.worker.distill_task import Distill
 from distprune.engine.worker.end_to_end_tasks import StepOptimizer
+from distprune.engine.worker.expert_pass_tasks import MixtureTask
 from distprune.engine.worker.expert_tasks import JoinExperts, PruneAround, PruneExperts
 from distprune.engine.worker.pass_tasks import Advance, Backward, Embed, LossGradient, Sweep
 from distprune.engine.worker.prune_task import Prune
 from distprune.engine.worker.task import Task
+from distprune.layers.shapes import ExpertsShape, LayerShape
 from distprune.planning.rehearsal import Rehearsed
 from distprune.planning.scenario import Scenario, TokenSet
 
@@ -110,12 +112,17 @@ def task_peaks(scenario: Scenario) -> dict[str, TaskPeak]:
     return peaks
 
 
+#: Tasks that get all samples, or pieces as large as the run's go.
+ON_ALL_SAMPLES = (Embed, Prune, PruneAround, PruneExperts, JoinExperts, MixtureTask, Sweep, Backward, LossGradient)
+
+
 def _rehearsed(scenario: Scenario) -> Iterator[tuple[type[Task], Rehearsed]]:
     """All tasks, once of every kind of layer."""
     rehearsal = scenario.rehearsal
     yield from rehearsal.ends().items()
     for index in {rehearsal.group(index): index for index in range(scenario.layers)}.values():
-        yield from rehearsal.layer(index).items()
+        is_run = {Advance: scenario.config.distill is not None}
+        yield from ((task, takes) for task, takes in rehearsal.layer(index).items() if is_run.get(task, True))
         yield from rehearsal.learning(index).items()
 
 
@@ -125,7 +132,7 @@ def _samples(scenario: Scenario, task: type[Task]) -> float:
         batches = -(-scenario.calibration.samples // scenario.batch)
         pieces = min(batches, PIECES_PER_WORKER * scenario.placement.workers)
         return min(scenario.calibration.samples, scenario.batch * -(-batches // pieces))
-    if issubclass(task, (Embed, Prune, PruneAround, PruneExperts, JoinExperts, Sweep, Backward, LossGradient)):
+    if issubclass(task, ON_ALL_SAMPLES):
         return scenario.calibration.samples
     if issubclass(task, (Advance, Distill)):
         return scenario.distilled_on.samples if scenario.distilled_on else scenario.calibration.samples
@@ -176,6 +183,10 @@ def _store_peak(scenario: Scenario) -> int:
     relays = min(workers, scenario.blocks)
     pruning = relays * ((3 if scenario.block_length > 1 else 1) * states + layer)
     peak = max(3 * states, (open_layers + 2) * states, pruning)
+    if scenario.config.experts_at_once is not None:
+        # What is passed between the tasks that share a layer: what each expert gives comes, and is put once more.
+        each = 3 + 2 * max(shape.ffn.per_token for shape in mixtures(scenario))
+        peak = max(peak, each * max(states, scenario.gradients if scenario.needs_gradients else 0))
     if scenario.needs_gradients:
         # The same of gradients, and the hidden states that go with the pieces at work.
         peak = max(peak, (open_layers + 2) * scenario.gradients + states)
@@ -188,6 +199,11 @@ def _store_peak(scenario: Scenario) -> int:
         # Distillation runs so many layers ahead, each with its input and its target.
         peak = max(peak, (2 * workers + 2) * scenario.hidden_states(scenario.distilled_on) + 2 * workers * layer)
     return round(peak)
+
+
+def mixtures(scenario: Scenario) -> list[LayerShape]:
+    """The shapes of the layers that have a mixture of experts."""
+    return [shape for shape in scenario.architecture.dense_shapes if isinstance(shape.ffn, ExpertsShape)]
 
 
 def _disk(scenario: Scenario) -> int:

@@ -6,7 +6,7 @@ them is known, since every further one takes as much as the third.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property
@@ -31,6 +31,20 @@ from distprune.engine.worker.end_to_end_tasks import (
     OpenEnd,
     OpenStudent,
     StepOptimizer,
+)
+from distprune.engine.worker.expert_pass_tasks import (
+    BackwardExperts,
+    BackwardJoined,
+    ForwardExperts,
+    ForwardExpertsAgain,
+    ForwardJoined,
+    GradientAtExperts,
+    ProfileExperts,
+    ProfileMixture,
+    ProfileMixtureAgain,
+    RouteTokens,
+    RouteTokensAgain,
+    Seen,
 )
 from distprune.engine.worker.expert_tasks import JoinExperts, PruneAround, PruneExperts
 from distprune.engine.worker.layer_worker import LayerWorker
@@ -57,6 +71,8 @@ from distprune.planning.counting import Counting, Counts
 from distprune.planning.imagined_gpu import IMAGINED_GPU
 from distprune.planning.valueless_checkpoint import ValuelessCheckpoint
 from distprune.planning.valueless_parts import ValuelessParts
+from distprune.statistics import Moment
+from distprune.statistics.layer_statistics import counted
 
 
 @dataclass(frozen=True)
@@ -243,11 +259,15 @@ class Rehearsal:
         """What a layer's dense pass takes, and what its end gives: the profile, and what is carried to pruning."""
 
         def forward(index: int) -> tuple[Takes, Any]:
+            advancing = {Advance: self._twice(lambda batches: Advance(index, self.states(batches)))}
+            if self.worker.chunks(index) is not None:
+                taken, given = self._forward_in_chunks(index)
+                return taken | advancing, given
             closed = self.base and self.base._forward(index)
             taken, given = self._passed(OpenForward(index), lambda n, b: Sweep(index, n, self.states(b)), closed)
             if self.worker.has_gradient_pass:
                 taken = {CloseAfterForward if kind is CloseLayer else kind: takes for kind, takes in taken.items()}
-            return taken | {Advance: self._twice(lambda batches: Advance(index, self.states(batches)))}, given
+            return taken | advancing, given
 
         key, index = self._like("forward", index, self.kind, self.carries)
         return self._once(key, lambda: forward(index))
@@ -259,6 +279,8 @@ class Rehearsal:
         def backward(index: int) -> tuple[Takes, Any]:
             if not self.worker.has_gradient_pass:
                 return {}, self._forward(index)[1]
+            if self.worker.chunks(index) is not None:
+                return self._backward_in_chunks(index)
             closed = self.base and self.base._backward(index)
             passing = lambda n, b: Backward(index, n, self.states(b), self.states(b, gradient))  # noqa: E731
             return self._passed(OpenBackward(index), passing, closed)
@@ -272,8 +294,6 @@ class Rehearsal:
         """What a layer takes that is opened, passed by samples and closed; and what closing it gave, if that is not
         known by now."""
         index = opening.layer
-        if self.worker.chunks(index) is not None:
-            return self._passed_at_once(opening, passing)
         with self._counting() as do:
             taken = {type(opening): same(do(opening)[0])}
             # The first micro-batch finds totals that are not there yet.
@@ -285,16 +305,60 @@ class Rehearsal:
             done, results = do(CloseLayer(index, len(pieces)))
         return taken | {CloseLayer: same(done)}, results
 
-    def _passed_at_once(self, opening: Task, passing: Callable[[int, int], Task]) -> tuple[Takes, Any]:
-        """The same of a layer whose experts come a chunk at a time, and all samples as one piece."""
-        pieces = []
-        with self._counting() as do:
-            for batches in (2, 3):
-                opened = do(opening)[0]
-                pieces.append(do(passing(0, batches))[0])
-                done, results = do(CloseLayer(opening.layer, 1))
-        taken = {type(opening): same(opened), type(passing(0, 1)): Rehearsed(*pieces, self._sizes)}
-        return taken | {CloseLayer: same(done)}, results
+    def _passed_in_chunks(
+        self, index: int, run: Callable[[int, Callable[[Task], Any]], tuple[Any, Any]]
+    ) -> tuple[Takes, Any]:
+        """The same of a layer whose experts come a chunk at a time: ``run`` does the tasks, and gives the profile but
+        for that of single chunks, of which the first chunk's stands for all."""
+        done: list[dict[type[Task], Done]] = []
+        for batches in (2, 3):
+            taken: dict[type[Task], Done] = {}
+            with self._counting() as do:
+
+                def noted(task: Task, taken: dict[type[Task], Done] = taken, do: Any = do) -> Any:
+                    taken[type(task)], results = do(task)
+                    return results
+
+                of_layer, of_chunk = run(batches, noted)
+            done.append(taken)
+        chunks, count = self._chunks(index), self.model.architecture.dense_shape(index).ffn.count
+        profile = {**of_layer, **{name: torch.cat([part] * chunks)[:count] for name, part in of_chunk.items()}}
+        return {kind: Rehearsed(done[0][kind], done[1][kind], self._sizes) for kind in done[0]}, (profile, {})
+
+    def _chunks(self, index: int) -> int:
+        """Of a dense layer's experts."""
+        return len(self.worker.chunks(index).numbers(self.model.architecture.dense_shape(index).ffn.count))
+
+    def _forward_in_chunks(self, index: int) -> tuple[Takes, Any]:
+        def run(batches: int, do: Callable[[Task], Any]) -> tuple[Any, Any]:
+            states = self.states(batches)
+            routed, before = do(RouteTokens(index, states))
+            outputs, overview = do(ForwardExperts(index, 0, routed))
+            all_overview = overview_of_all(overview, self._overview(index))
+            _, after = do(ForwardJoined(index, states, routed, [outputs] * self._chunks(index)))
+            if self.worker.has_gradient_pass:
+                return {}, {}
+            of_chunk = do(ProfileExperts(index, 0, routed, [before, all_overview]))
+            return do(ProfileMixture(index, [before, all_overview, after])), of_chunk
+
+        return self._passed_in_chunks(index, run)
+
+    def _backward_in_chunks(self, index: int) -> tuple[Takes, Any]:
+        def run(batches: int, do: Callable[[Task], Any]) -> tuple[Any, Any]:
+            states, gradient = self.states(batches), self.states(batches, self.worker.runner.gradient_dtype)
+            routed, _ = do(RouteTokensAgain(index, states))
+            outputs, overview = do(ForwardExpertsAgain(index, 0, routed))
+            all_overview, chunks = overview_of_all(overview, self._overview(index)), self._chunks(index)
+            at_experts, totals, after = do(GradientAtExperts(index, states, gradient, routed, [outputs] * chunks))
+            seen = [after, all_overview]
+            of_experts, of_chunk = do(BackwardExperts(index, 0, routed, at_experts, seen))
+            _, others = do(BackwardJoined(index, states, gradient, routed, totals, [of_experts] * chunks))
+            return do(ProfileMixtureAgain(index, [*seen, others])), of_chunk
+
+        return self._passed_in_chunks(index, run)
+
+    def _overview(self, index: int) -> Sequence[Moment]:
+        return self.worker.method.overview_moments(self.model.architecture.dense_shape(index))
 
     def _prune(self, index: int) -> Takes:
         def prune(index: int) -> Takes:
@@ -433,6 +497,14 @@ class CloseAfterForward(CloseLayer):
 def same(done: Done) -> Rehearsed:
     """What a task takes that gets no samples."""
     return Rehearsed(done, done)
+
+
+def overview_of_all(overview: Seen, moments: Sequence[Moment]) -> Seen:
+    """What is known of all experts first, of what is known of a chunk's: of each as much as of the first."""
+    if not overview:
+        return {}
+    average, tokens = overview[str(moments[0])], overview[counted(moments[0].site)]
+    return {str(moment): average for moment in moments} | {counted(moment.site): tokens for moment in moments}
 
 
 def values_of(result: Any) -> Any:

@@ -25,6 +25,16 @@ from distprune.engine.stages.pruning_pass import PruningPass
 from distprune.engine.telemetry.progress import Progress
 from distprune.engine.worker.distill_task import Distill
 from distprune.engine.worker.end_to_end_tasks import CloseEnd, FoldIn, Forward, OpenDense, OpenStudent, StepOptimizer
+from distprune.engine.worker.expert_pass_tasks import (
+    BackwardExperts,
+    BackwardJoined,
+    ForwardExperts,
+    ForwardJoined,
+    GradientAtExperts,
+    ProfileExperts,
+    ProfileMixture,
+    RouteTokens,
+)
 from distprune.engine.worker.expert_tasks import PruneAround, PruneExperts
 from distprune.engine.worker.host_tensor import HostTensor
 from distprune.engine.worker.layer_worker import Finished
@@ -169,6 +179,14 @@ def stand_ins(task: Task) -> list[Any]:
     match task:
         case Prune():
             return [finished, states if task.propagates else None, Report({}, [])]
+        case GradientAtExperts():
+            return [states, states, {}]
+        case RouteTokens() | ForwardJoined() | BackwardJoined():
+            return [states, {}]
+        case ForwardExperts() | BackwardExperts():
+            return [[], {}]
+        case ProfileExperts() | ProfileMixture():
+            return [{}]
         case PruneAround():
             return [finished, {}, states, Report({}, [])]
         case PruneExperts():

@@ -70,20 +70,25 @@ class LayerStatistics:
             each._totals, each._averages = {}, {}
         return joined
 
-    def to_tensors(self, moments: Iterable[Moment]) -> dict[str, Tensor]:
-        """The averages of some of the moments as named tensors, for :meth:`from_tensors`, and their sites' tokens."""
+    def to_values(self, moments: Iterable[Moment]) -> dict[str, Tensor | int]:
+        """The averages of some of the moments by name, and how many tokens their sites have seen."""
         averages = {moment: self._average(moment) for moment in moments}
-        tokens = {counted(site): torch.tensor(self.tokens(site)) for site in sorted(sites_of(averages))}
+        tokens = {counted(site): self.tokens(site) for site in sorted(sites_of(averages))}
         return {str(moment): average for moment, average in averages.items()} | tokens
 
+    def to_tensors(self, moments: Iterable[Moment]) -> dict[str, Tensor]:
+        """The same as tensors alone, to be stored."""
+        return {name: torch.as_tensor(value) for name, value in self.to_values(moments).items()}
+
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], moments: Iterable[Moment]) -> LayerStatistics | None:
-        """Statistics that hold just the ``moments``; None if not all of them are among the tensors."""
+    def from_tensors(cls, tensors: Mapping[str, Tensor | int], moments: Iterable[Moment]) -> LayerStatistics | None:
+        """Statistics that hold just the ``moments``, of what :meth:`to_values` or :meth:`to_tensors` has given; None if
+        not all of them are there."""
         names = {moment: str(moment) for moment in moments}
         if not names or not tensors.keys() >= {*names.values()}:
             return None
         statistics = cls(())
-        statistics._averages = {moment: tensors[name] for moment, name in names.items()}
+        statistics._averages = {moment: torch.as_tensor(tensors[name]) for moment, name in names.items()}
         statistics._tokens = {site: int(tensors[counted(site)]) for site in sites_of(names)}
         return statistics
 

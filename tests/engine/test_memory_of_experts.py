@@ -18,9 +18,11 @@ import torch
 from distprune.checkpoint import Checkpoint, ShardWriter
 from distprune.config import PruneConfig
 from distprune.engine.run.preflight import dense_model
+from distprune.engine.worker.expert_pass_tasks import ForwardExperts, ForwardJoined, ProfileExperts, ProfileMixture
+from distprune.engine.worker.expert_pass_tasks import RouteTokens
+from distprune.engine.worker.expert_tasks import JoinExperts, PruneAround, PruneExperts
 from distprune.engine.worker.layer_worker import LayerWorker
 from distprune.engine.worker.pass_tasks import CloseLayer, OpenForward, Sweep
-from distprune.engine.worker.expert_tasks import JoinExperts, PruneAround, PruneExperts
 from distprune.engine.worker.prune_task import Prune
 
 def peak() -> float:
@@ -38,18 +40,24 @@ torch.linalg.cholesky(torch.eye(8)) @ torch.ones(8)
 states = torch.randn(2, 16, worker.architecture.hidden_size)
 shape = worker.architecture.dense_shape(0)
 before = peak()
-OpenForward(0).run(worker)
-Sweep(0, 0, states).run(worker)
-profile, carried = CloseLayer(0, 1).run(worker)
-whole = Prune(0, states, shape.with_ffn(width=width), profile, carried, True)
+planned = shape.with_ffn(width=width)
 if at_once is None:
-    whole.run(worker)
+    OpenForward(0).run(worker)
+    Sweep(0, 0, states).run(worker)
+    profile, carried = CloseLayer(0, 1).run(worker)
+    Prune(0, states, planned, profile, carried, True).run(worker)
 else:
-    finished, state, routed, _ = PruneAround(**vars(whole)).run(worker)
-    outputs = []
-    for chunk in range(-(-shape.ffn.count // at_once)):
-        outputs.append(PruneExperts(0, whole.planned, profile, True, chunk, routed).run(worker)[1])
-    JoinExperts(0, states, whole.planned, state, finished.rotary_pairs, routed, outputs).run(worker)
+    chunks = range(-(-shape.ffn.count // at_once))
+    routed, seen = RouteTokens(0, states).run(worker)
+    outputs, overviews = zip(*[ForwardExperts(0, chunk, routed).run(worker) for chunk in chunks])
+    _, after = ForwardJoined(0, states, routed, list(outputs)).run(worker)
+    told = [seen, *overviews, after]
+    profile = ProfileMixture(0, told).run(worker)
+    for chunk in chunks:
+        profile |= ProfileExperts(0, chunk, routed, told).run(worker)
+    finished, state, routed, _ = PruneAround(0, states, planned, profile, {}, True).run(worker)
+    pruned = [PruneExperts(0, planned, profile, True, chunk, routed).run(worker)[1] for chunk in chunks]
+    JoinExperts(0, states, planned, state, finished.rotary_pairs, routed, pruned).run(worker)
 print(peak() - before)
 """
 

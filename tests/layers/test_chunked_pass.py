@@ -133,7 +133,8 @@ def test_forward_and_what_is_seen_are_those_of_the_whole_layer(whole):
     chunked, seen = whole.routed_pass(early)
     for numbers, chunk in whole.chunks.of(whole.frame.ffn):
         assert chunk.shape.count == len(numbers) <= AT_ONCE
-        chunked.add(numbers, chunk, seen, [site for site in own if site.expert in numbers])
+        there = [site for site in own if site.expert in numbers]
+        chunked.add_outputs(numbers, chunked.outputs(numbers, chunk, seen, there))
     output = chunked.output(seen, late)
 
     torch.testing.assert_close(output, wanted, rtol=1e-6, atol=1e-6)
@@ -150,10 +151,11 @@ def test_backward_and_what_is_seen_are_those_of_the_whole_layer(whole):
 
     chunked, _ = whole.routed_pass()
     for numbers, chunk in whole.chunks.of(whole.frame.ffn):
-        chunked.add(numbers, chunk)
-    chunked.backward_to_experts(whole.gradient, seen, after)
+        chunked.add_outputs(numbers, chunked.outputs(numbers, chunk))
+    at_experts = chunked.backward_to_experts(whole.gradient, seen, after)
     for numbers, chunk in whole.chunks.of(whole.frame.ffn):
-        chunked.backward_through(numbers, chunk, seen, [site for site in own if site.expert in numbers])
+        there = [site for site in own if site.expert in numbers]
+        chunked.add_gradients(numbers, chunked.gradients(numbers, chunk, at_experts, seen, there))
     found = chunked.backward_to_input(whole.gradient, seen, others)
 
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
@@ -167,17 +169,17 @@ def test_the_gradient_is_the_one_that_autograd_takes_through_the_familys_own_lay
     [expected] = torch.autograd.grad(runner.forward(module, INDEX, given), given, whole.gradient[:2])
     chunked, _ = whole.routed_pass()
     for numbers, chunk in whole.chunks.of(whole.frame.ffn):
-        chunked.add(numbers, chunk)
-    chunked.backward_to_experts(whole.gradient)
+        chunked.add_outputs(numbers, chunked.outputs(numbers, chunk))
+    at_experts = chunked.backward_to_experts(whole.gradient)
     for numbers, chunk in whole.chunks.of(whole.frame.ffn):
-        chunked.backward_through(numbers, chunk)
+        chunked.add_gradients(numbers, chunked.gradients(numbers, chunk, at_experts))
     torch.testing.assert_close(chunked.backward_to_input(whole.gradient)[:2], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_sums_are_rounded_once(whole):
     chunked, _ = whole.routed_pass(dtype=torch.bfloat16)
     for numbers, chunk in whole.chunks.of(whole.frame.ffn):
-        chunked.add(numbers, chunk)
+        chunked.add_outputs(numbers, chunked.outputs(numbers, chunk))
     exact = whole.runner().run(whole.layer, INDEX, whole.states)
     at_once = whole.runner(torch.bfloat16).run(whole.layer, INDEX, whole.states)
     assert (chunked.output() - exact).norm() < 1.1 * (at_once - exact).norm()
@@ -185,13 +187,13 @@ def test_bfloat16_sums_are_rounded_once(whole):
 
 def test_an_expert_that_no_token_chooses_is_seen_with_no_tokens(whole):
     chunked, _ = whole.routed_pass()
-    chunked._routed = [
+    chunked.routed = [
         Routed.of(each.batch, each.inputs, torch.where(each.chosen == 4, 5, each.chosen), each.weights, EXPERTS)
-        for each in chunked._routed
+        for each in chunked.routed
     ]
     numbers, chunk = [*whole.chunks.of(whole.frame.ffn)][1]
     seen = Seen()
-    chunked.add(numbers, chunk, seen, [EXPERT_NEURONS.of(4)])
+    chunked.outputs(numbers, chunk, seen, [EXPERT_NEURONS.of(4)])
     assert all(tuple(each.shape) == (0, 48) for each in seen[EXPERT_NEURONS.of(4)])
 
 
@@ -200,7 +202,7 @@ def test_a_layer_that_calls_other_experts_is_not_given_the_sums(whole):
     router = replace(whole.frame.ffn.router, weight=whole.frame.ffn.router.weight.flip(0))
     other = replace(whole.frame, ffn=replace(whole.frame.ffn, router=router))
     with pytest.raises(AssertionError, match="other experts"):
-        chunked.output(layer=other)
+        ChunkedPass(whole.runner(), other, INDEX, whole.states, routed=chunked.routed).output()
 
 
 def test_a_frame_moves_without_its_experts(whole):

@@ -24,9 +24,12 @@ PIECES_PER_WORKER = 4
 
 @dataclass
 class OpenStation:
-    """A station between its opening and its closing, and the pieces that it was given so far."""
+    """A station between its opening and its closing, and the pieces that it was given so far.
 
-    call: Call
+    No worker has opened one whose work is shared: it has no call.
+    """
+
+    call: Call | None
     given: list[Any] = field(default_factory=list)
 
 
@@ -75,6 +78,17 @@ class Relay(ABC):
     def closed(self, station: int, *results: Any) -> None:
         """A station is closed, with what that gave."""
 
+    def is_shared(self, station: int) -> bool:
+        """Whether workers share the work of a station, which then gets all samples in one piece."""
+        return False
+
+    def share(self, station: int, piece: Any, pass_on: Callable[..., None], close: Callable[..., None]) -> None:
+        """Queue the tasks of a station whose work is shared.
+
+        ``pass_on`` gets what the next station gets, and ``close`` what :meth:`closed` does.
+        """
+        raise NotImplementedError
+
     # ---------------------------------------------------------------- how the samples get there
 
     def carry_through(self) -> None:
@@ -84,26 +98,39 @@ class Relay(ABC):
 
     def begin(self, first: int, samples: HostTensor) -> None:
         """Give a station all that it gets at once, in the pieces that the stations after it will get."""
-        workers = len(self.pool.workers)
-        most = 1 if self.in_one_piece else PIECES_PER_WORKER * workers
+        most = 1 if self.in_one_piece else PIECES_PER_WORKER * len(self.pool.workers)
         self._pieces = split(len(samples.array), self.micro_batch, most)
         self._next = first
-        self._open_until(first + workers)
+        self._open_until(first + self._ahead)
         for piece in self._pieces:
             self._give(first, HostTensor(samples.array[piece], samples.dtype))
+
+    @property
+    def _ahead(self) -> int:
+        """How many stations are open at once.
+
+        Where samples go in one piece, other workers are not to wait for it: they share what is to be done at a station.
+        """
+        return 1 if self.in_one_piece else len(self.pool.workers)
 
     def _open_until(self, end: int) -> None:
         """Let workers open the stations before ``end`` and wait for samples."""
         for station in range(self._next, min(end, self.stations)):
+            self._next = station + 1
+            if self.is_shared(station):
+                self._open[station] = OpenStation(None)
+                continue
             self._open[station] = OpenStation(self.pool.submit_steps(1 + len(self._pieces) + 1))
             self._add(station, self.opening(station), lambda _: None)
-            self._next = station + 1
 
     def _give(self, station: int, piece: HostTensor) -> None:
         self._open_until(station + 1)
         given, put = self._open[station].given, self.pool.put(piece)
         number = len(given)
         given.append(put)
+        if self.is_shared(station):
+            self.share(station, put, partial(self._pass_on, station), partial(self._close, station))
+            return
         task = self.passing(station, number, self._pieces[number], put)
         self._add(station, task, partial(self._pass_on, station))
         if len(given) == len(self._pieces):
@@ -127,7 +154,7 @@ class Relay(ABC):
 
     def _close(self, station: int, *results: Any) -> None:
         del self._open[station]
-        self._open_until(station + 1 + len(self.pool.workers))
+        self._open_until(station + 1 + self._ahead)
         self._write(partial(self.closed, station, *results))
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from distprune.engine.scheduler.pool import WorkerPool
+from distprune.engine.stages.chunked_passes import submit_all
 from distprune.engine.worker.expert_tasks import JoinExperts, PruneAround, PruneExperts
 from distprune.engine.worker.host_tensor import HostTensor
 from distprune.engine.worker.layer_worker import Finished
@@ -27,7 +27,6 @@ class ChunkedLayer:
 
     def __init__(self, pool: WorkerPool, task: Prune, chunks: int, then: Callable[..., None]):
         self.pool, self.task, self.chunks, self.then = pool, task, chunks, then
-        self._chunks: dict[int, tuple[Any, Any, Report]] = {}
 
     def submit(self) -> None:
         """Queue the first task, and each further one as soon as what it needs is there."""
@@ -36,30 +35,28 @@ class ChunkedLayer:
     def _begin_experts(self, finished: Finished, state: Any, routed: Any, report: Report) -> None:
         self._around, self._state, self._report = finished, self.pool.put(state), report
         self._routed, task = self.pool.put(routed), self.task
-        for chunk in range(self.chunks):
-            pruning = PruneExperts(task.index, task.planned, task.profile, task.propagates, chunk, self._routed)
-            self.pool.submit(pruning, partial(self._keep_chunk, chunk))
-        if not self.chunks:
-            self._join()
+        pruning = [
+            PruneExperts(task.index, task.planned, task.profile, task.propagates, chunk, self._routed)
+            for chunk in range(self.chunks)
+        ]
+        submit_all(self.pool, pruning, self._join)
+        if not pruning:
+            self._join([])
 
-    def _keep_chunk(self, chunk: int, piece: Any, outputs: Any, report: Report) -> None:
-        self._chunks[chunk] = piece, outputs, report
-        if len(self._chunks) == self.chunks:
-            self._join()
-
-    def _join(self) -> None:
+    def _join(self, chunks: list[tuple[Any, Any, Report]]) -> None:
+        self._chunks = chunks
         if not self.task.propagates:
             self._end(None)
             return
-        task, outputs = self.task, self.pool.put([self._chunks[chunk][1] for chunk in range(self.chunks)])
+        task, outputs = self.task, self.pool.put([outputs for _, outputs, _ in chunks])
         pairs = self._around.rotary_pairs
         joining = JoinExperts(task.index, task.hidden_states, task.planned, self._state, pairs, self._routed, outputs)
         self.pool.submit(joining, self._end)
 
     def _end(self, output: HostTensor | None) -> None:
-        pieces = [self._chunks[chunk] for chunk in range(self.chunks)]
-        finished = Finished([self._around.written, *(piece for piece, _, _ in pieces)], self._around.rotary_pairs)
-        self.then(finished, output, together([self._report, *(report for _, _, report in pieces)]))
+        written = [self._around.written, *(piece for piece, _, _ in self._chunks)]
+        report = together([self._report, *(report for _, _, report in self._chunks)])
+        self.then(Finished(written, self._around.rotary_pairs), output, report)
 
 
 def together(reports: list[Report]) -> Report:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from distprune.engine.run.journal import Journal
 from distprune.engine.scheduler.pool import WorkerPool
@@ -35,14 +35,14 @@ class RunContext(FirstStages):
         block_length: layers in a row that are pruned on each other's outputs.
         micro_batch: samples that are never parted.
         experts_at_once: how many of a mixture's experts are in memory at a time; None where all are.
-        mixtures: the layers that have one.
+        mixtures: of the layers that have one, how many experts it has.
     """
 
     journal: Journal
     block_length: int
     micro_batch: int
     experts_at_once: int | None = None
-    mixtures: frozenset[int] = frozenset()
+    mixtures: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def in_one_piece(self) -> bool:
@@ -50,9 +50,14 @@ class RunContext(FirstStages):
         return self.experts_at_once is not None
 
     @property
-    def mixtures_in_chunks(self) -> frozenset[int]:
+    def mixtures_in_chunks(self) -> Collection[int]:
         """The layers whose experts come a chunk at a time."""
-        return frozenset() if self.experts_at_once is None else self.mixtures
+        return () if self.experts_at_once is None else self.mixtures.keys()
+
+    def dense_chunks(self, index: int) -> int:
+        """How many chunks of experts a layer of the dense model has."""
+        assert self.experts_at_once is not None
+        return -(-self.mixtures[index] // self.experts_at_once)
 
     def chunks_of(self, planned: FeedForwardShape | ExpertsShape | None) -> int:
         """How many chunks of experts a pruned layer has."""
@@ -69,6 +74,6 @@ class RunContext(FirstStages):
         return index + 1 == self.layers or self.begins_block(index + 1)
 
 
-def mixtures_of(shapes: Iterable[LayerShape]) -> frozenset[int]:
-    """The layers that have a mixture of experts, of all layers' shapes."""
-    return frozenset(index for index, shape in enumerate(shapes) if isinstance(shape.ffn, ExpertsShape))
+def mixtures_of(shapes: Iterable[LayerShape]) -> dict[int, int]:
+    """The layers that have a mixture of experts, of all layers' shapes, and how many it has."""
+    return {index: shape.ffn.count for index, shape in enumerate(shapes) if isinstance(shape.ffn, ExpertsShape)}

@@ -6,6 +6,7 @@ are carried to pruning are collected here either way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from distprune.engine.run.journal import entry_of
 from distprune.engine.run.states import DENSE, MOMENTS, load_states, save_states
 from distprune.engine.scheduler.relay import Relay
+from distprune.engine.stages.chunked_passes import ChunkedForward
 from distprune.engine.stages.context import RunContext
 from distprune.engine.worker.host_tensor import HostTensor, unpack_all
 from distprune.engine.worker.pass_tasks import CloseLayer, Embed, OpenForward, Sweep
@@ -67,6 +69,13 @@ class DensePass(Relay):
 
     def closing(self, station: int, pieces: int) -> Task:
         return CloseLayer(station, pieces)
+
+    def is_shared(self, station: int) -> bool:
+        return station in self.context.mixtures_in_chunks
+
+    def share(self, station: int, piece: Any, pass_on: Callable[..., None], close: Callable[..., None]) -> None:
+        chunks, profiles = self.context.dense_chunks(station), not self.for_gradients
+        ChunkedForward(self.pool, station, chunks, profiles, piece, pass_on, close).submit()
 
     def reached(self, station: int, pieces: list[HostTensor]) -> None:
         if self.for_gradients or self.context.begins_block(station) or station % KEPT_EVERY == 0:

@@ -8,6 +8,7 @@ layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from math import exp, fsum
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from distprune.engine.run.journal import entry_of
 from distprune.engine.run.states import DENSE, GRADIENT, load_states, save_states
 from distprune.engine.scheduler.relay import Relay
+from distprune.engine.stages.chunked_passes import ChunkedBackward
 from distprune.engine.stages.context import RunContext
 from distprune.engine.stages.dense_pass import PROFILE
 from distprune.engine.worker.host_tensor import HostTensor, unpack, unpack_all
@@ -70,6 +72,14 @@ class GradientPass(Relay):
         if station == HEAD:
             return LossGradient(hidden_states, piece)
         return Backward(index, number, hidden_states, piece)
+
+    def is_shared(self, station: int) -> bool:
+        return self._layer(station) in self.context.mixtures_in_chunks
+
+    def share(self, station: int, piece: Any, pass_on: Callable[..., None], close: Callable[..., None]) -> None:
+        index = self._layer(station)
+        states, chunks = self._stored_states(index, slice(None)), self.context.dense_chunks(index)
+        ChunkedBackward(self.pool, index, chunks, states, piece, pass_on, close).submit()
 
     def _stored_states(self, index: int, samples: slice) -> Any:
         return self.pool.put(load_states(self.journal, DENSE, index, samples))

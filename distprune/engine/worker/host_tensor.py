@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -42,6 +42,11 @@ def unpack(packed: HostTensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(packed.array).view(packed.dtype)
+
+
+def joined(packed: Sequence[HostTensor]) -> HostTensor:
+    """Tensors of one dtype, one after the other along their first dimension."""
+    return HostTensor(np.concatenate([each.array for each in packed]), packed[0].dtype)
 
 
 def pack_all(value: Any) -> Any:

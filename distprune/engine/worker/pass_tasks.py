@@ -71,7 +71,7 @@ class Embed(Task):
 
 @dataclass(frozen=True)
 class Advance(Task):
-    """The dense layer's output hidden states.
+    """The dense layer's output hidden states, all its experts being in memory.
 
     Raises:
         InputError: the model's activations exceed the range of the dtype.
@@ -81,7 +81,9 @@ class Advance(Task):
     hidden_states: Tensor
 
     def run(self, worker: LayerWorker) -> Tensor:
-        return open_layer(worker, self.index, None).forward(worker, self.hidden_states)
+        worker.close()
+        layer = worker.model.read_layer(self.index).to(worker.device)
+        return worker.runner.run(layer, self.index, self.hidden_states)
 
 
 # ---------------------------------------------------------------- the dense pass
