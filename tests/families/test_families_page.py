@@ -16,7 +16,8 @@ WHOLE = {"both": {"attention", "ffn"}, "attention": {"attention"}, "FFN": {"ffn"
 
 def rows() -> dict[str, set[str]]:
     """``model_type`` -> what the table says may go."""
-    _, table = PAGE.read_text().split("## What can be removed from which family\n")
+    _, page = PAGE.read_text().split("## What can be removed from which family\n")
+    table, *_ = page.split("\n## ")
     found = {}
     for line in table.splitlines():
         if line.startswith("| ") and "`" in line and "model_type" not in line:
