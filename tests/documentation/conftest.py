@@ -26,7 +26,7 @@ def furnished(save_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("documentation")
     shutil.copytree(save_model(max_position_embeddings=POSITIONS), folder / "MODEL")
     sizes = {name: value for name, value in MIXTURES["mixtral"].items() if name not in OF_THE_TOKENIZER}
-    shutil.copytree(save_model("mixtral", **sizes, max_position_embeddings=POSITIONS), folder / "MIXTURE")
+    shutil.copytree(save_model("mixtral", **sizes | {"max_position_embeddings": POSITIONS}), folder / "MIXTURE")
     write_texts(folder)
     model, calibration = str(folder / "MODEL"), folder / "calib.arrow"
     for name in ("calib", "more", "calibration"):

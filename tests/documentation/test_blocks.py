@@ -1,0 +1,60 @@
+"""Python of the documentation runs, and YAML is what the program takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from markdown_pages import Block, blocks_in
+
+import distprune
+from distprune.config import load_config
+from distprune.evaluation import ModelEvaluation
+from distprune.families.tables import TABLES
+from distprune.pipeline import load_pipeline
+
+#: Of the page on methods, which test_plugin.py installs and runs.
+PLUGIN = "adding-a-method.md"
+#: Stand in for the scores of tasks, whose questions are not on this machine.
+SCORES = {"hellaswag": {"acc_norm": 0.5}}
+
+
+def evaluate_without_tasks(*arguments, tasks=(), **options) -> list[ModelEvaluation]:
+    """What `distprune.evaluate` finds of anything but tasks, with :data:`SCORES` of these."""
+    found = EVALUATE(*arguments, **options)
+    return [replace(each, tasks={task: SCORES[task] for task in tasks}) for each in found]
+
+
+EVALUATE = distprune.evaluate
+
+
+def run(block: Block) -> dict:
+    names = {"__name__": "shown"}
+    exec(compile(block.text, str(block), "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("block", [block for block in blocks_in("python") if block.page.name != PLUGIN], ids=str)
+def test_python_runs(block, here, monkeypatch):
+    monkeypatch.setattr(distprune, "evaluate", evaluate_without_tasks)
+    for name in ("overwrite", "device"):
+        assert name not in block.text  # as in no page, so that these can be added here
+    prune = distprune.prune
+    monkeypatch.setattr(distprune, "prune", lambda *names, **given: prune(*names, overwrite=True, device="cpu", **given))
+    run(block)
+
+
+def test_the_rows_that_the_page_on_families_shows_are_those_of_the_table():
+    (shown,) = (run(block)["TABLES"] for block in blocks_in("python") if block.page.name == "families.md")
+    assert shown
+    assert {name: TABLES[name] for name in shown} == shown
+
+
+@pytest.mark.parametrize("block", blocks_in("yaml"), ids=str)
+def test_yaml_is_a_configuration(block, tmp_path):
+    file = tmp_path / "shown.yaml"
+    file.write_text(block.text)
+    if "sparsities:" in block.text:
+        assert load_pipeline(file).gate.perplexity.at_most_times_dense == 1.3
+    else:
+        assert load_config(file, {}).sparsity == 0.3
