@@ -9,6 +9,7 @@ from markdown_pages import Block, blocks_in
 
 import distprune
 from distprune.config import load_config
+from distprune.engine import RunRecord
 from distprune.evaluation import ModelEvaluation
 from distprune.families.tables import TABLES
 from distprune.pipeline import load_pipeline
@@ -25,7 +26,12 @@ def evaluate_without_tasks(*arguments, tasks=(), **options) -> list[ModelEvaluat
     return [replace(each, tasks={task: SCORES[task] for task in tasks}) for each in found]
 
 
-EVALUATE = distprune.evaluate
+def prune_here(*names, **options) -> RunRecord:
+    """What `distprune.prune` does, in this process and over what is there."""
+    return PRUNE(*names, **options | {"overwrite": True, "device": "cpu", "workers": 1})
+
+
+EVALUATE, PRUNE = distprune.evaluate, distprune.prune
 
 
 def run(block: Block) -> dict:
@@ -37,10 +43,7 @@ def run(block: Block) -> dict:
 @pytest.mark.parametrize("block", [block for block in blocks_in("python") if block.page.name != PLUGIN], ids=str)
 def test_python_runs(block, here, monkeypatch):
     monkeypatch.setattr(distprune, "evaluate", evaluate_without_tasks)
-    for name in ("overwrite", "device"):
-        assert name not in block.text  # as in no page, so that these can be added here
-    prune = distprune.prune
-    monkeypatch.setattr(distprune, "prune", lambda *names, **given: prune(*names, overwrite=True, device="cpu", **given))
+    monkeypatch.setattr(distprune, "prune", prune_here)
     run(block)
 
 

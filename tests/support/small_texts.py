@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-WORDS = "the river runs down to sea and a pruner mends what is left of rain hills model".split()
+WORDS = ("river", "runs", "down", "sea", "pruner", "mends", "what", "left", "rain", "hills", "model", "the", "and")
 TEXTS = ("wikitext.txt", "wikitext_test.txt", "wikitext2_valid.txt", "wikitext2_test.txt", "wiki.txt", "topics.txt")
 
 
