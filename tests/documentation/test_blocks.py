@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from markdown_pages import Block, blocks_in
+from markdown_pages import PAGES, ROOT, Block, Page, blocks_in
 
 import distprune
 from distprune.config import load_config
@@ -18,6 +19,10 @@ from distprune.pipeline import load_pipeline
 PLUGIN = "adding-a-method.md"
 #: Stand in for the scores of tasks, whose questions are not on this machine.
 SCORES = {"hellaswag": {"acc_norm": 0.5}}
+
+
+def python_of(page: Page) -> list[Block]:
+    return [block for block in page.blocks if block.language == "python"]
 
 
 def evaluate_without_tasks(*arguments, tasks=(), **options) -> list[ModelEvaluation]:
@@ -34,21 +39,23 @@ def prune_here(*names, **options) -> RunRecord:
 EVALUATE, PRUNE = distprune.evaluate, distprune.prune
 
 
-def run(block: Block) -> dict:
+def run(blocks: Iterable[Block]) -> dict:
+    """The names that blocks of one page define, each block going on with those of the blocks before it."""
     names = {"__name__": "shown"}
-    exec(compile(block.text, str(block), "exec"), names)
+    for block in blocks:
+        exec(compile(block.text, str(block), "exec"), names)
     return names
 
 
-@pytest.mark.parametrize("block", [block for block in blocks_in("python") if block.page.name != PLUGIN], ids=str)
-def test_python_runs(block, here, monkeypatch):
+@pytest.mark.parametrize("page", [page for page in PAGES if python_of(page) and page.path.name != PLUGIN], ids=str)
+def test_python_runs(page, here, monkeypatch):
     monkeypatch.setattr(distprune, "evaluate", evaluate_without_tasks)
     monkeypatch.setattr(distprune, "prune", prune_here)
-    run(block)
+    run(python_of(page))
 
 
 def test_the_rows_that_the_page_on_families_shows_are_those_of_the_table():
-    (shown,) = (run(block)["TABLES"] for block in blocks_in("python") if block.page.name == "families.md")
+    shown = run(python_of(Page(ROOT / "docs" / "families.md")))["TABLES"]
     assert shown
     assert {name: TABLES[name] for name in shown} == shown
 

@@ -132,7 +132,7 @@ def test_a_command_is_parsed_and_its_configuration_valid(command, here, no_work,
     if command.block.page.parent.name == "cluster":
         monkeypatch.chdir(ROOT / "cluster" / "runs")
     result = run(of_distprune(command))
-    assert isinstance(result.exception, Reached), result.output
+    assert isinstance(result.exception, Reached) or result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("command", [command for command in DISTPRUNE if is_executed(command)], ids=str)
