@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,10 @@ def furnished(save_model, tmp_path_factory) -> Path:
         do_without_ray(patch)
         pruning = {"calibration": calibration, "method": "wanda-sp", "device": "cpu", "layout": "stock"}
         distprune.prune(model, folder / "pruned", **pruning)
+    for name, other in (("MODEL", "ORIGINAL"), ("MODEL", "DENSE"), ("pruned", "PRUNED")):
+        shutil.copytree(folder / name, folder / other)
+    found = distprune.evaluate([model, str(folder / "pruned")], folder / "test.txt", sequence_length=16)
+    (folder / "results.json").write_text(json.dumps([asdict(each) for each in found]))
     return folder
 
 

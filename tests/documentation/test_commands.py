@@ -42,6 +42,7 @@ ONLY_CHECKED = {
     "--tasks": "their questions are not on this machine; tests/evaluation runs tasks that are",
     "--speed": "measures for a minute; tests/evaluation/test_speed.py runs it",
     "--workers": "starts Ray; tests/evaluation/test_workers.py runs it",
+    "--push-to-hub": "uploads to the hub; tests/checkpoint/test_upload.py uploads to a stand-in",
     "--offload": "is an option of a plan, which takes seconds; the other plan is executed",
     "quiet-neurons": "is a plugin, which test_plugin.py installs and runs",
 }
@@ -143,6 +144,8 @@ def test_a_command_works(command, here):
         words += ["--overwrite", "--device", "cpu", "--workers", "1"]
     result = run(words)
     assert result.exit_code == 0, result.output
+    if command.writes:
+        assert result.stdout
 
 
 # ---------------------------------------------------------------- scripts

@@ -94,21 +94,31 @@ def blocks_in(language: str) -> list[Block]:
 
 @dataclass(frozen=True)
 class Command:
-    """A line of a block of shell commands, as the shell would split it, without comments."""
+    """A line of a block of shell commands, as the shell would split it, without comments.
+
+    Attributes:
+        block: where it stands.
+        words: the program and its arguments.
+        writes: the file that its output goes to, if any.
+    """
 
     block: Block
     words: tuple[str, ...]
+    writes: str | None = None
 
     def __str__(self) -> str:
         return f"{self.block}: {shlex.join(self.words)}"
 
 
 def commands() -> Iterator[Command]:
-    """Every command of every block in bash, each of those that ``&&`` joins, those that write to a file included."""
+    """Every command of every block in bash, each of those that ``&&`` joins."""
     for block in blocks_in("bash"):
         for line in block.text.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             while words:
                 end = words.index("&&") if "&&" in words else len(words)
-                yield Command(block, tuple(words[:end]))
+                command, writes = words[:end], None
+                if ">" in command:
+                    *command, _, writes = command
+                yield Command(block, tuple(command), writes)
                 words = words[end + 1 :]

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 WORDS = ("river", "runs", "down", "sea", "pruner", "mends", "what", "left", "rain", "hills", "model", "the", "and")
-TEXTS = ("wikitext.txt", "wikitext_test.txt", "wikitext2_valid.txt", "wikitext2_test.txt", "wiki.txt", "topics.txt")
+TEXTS = ("wikitext.txt", "wikitext_test.txt", "wikitext2_valid.txt", "wikitext2_test.txt", "wiki.txt", "test.txt")
 
 
 def write_texts(folder: Path) -> None:
@@ -18,7 +18,7 @@ def write_texts(folder: Path) -> None:
         return " ".join(chance.choices(WORDS, k=words)).capitalize() + "."
 
     for name in TEXTS:
-        words = 400 if name.endswith("_test.txt") else 60_000
+        words = 400 if name.endswith("test.txt") else 60_000
         (folder / name).write_text("\n".join(sentence(12) for _ in range(words // 12)))
     records = [{"instruction": sentence(8), "input": "", "output": sentence(120)} for _ in range(600)]
     (folder / "alpaca.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
