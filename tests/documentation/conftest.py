@@ -38,17 +38,18 @@ def furnished(save_model, tmp_path_factory) -> Path:
         do_without_ray(patch)
         pruning = {"calibration": calibration, "method": "wanda-sp", "device": "cpu", "layout": "stock"}
         distprune.prune(model, folder / "pruned", **pruning)
-    for name, other in (("MODEL", "ORIGINAL"), ("MODEL", "DENSE"), ("pruned", "PRUNED")):
-        shutil.copytree(folder / name, folder / other)
-    found = distprune.evaluate([model, str(folder / "pruned")], folder / "test.txt", sequence_length=16)
+        patch.chdir(folder)
+        found = distprune.evaluate(["MODEL", "pruned"], "test.txt", sequence_length=16)
     (folder / "results.json").write_text(json.dumps([asdict(each) for each in found]))
+    for name, other in (("ORIGINAL", "MODEL"), ("PRUNED", "pruned")):
+        (folder / name).symlink_to(other)
     return folder
 
 
 @pytest.fixture
 def here(furnished, tmp_path, monkeypatch) -> Iterator[Path]:
     """A copy of that folder, which is the current one; runs do without Ray."""
-    folder = shutil.copytree(furnished, tmp_path / "here")
+    folder = shutil.copytree(furnished, tmp_path / "here", symlinks=True)
     monkeypatch.chdir(folder)
     monkeypatch.setitem(os.environ, "DISTPRUNE_CACHE", str(tmp_path / "cache"))
     do_without_ray(monkeypatch)
