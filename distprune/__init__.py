@@ -1,19 +1,25 @@
 """distprune: distributed, offline structured pruning of large language models on Ray."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from distprune.api import calibrate, compare, evaluate, inspect, plan, prune, status
+from distprune.api import calibrate, card, compare, evaluate, inspect, plan, prune, status
 from distprune.errors import InputError, RunFailed
 from distprune.version import __version__
 
 if TYPE_CHECKING:
+    from distprune.config import PruneConfig
+    from distprune.engine import RunRecord, suggested_name
     from distprune.modeling import load
 
 __all__ = [
     "InputError",
+    "PruneConfig",
     "RunFailed",
+    "RunRecord",
     "__version__",
     "calibrate",
+    "card",
     "compare",
     "evaluate",
     "inspect",
@@ -21,13 +27,19 @@ __all__ = [
     "plan",
     "prune",
     "status",
+    "suggested_name",
 ]
+
+# What is imported when it is asked for: torch, Ray and pydantic would hold up ``distprune --help``.
+LATER = {
+    "PruneConfig": "distprune.config",
+    "RunRecord": "distprune.engine",
+    "load": "distprune.modeling",
+    "suggested_name": "distprune.engine",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """``load`` is imported when it is asked for: it needs torch, which would hold up ``distprune --help``."""
-    if name == "load":
-        from distprune.modeling import load
-
-        return load
+    if name in LATER:
+        return getattr(import_module(LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

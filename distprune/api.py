@@ -341,3 +341,26 @@ def inspect(directory: str | Path) -> RunRecord:
     from distprune.engine import load_record
 
     return load_record(location(directory))
+
+
+def card(
+    directory: str | Path,
+    evaluation: str | Path | Sequence[ModelEvaluation] = (),
+    *,
+    base_model: str | None = None,
+) -> None:
+    """Write the model card, README.md, of a pruned checkpoint anew.
+
+    Args:
+        directory: the result of a pruning run.
+        evaluation: what :func:`evaluate` gave for the original and the result, or a file of what
+            ``distprune evaluate --json`` printed.
+        base_model: the original's id on the Hugging Face hub, for a run that had it from elsewhere.
+
+    Raises:
+        InputError: the folder is not the result of a pruning run, or the evaluation is unusable or of other models.
+    """
+    from distprune.engine import read_evaluation, write_card
+
+    found = read_evaluation(Path(evaluation)) if isinstance(evaluation, str | Path) else evaluation
+    write_card(location(directory), found, base_model)

@@ -19,7 +19,7 @@ from distprune.checkpoint.publish import (
 )
 from distprune.checkpoint.reader import Checkpoint
 from distprune.checkpoint.remote import fetch_model
-from distprune.checkpoint.side_files import copy_side_files
+from distprune.checkpoint.side_files import MODEL_CARD, ORIGINAL_CARD, copy_side_files
 from distprune.checkpoint.sources import is_hub_id, refuse_revision, resolve_model
 from distprune.checkpoint.storage_failures import failures_explained
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
@@ -27,6 +27,8 @@ from distprune.checkpoint.upload import check_destination, read_published, uploa
 from distprune.checkpoint.writer import ShardWriter
 
 __all__ = [
+    "MODEL_CARD",
+    "ORIGINAL_CARD",
     "Checkpoint",
     "HubFiles",
     "HubModel",
