@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 #: Fields of the metadata that pruning leaves true.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -17,10 +17,9 @@ def inherited(card: str | None) -> dict[str, Any]:
     Args:
         card: the original's README.md. Without one, or where its metadata are no YAML mapping, there is nothing.
     """
-    if card is None:
-        return {}
+    block = REGEX_YAML_BLOCK.search(card or "")
     try:
-        found = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError):  # a card that the hub would refuse too
-        return {}
-    return {name: found[name] for name in INHERITED if found.get(name)}
+        found = yaml.safe_load(block[2]) if block else None
+    except yaml.YAMLError:  # a card that the hub would refuse too
+        found = None
+    return {name: found[name] for name in INHERITED if found.get(name)} if isinstance(found, dict) else {}

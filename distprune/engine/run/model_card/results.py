@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from distprune.errors import InputError
 from distprune.evaluation import ModelEvaluation
@@ -34,7 +35,9 @@ def read_evaluation(file: Path) -> list[ModelEvaluation]:
         InputError: the file is missing, or holds something else.
     """
     try:
-        return TypeAdapter(list[ModelEvaluation]).validate_python(json.loads(file.read_text(encoding="utf-8")))
+        return TypeAdapter(Annotated[list[ModelEvaluation], Field(min_length=1)]).validate_python(
+            json.loads(file.read_text(encoding="utf-8"))
+        )
     except OSError as error:
         raise InputError(f"{file}: can't be read ({error.strerror}). Check --evaluation.") from None
     except (ValidationError, ValueError) as error:
@@ -58,14 +61,14 @@ def results_of(evaluation: Sequence[ModelEvaluation], folder: Path) -> Results:
 
 
 def chosen(evaluation: Sequence[ModelEvaluation], folder: Path) -> ModelEvaluation:
-    """The evaluation of the model in a folder: that of its path, else of its name, else the only one there is."""
+    """Of one or more evaluations that of the model in a folder: by its path, else its name, else the only one."""
     by_path = (each for each in evaluation if Path(each.model).resolve() == folder.resolve())
     by_name = (each for each in evaluation if Path(each.model).name == folder.name)
     if found := next(chain(by_path, by_name), None):
         return found
     if len(evaluation) == 1:
         return evaluation[0]
-    names = ", ".join(each.model for each in evaluation) or "nothing"
+    names = ", ".join(each.model for each in evaluation)
     raise InputError(f"{folder}: is not among what was evaluated ({names}). Evaluate it, and give that.")
 
 
