@@ -14,7 +14,10 @@ from distprune.errors import InputError
 from distprune.storage import HUB_SCHEME, Location
 
 # What decides where and how fast a run goes, and never what it makes.
-PLACEMENT = ("output", "overwrite", "restart", "workers", "gpus_per_worker", "address", "weights", "writes")
+PLACEMENT = (
+    *("output", "overwrite", "restart", "workers", "gpus_per_worker", "address", "weights", "writes"),
+    *("push_to_hub", "private"),
+)
 
 #: How a worker comes by the weights; see :mod:`distprune.engine.worker.weights`.
 Way = Literal["auto", "shared", "served", "hub"]
@@ -158,7 +161,13 @@ class PruneConfig(BaseModel):
         description="who writes finished layers: workers whose node sees the output's file system, or the driver alone",
     )
     max_shard_size: int = Field(5 * 10**9, ge=1, description="bytes of one safetensors file at most")
-    overwrite: bool = Field(False, description="replace an existing output folder")
+    push_to_hub: Annotated[str, AfterValidator(without_hub_scheme)] | None = Field(
+        None,
+        description="repository on the Hugging Face hub that the result is uploaded to, or NAMESPACE/ for one of the "
+        "suggested name",
+    )
+    private: bool = Field(True, description="make the repository on the hub private")
+    overwrite: bool = Field(False, description="replace an existing output folder, and a checkpoint on the hub")
     restart: bool = Field(False, description="begin anew where an unfinished run could go on")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     trust_remote_code: bool = Field(False, description="run code that comes with the input model")

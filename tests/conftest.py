@@ -268,10 +268,10 @@ def s3_environment():
 
 @pytest.fixture(scope="session")
 def digests() -> Callable[[Path], dict[str, str]]:
-    """SHA-256 of every weight file, of config.json and of the model card, by name."""
+    """SHA-256 of every weight file and of config.json, by name."""
 
     def digest(folder: Path) -> dict[str, str]:
-        files = [*folder.glob("*.safetensors"), *folder.glob("*.index.json"), folder / "config.json", folder / "README.md"]
+        files = [*folder.glob("*.safetensors"), *folder.glob("*.index.json"), folder / "config.json"]
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
 
     return digest

@@ -7,6 +7,7 @@ from distprune.checkpoint.disk import check_free_space
 from distprune.checkpoint.durable import read_names, read_tensor, read_tensors, write_tensors, write_text
 from distprune.checkpoint.gguf import import_gguf
 from distprune.checkpoint.hub import HubFiles, HubModel, find_on_hub, open_on_hub
+from distprune.checkpoint.hub_access import check_may_write
 from distprune.checkpoint.infos import TensorInfo, describe, entry_of
 from distprune.checkpoint.part_folder import PartFolder, WrittenFile
 from distprune.checkpoint.publish import (
@@ -40,6 +41,7 @@ __all__ = [
     "WrittenFile",
     "check_destination",
     "check_free_space",
+    "check_may_write",
     "copy_side_files",
     "describe",
     "entry_of",

@@ -23,7 +23,7 @@ from distprune.checkpoint import (
 )
 from distprune.config import DistillConfig, PruneConfig
 from distprune.engine.run.expert_tokens import seldom_used, tokens_by_layer
-from distprune.engine.run.hub_output import is_on_hub, prune_to_hub
+from distprune.engine.run.hub_output import goes_to_hub, prune_to_hub
 from distprune.engine.run.journal import fingerprint
 from distprune.engine.run.layer_files import LayerFiles
 from distprune.engine.run.model_card import write_card
@@ -90,7 +90,7 @@ def prune(
         RunFailed: workers or storage gave out; the same call resumes.
         KeyboardInterrupt: SIGINT or SIGTERM came; an InterruptedWhenDone, if the result was published by then.
     """
-    if is_on_hub(config):
+    if goes_to_hub(config):
         return prune_to_hub(config, lambda here: prune(here, progress, requirements))
     log, interruptions = RunLog(str(config.output)), []
     with sigterm_interrupts(), log.errors(), ExitStack() as at_last:
