@@ -58,7 +58,7 @@ def test_a_token_of_fine_grain_or_of_an_unknown_kind_may_write_where_it_says_or_
 
 def test_no_token_a_wrong_one_and_no_hub_are_named(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
-    with pytest.raises(InputError, match="hf://me/model: the hub does not take the token, .*Set HF_TOKEN"):
+    with pytest.raises(InputError, match=r"hf://me/model: the hub does not take the token, .*Set HF_TOKEN"):
         check_may_write("me/model")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("distprune.checkpoint.hub_access.get_token", lambda: None)

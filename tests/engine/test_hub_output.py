@@ -123,7 +123,7 @@ def test_the_result_of_another_run_is_never_pushed(prune_here, hub, llama, calib
         del found
         metadata = open_calibration(calibrate(llama)).metadata
         write_calibration(calibration, tokens, metadata)
-    with pytest.raises(InputError, match="pruned exists. Choose another output"):
+    with pytest.raises(InputError, match=r"pruned exists\. Choose another output"):
         prune_here(**options, push_to_hub=REPOSITORY)
     assert hub.repositories == {}
 

@@ -83,7 +83,7 @@ def repository_of(config: PruneConfig, record: RunRecord) -> str:
 
 
 def made_here(config: PruneConfig) -> PruneConfig:
-    """The run that makes on this machine what is uploaded. Its configuration lies beside the result, and uploads none."""
+    """The run that makes here what is uploaded. Its configuration, which lies beside the result, uploads nothing."""
     if is_on_hub(config):
         return config.model_copy(update={"output": made_at(str(config.output)), "overwrite": True})
     return config.model_copy(update={"push_to_hub": None})
