@@ -62,8 +62,8 @@ def test_strict_type_checking_passes_what_is_right_and_nothing_else(tmp_path):
     )
     told = [line for line in done.stdout.splitlines() if "error:" in line]
     first = SAMPLE.count("\n") + 1
-    expected = [(f"sample.py:{first + place}:", f"[{code}]") for place, code in enumerate(WRONG.values())]
-    assert [(line.split()[0], line.split()[-1]) for line in told] == expected, done.stdout + done.stderr
+    expected = {(f"sample.py:{first + place}:", f"[{code}]") for place, code in enumerate(WRONG.values())}
+    assert {(line.split()[0], line.split()[-1]) for line in told} == expected, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("beside", [{"output": "o"}, {"sparsity": 0.3}, {"config": "run.yaml"}])
