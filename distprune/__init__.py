@@ -1,6 +1,5 @@
 """distprune: distributed, offline structured pruning of large language models on Ray."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from distprune.api import calibrate, card, compare, evaluate, inspect, plan, prune, status
@@ -30,18 +29,24 @@ __all__ = [
     "suggested_name",
 ]
 
-# What is imported when it is asked for: torch, Ray and pydantic would hold up ``distprune --help``.
-LATER = {
-    "PruneConfig": "distprune.config",
-    "RunRecord": "distprune.engine",
-    "load": "distprune.modeling",
-    "suggested_name": "distprune.engine",
-}
-
-
 if not TYPE_CHECKING:  # type checkers would take any name for one that is there
 
     def __getattr__(name: str) -> Any:
-        if name in LATER:
-            return getattr(import_module(LATER[name]), name)
+        """What is imported when it is asked for: torch, Ray and pydantic would hold up ``distprune --help``."""
+        if name == "PruneConfig":
+            from distprune.config import PruneConfig
+
+            return PruneConfig
+        if name == "load":
+            from distprune.modeling import load
+
+            return load
+        if name == "RunRecord":
+            from distprune.engine import RunRecord
+
+            return RunRecord
+        if name == "suggested_name":
+            from distprune.engine import suggested_name
+
+            return suggested_name
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
