@@ -186,3 +186,13 @@ def test_a_pruned_model_that_is_pruned_again_has_its_own_card_for_the_original(p
     prune_here(tmp_path / "twice", tmp_path / "once", **PLAIN)
     assert (tmp_path / "twice" / "ORIGINAL_README.md").read_text() == (tmp_path / "once" / "README.md").read_text()
     assert card(tmp_path / "twice").data.license == "llama3.1"
+
+
+def test_how_to_open_it_depends_on_the_layout_and_on_what_went(prune_here, tmp_path):
+    prune_here(tmp_path / "layers", method="curvature", layout="heterogeneous", distill=False)
+    found = card(tmp_path / "layers").text
+    assert "trust_remote_code=True" in found and "vllm serve" in found and "distprune export" in found
+    record = prune_here(tmp_path / "less", method="curvature", sparsity=0.8, distill=False)
+    assert any(layer.pruned.attention is None for layer in record.layers)
+    found = card(tmp_path / "less").text
+    assert "With vLLM: not at all, since a layer has no attention." in found and "vllm serve" not in found
