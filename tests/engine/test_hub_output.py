@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from local_hub import ACCOUNT, Hub, join, serving
 
-from distprune import InputError, suggested_name
+from distprune import InputError, PruneConfig, suggested_name
 from distprune.calibration import open_calibration, write_calibration
 from distprune.engine import driver
-from distprune.errors import StorageFailed
+from distprune.engine.run.hub_output import prune_to_hub
+from distprune.errors import InterruptedWhenDone, StorageFailed
 
 REPOSITORY = "org/pruned"
 
@@ -162,3 +163,15 @@ def test_a_repository_that_has_a_model_is_refused_before_anything_is_done(prune_
     assert runs == []
     prune_here(tmp_path / "pruned", push_to_hub=REPOSITORY, overwrite=True)
     assert hub.repositories[REPOSITORY] == contents(tmp_path / "pruned")
+
+
+def test_a_signal_between_the_result_and_its_upload_interrupts_the_run(hub, llama, tmp_path):
+    config = PruneConfig(model=str(llama), output=tmp_path / "pruned", push_to_hub=REPOSITORY)
+
+    def prune_and_be_interrupted(_):
+        raise InterruptedWhenDone(record=None)
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        prune_to_hub(config, prune_and_be_interrupted)
+    assert type(raised.value) is KeyboardInterrupt  # the command line takes the other kind for success
+    assert hub.repositories == {}

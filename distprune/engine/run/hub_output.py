@@ -11,7 +11,7 @@ from distprune.engine.run.journal import fingerprint
 from distprune.engine.run.model_card import suggested_name
 from distprune.engine.run.preflight import identity_of, model_identity, open_model
 from distprune.engine.run.record import RECORD_FILE, RunRecord, load_record
-from distprune.errors import InputError, StorageFailed
+from distprune.errors import InputError, InterruptedWhenDone, StorageFailed
 from distprune.hardware import AUTO
 from distprune.storage import HUB_SCHEME, cache_folder, is_remote, remove_tree
 
@@ -32,10 +32,14 @@ def prune_to_hub(config: PruneConfig, prune: Prune) -> RunRecord:
         InputError: the repository is taken or can't be reached or written to; nothing is done by then. Or what
             ``prune`` raises.
         StorageFailed: the upload failed; the same call repeats that alone.
+        KeyboardInterrupt: a signal came; the same call goes on.
     """
     check_repository(config)
     here = made_here(config)
-    record = made_before(here) or prune(here)
+    try:
+        record = made_before(here) or prune(here)
+    except InterruptedWhenDone:
+        raise KeyboardInterrupt from None  # it is not done: the result is not on the hub yet
     try:
         upload_folder(here.output, repository_of(config, record), overwrite=config.overwrite, private=config.private)
     except (InputError, StorageFailed) as error:
