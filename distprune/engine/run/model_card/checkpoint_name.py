@@ -18,8 +18,8 @@ def suggested_name(record: RunRecord) -> str:
 
 
 def original_name(model: str) -> str:
-    """The last part of a hub id, path or URL, without what an earlier pruning added to it."""
-    last = re.split(r"[/\\]", model.rstrip("/\\"))[-1].removesuffix(".gguf")
+    """The last part of a hub id, path or URL, without a .gguf file's quantization and what an earlier pruning added."""
+    last = re.sub(r"([.-](i?q\d\w*|b?f(16|32)))?\.gguf$", "", re.split(r"[/\\]", model.rstrip("/\\"))[-1], flags=re.I)
     return re.sub(r"-distprune-[\d.]+[TBMK]?$", "", last)
 
 
