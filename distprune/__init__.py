@@ -2,18 +2,23 @@
 
 from typing import TYPE_CHECKING, Any
 
-from distprune.api import calibrate, compare, evaluate, inspect, plan, prune, status
+from distprune.api import calibrate, card, compare, evaluate, inspect, plan, prune, status
 from distprune.errors import InputError, RunFailed
 from distprune.version import __version__
 
 if TYPE_CHECKING:
+    from distprune.config import PruneConfig
+    from distprune.engine import RunRecord, suggested_name
     from distprune.modeling import load
 
 __all__ = [
     "InputError",
+    "PruneConfig",
     "RunFailed",
+    "RunRecord",
     "__version__",
     "calibrate",
+    "card",
     "compare",
     "evaluate",
     "inspect",
@@ -21,13 +26,27 @@ __all__ = [
     "plan",
     "prune",
     "status",
+    "suggested_name",
 ]
 
+if not TYPE_CHECKING:  # type checkers would take any name for one that is there
 
-def __getattr__(name: str) -> Any:
-    """``load`` is imported when it is asked for: it needs torch, which would hold up ``distprune --help``."""
-    if name == "load":
-        from distprune.modeling import load
+    def __getattr__(name: str) -> Any:
+        """What is imported when it is asked for: torch, Ray and pydantic would hold up ``distprune --help``."""
+        if name == "PruneConfig":
+            from distprune.config import PruneConfig
 
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return PruneConfig
+        if name == "load":
+            from distprune.modeling import load
+
+            return load
+        if name == "RunRecord":
+            from distprune.engine import RunRecord
+
+            return RunRecord
+        if name == "suggested_name":
+            from distprune.engine import suggested_name
+
+            return suggested_name
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

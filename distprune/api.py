@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
+from distprune.errors import InputError
 from distprune.storage import local_folder, location
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from distprune.calibration import Calibration
     from distprune.comparison import ComparisonRow
+    from distprune.config import PruneConfig
     from distprune.engine import RunRecord, RunStatus
     from distprune.engine.telemetry.progress import Progress
     from distprune.evaluation import ModelEvaluation, SpeedOptions
     from distprune.pipeline import PipelineConfig, PipelineSummary
     from distprune.planning import RunPlan
+    from distprune.prune_options import PruneOptions
 
 # Ray and the rest are imported when a function needs them, so that `import distprune` only registers the model class.
 
@@ -70,34 +75,55 @@ def calibrate(
     )
 
 
+@overload
+def prune(run: PruneConfig, /, *, progress: Progress | bool | None = None) -> RunRecord: ...
+
+
+@overload
 def prune(
     model: str | None = None,
     output: str | Path | None = None,
     *,
     config: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    **options: Unpack[PruneOptions],
+) -> RunRecord: ...
+
+
+def prune(
+    model: PruneConfig | str | None = None,
+    output: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    progress: Progress | bool | None = None,
     **options: Any,
 ) -> RunRecord:
     """Prune a model on Ray and write the result to ``output``.
 
     Args:
-        model: local Hugging Face folder, hub id or .gguf file.
+        model: local Hugging Face folder, hub id or .gguf file; or the whole run, as a
+            :class:`distprune.PruneConfig` and with no option beside it.
         output: the folder to make.
         config: a YAML file of options; those given here override it.
-        progress: what to tell how far it is; silent by default.
-        options: fields of :class:`distprune.config.PruneConfig`.
+        progress: True shows how far it is, False does not, and by default it is shown in notebooks; or what to tell.
+        options: fields of :class:`distprune.PruneConfig`.
 
     Raises:
         InputError: the input is unusable; names it and the fix, and the output path is untouched.
     """
-    from distprune.config import load_config
+    from distprune.config import PruneConfig, load_config
     from distprune.engine import Requirements
     from distprune.engine import prune as run
     from distprune.planning import worker_needs
+    from distprune.reporting import chosen_progress
 
-    path = None if config is None else Path(config)
-    settings = load_config(path, {"model": model, "output": output, **options})
-    return run(settings, progress, lambda *job: Requirements(*worker_needs(*job)))
+    if isinstance(model, PruneConfig):
+        if output is not None or config is not None or options:
+            raise InputError("A PruneConfig is a whole run. Give no option beside it, or all options as keywords.")
+        settings = model
+    else:
+        settings = load_config(None if config is None else Path(config), {"model": model, "output": output, **options})
+    return run(settings, chosen_progress(progress), lambda *job: Requirements(*worker_needs(*job)))
 
 
 def plan(
@@ -110,7 +136,7 @@ def plan(
     hardware: str | None = None,
     rates: Mapping[str, float] | None = None,
     config: str | Path | None = None,
-    **options: Any,
+    **options: Unpack[PruneOptions],
 ) -> RunPlan:
     """What a pruning run would take, from headers alone: memory, bytes, FLOPs, time, and whether it fits.
 
@@ -341,3 +367,26 @@ def inspect(directory: str | Path) -> RunRecord:
     from distprune.engine import load_record
 
     return load_record(location(directory))
+
+
+def card(
+    directory: str | Path,
+    evaluation: str | Path | Sequence[ModelEvaluation] = (),
+    *,
+    base_model: str | None = None,
+) -> None:
+    """Write the model card, README.md, of a pruned checkpoint anew.
+
+    Args:
+        directory: the result of a pruning run.
+        evaluation: what :func:`evaluate` gave for the original and the result, or a file of what
+            ``distprune evaluate --json`` printed.
+        base_model: the original's id on the Hugging Face hub, for a run that had it from elsewhere.
+
+    Raises:
+        InputError: the folder is not the result of a pruning run, or the evaluation is unusable or of other models.
+    """
+    from distprune.engine import read_evaluation, write_card
+
+    found = read_evaluation(Path(evaluation)) if isinstance(evaluation, str | Path) else evaluation
+    write_card(location(directory), found, base_model)

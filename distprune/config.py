@@ -14,7 +14,10 @@ from distprune.errors import InputError
 from distprune.storage import HUB_SCHEME, Location
 
 # What decides where and how fast a run goes, and never what it makes.
-PLACEMENT = ("output", "overwrite", "restart", "workers", "gpus_per_worker", "address", "weights", "writes")
+PLACEMENT = (
+    *("output", "overwrite", "restart", "workers", "gpus_per_worker", "address", "weights", "writes"),
+    *("push_to_hub", "private"),
+)
 
 #: How a worker comes by the weights; see :mod:`distprune.engine.worker.weights`.
 Way = Literal["auto", "shared", "served", "hub"]
@@ -32,21 +35,23 @@ class DistillConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     objective: Literal["layers", "logits"] = Field(
-        "layers",
+        default="layers",
         description="each layer alone learns its dense outputs, or all together the dense model's predictions",
     )
     calibration: Location | None = Field(
-        None, description="calibration set to learn from; by default the pruning's own"
+        default=None, description="calibration set to learn from; by default the pruning's own"
     )
-    epochs: int = Field(1, ge=1, description="how often each sample is learnt from")
-    learning_rate: float = Field(5e-4, gt=0, description="at its highest; AdamW with warmup and cosine decay")
-    train: Literal["full", "lora"] = Field("full", description="all weights, or low-rank updates folded in at the end")
-    rank: int = Field(16, ge=1, description="rank of the low-rank updates")
-    train_routers: bool = Field(False, description="the routers of mixtures of experts train too")
-    look_ahead: int = Field(1, ge=0, description="dense layers after it that also judge a layer's output")
-    batch: int = Field(8, ge=1, description="samples a step")
-    held_out: float = Field(1 / 16, gt=0, lt=1, description="share of the samples that decides what is kept")
-    seed: int = Field(0, ge=0, description="seed of the samples' order and of the low-rank updates")
+    epochs: int = Field(default=1, ge=1, description="how often each sample is learnt from")
+    learning_rate: float = Field(default=5e-4, gt=0, description="at its highest; AdamW with warmup and cosine decay")
+    train: Literal["full", "lora"] = Field(
+        default="full", description="all weights, or low-rank updates folded in at the end"
+    )
+    rank: int = Field(default=16, ge=1, description="rank of the low-rank updates")
+    train_routers: bool = Field(default=False, description="the routers of mixtures of experts train too")
+    look_ahead: int = Field(default=1, ge=0, description="dense layers after it that also judge a layer's output")
+    batch: int = Field(default=8, ge=1, description="samples a step")
+    held_out: float = Field(default=1 / 16, gt=0, lt=1, description="share of the samples that decides what is kept")
+    seed: int = Field(default=0, ge=0, description="seed of the samples' order and of the low-rank updates")
 
     @model_validator(mode="before")
     @classmethod
@@ -87,6 +92,7 @@ def without_hub_scheme(model: str) -> str:
     return model.removeprefix(HUB_SCHEME)
 
 
+# Defaults are given by name: type checkers take those fields alone for optional.
 class PruneConfig(BaseModel):
     """Every option of a pruning run. The same names serve in YAML, on the command line and in Python."""
 
@@ -96,72 +102,83 @@ class PruneConfig(BaseModel):
         description="local Hugging Face folder, hub id, .gguf file, or URL in an object store"
     )
     output: Location = Field(description="folder of the pruned checkpoint, or its URL in an object store")
-    method: str = Field("curvature", description="pruning method")
+    method: str = Field(default="curvature", description="pruning method")
     options: dict[str, Any] = Field(default_factory=dict, description="hyperparameters of the method")
-    sparsity: float = Field(0.2, ge=0, lt=1, description="fraction of the decoder layers' parameters to remove")
+    sparsity: float = Field(default=0.2, ge=0, lt=1, description="fraction of the decoder layers' parameters to remove")
     target: Literal["parameters", "active-parameters", "flops", "kv-cache", "bytes"] = Field(
-        "parameters", description="what the fraction is of, for methods that can plan for it"
+        default="parameters", description="what the fraction is of, for methods that can plan for it"
     )
-    count_embeddings: bool = Field(False, description="the fraction is of the whole model, embeddings included")
+    count_embeddings: bool = Field(default=False, description="the fraction is of the whole model, embeddings included")
     layout: Annotated[Literal["free", "heterogeneous", "stock"], BeforeValidator(current_name)] = Field(
-        "free",
+        default="free",
         description="what may differ from layer to layer: anything; heads and FFN width, which more programs open; or "
         "nothing, as in the original architecture",
     )
-    align: int = Field(8, ge=1, description="widths and ranks are multiples of this")
+    align: int = Field(default=8, ge=1, description="widths and ranks are multiples of this")
 
     calibration: Location | None = Field(
-        None, description="calibration set in Arrow; by default the model's own samples"
+        default=None, description="calibration set in Arrow; by default the model's own samples"
     )
-    samples: int = Field(128, ge=1, description="own samples to generate when no calibration set is given")
-    sequence_length: int = Field(128, ge=2, description="tokens of each own sample")
-    seed: int = Field(0, ge=0, description="seed of the own samples")
+    samples: int = Field(default=128, ge=1, description="own samples to generate when no calibration set is given")
+    sequence_length: int = Field(default=128, ge=2, description="tokens of each own sample")
+    seed: int = Field(default=0, ge=0, description="seed of the own samples")
 
     distill: Annotated[DistillConfig | None, BeforeValidator(switch)] = Field(
-        None, description="distillation after pruning: its options, or true for their defaults"
+        default=None, description="distillation after pruning: its options, or true for their defaults"
     )
 
     propagation: Annotated[int, Field(ge=1)] | Literal["full"] = Field(
-        "full",
+        default="full",
         description="layers pruned on each other's outputs in a row; 1 takes the dense model's activations",
     )
-    micro_batch: int = Field(16, ge=1, description="calibration samples in one forward pass")
+    micro_batch: int = Field(default=16, ge=1, description="calibration samples in one forward pass")
     experts_at_once: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="experts of a mixture that a worker holds at once; by default all of a layer, which is faster",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
+        default="auto",
         description="dtype of forward passes; auto takes the checkpoint's if all workers' hardware has units for it, "
         "else float32",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes GPUs where the cluster has any")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto takes GPUs where the cluster has any"
+    )
     offload: bool = Field(
-        False, description="layers run on the GPU, but statistics are kept and layers solved in the host's memory"
+        default=False,
+        description="layers run on the GPU, but statistics are kept and layers solved in the host's memory",
     )
 
     workers: Annotated[int, Field(ge=1)] | Annotated[str, AfterValidator(check_range)] | None = Field(
-        None, description="worker actors, at most, or 'MIN:MAX'; by default one a GPU, or one a CPU share"
+        default=None, description="worker actors, at most, or 'MIN:MAX'; by default one a GPU, or one a CPU share"
     )
-    threads_per_worker: int = Field(1, ge=1, description="CPU threads of each worker")
-    gpus_per_worker: float | None = Field(None, ge=0, description="GPUs a worker asks Ray for; 1 on cuda by default")
-    address: str | None = Field(None, description="Ray cluster to join; by default RAY_ADDRESS, or a local one")
+    threads_per_worker: int = Field(default=1, ge=1, description="CPU threads of each worker")
+    gpus_per_worker: float | None = Field(
+        default=None, ge=0, description="GPUs a worker asks Ray for; 1 on cuda by default"
+    )
+    address: str | None = Field(default=None, description="Ray cluster to join; by default RAY_ADDRESS, or a local one")
 
     weights: Way = Field(
-        "auto",
+        default="auto",
         description="where workers read the model: in its folder (shared), from the driver's node (served), from the "
         "hub, or as each node best can",
     )
     writes: Literal["auto", "driver"] = Field(
-        "auto",
+        default="auto",
         description="who writes finished layers: workers whose node sees the output's file system, or the driver alone",
     )
-    max_shard_size: int = Field(5 * 10**9, ge=1, description="bytes of one safetensors file at most")
-    overwrite: bool = Field(False, description="replace an existing output folder")
-    restart: bool = Field(False, description="begin anew where an unfinished run could go on")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    trust_remote_code: bool = Field(False, description="run code that comes with the input model")
+    max_shard_size: int = Field(default=5 * 10**9, ge=1, description="bytes of one safetensors file at most")
+    push_to_hub: Annotated[str, AfterValidator(without_hub_scheme)] | None = Field(
+        default=None,
+        description="repository on the Hugging Face hub that the result is uploaded to, or NAMESPACE/ for one of the "
+        "suggested name",
+    )
+    private: bool = Field(default=True, description="make the repository on the hub private")
+    overwrite: bool = Field(default=False, description="replace an existing output folder, and a checkpoint on the hub")
+    restart: bool = Field(default=False, description="begin anew where an unfinished run could go on")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the input model")
 
     def block_length(self, layers: int) -> int:
         """Layers pruned on each other's outputs in a row, for a model of ``layers`` layers."""

@@ -53,6 +53,8 @@ VALUES = {
     "weights": "served",
     "writes": "driver",
     "max_shard_size": 1000,
+    "push_to_hub": "org/name",
+    "private": False,
     "overwrite": True,
     "restart": True,
     "revision": "main",

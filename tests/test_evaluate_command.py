@@ -95,7 +95,7 @@ def test_json_is_a_list_of_one_object_a_model(evaluate, found):
     evaluations, _ = found
     written = json.loads(evaluate("dense", "pruned", "--json").stdout)
     assert written == json.loads(json.dumps([asdict(evaluation) for evaluation in evaluations]))
-    assert [set(evaluation) for evaluation in written] == [{"model", "perplexity", "tasks", "speed"}] * 2
+    assert [set(evaluation) for evaluation in written] == [{"model", "perplexity", "tasks", "speed", "text"}] * 2
     assert written[0]["perplexity"] == asdict(PERPLEXITY)
     assert written[1]["tasks"]["quiz"]["acc"] == 0.4
 

@@ -7,6 +7,7 @@ from distprune.checkpoint.disk import check_free_space
 from distprune.checkpoint.durable import read_names, read_tensor, read_tensors, write_tensors, write_text
 from distprune.checkpoint.gguf import import_gguf
 from distprune.checkpoint.hub import HubFiles, HubModel, find_on_hub, open_on_hub
+from distprune.checkpoint.hub_access import check_may_write
 from distprune.checkpoint.infos import TensorInfo, describe, entry_of
 from distprune.checkpoint.part_folder import PartFolder, WrittenFile
 from distprune.checkpoint.publish import (
@@ -19,7 +20,7 @@ from distprune.checkpoint.publish import (
 )
 from distprune.checkpoint.reader import Checkpoint
 from distprune.checkpoint.remote import fetch_model
-from distprune.checkpoint.side_files import copy_side_files
+from distprune.checkpoint.side_files import MODEL_CARD, ORIGINAL_CARD, copy_side_files
 from distprune.checkpoint.sources import is_hub_id, refuse_revision, resolve_model
 from distprune.checkpoint.storage_failures import failures_explained
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
@@ -27,6 +28,8 @@ from distprune.checkpoint.upload import check_destination, read_published, uploa
 from distprune.checkpoint.writer import ShardWriter
 
 __all__ = [
+    "MODEL_CARD",
+    "ORIGINAL_CARD",
     "Checkpoint",
     "HubFiles",
     "HubModel",
@@ -38,6 +41,7 @@ __all__ = [
     "WrittenFile",
     "check_destination",
     "check_free_space",
+    "check_may_write",
     "copy_side_files",
     "describe",
     "entry_of",

@@ -30,7 +30,9 @@ CACHES = (".*", "*/.*", "*__pycache__/*", "*.lock", "*.incomplete")
 #: What of a folder or repository is neither the model nor anything that it needs.
 LEFT_OUT = (*OTHER_WEIGHTS, *OTHER_FORMATS, *TRAINING, *DATA, *ARCHIVES, *CACHES)
 # What a result has of its own, or what is no longer true of it. Code is copied where it is named, see `_settle_code`.
-REPLACED = (*WEIGHTS, f"*{INDEX_SUFFIX}", CONFIG_FILE, *ADAPTER_FILES, "README*", "*.py")
+REPLACED = (*WEIGHTS, f"*{INDEX_SUFFIX}", CONFIG_FILE, *ADAPTER_FILES, "README*", "ORIGINAL_README*", "*.py")
+#: A model card, and the name of the original's beside that of a result.
+MODEL_CARD, ORIGINAL_CARD = "README.md", "ORIGINAL_README.md"
 # What tells that a folder holds a model of its own, or the same in another form.
 SIGNS_OF_A_MODEL = (*WEIGHTS, *OTHER_WEIGHTS, f"*/{CONFIG_FILE}", f"*/{ADAPTER_CONFIG_FILE}")
 # The files whose `auto_map` names code, config.json aside.
@@ -41,17 +43,20 @@ LARGEST = GB // 4
 def copy_side_files(source: Path, destination: Path, *, trust_remote_code: bool = False) -> None:
     """Copy what a checkpoint has beside its weights: tokenizer, chat templates, generation config, licence and more.
 
-    All of it is copied but weights in any format and their indexes, config.json, the model card (README), the state of
-    a training, data sets, caches, hidden files and archives; folders that hold a model of their own; and a file or
-    folder of more than 250 MB. Links, as in the hub's cache, are followed. Python modules are copied where
+    All of it is copied but weights in any format and their indexes, config.json, READMEs, the state of a training, data
+    sets, caches, hidden files and archives; folders that hold a model of their own; and a file or folder of more than
+    250 MB. Links, as in the hub's cache, are followed. Python modules are copied where
     `trust_remote_code` is given and a copied file's `auto_map` names them, or a module that it names imports them.
-    Without it, an `auto_map` is removed: the result opens as the model did for the run, without its code.
+    Without it, an `auto_map` is removed: the result opens as the model did for the run, without its code. The model
+    card becomes ORIGINAL_README.md: it says what is true of the original alone, and whose the model is.
 
     InputError: a copied configuration is no JSON object, or its code imports a module that is not there.
     """
     source, destination = Path(source), Path(destination)
     for file in _side_files(source):
         _copy(file, source, destination)
+    if (source / MODEL_CARD).is_file():
+        shutil.copyfile(source / MODEL_CARD, destination / ORIGINAL_CARD)
     for file in sorted(destination.glob(NAMING_CODE)):
         _settle_code(file, source, trust_remote_code)
 

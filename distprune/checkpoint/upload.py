@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from distprune.checkpoint.disk import check_free_space
+from distprune.checkpoint.hub_access import check_may_write
 from distprune.checkpoint.layout import CONFIG_FILE
 from distprune.checkpoint.publish import hold_lock, prepare_output, publish
+from distprune.checkpoint.side_files import MODEL_CARD
 from distprune.errors import InputError, RunFailed, StorageFailed
 from distprune.storage import files_in, location, upload
 
@@ -27,8 +29,10 @@ UNFINISHED = "distprune_upload_unfinished"
 HUB = "hf"
 # Stores whose URLs begin with a bucket.
 WITH_BUCKETS = ("s3", "s3a", "gs", "gcs")
-# What an older checkpoint on the hub may have that a newer one lacks; a model card or a licence stays.
-STALE_ON_HUB = ["*.safetensors", "*.safetensors.index.json", "modeling_*.py", "configuration_*.py"]
+# What goes of an older checkpoint on the hub before a newer one comes; a licence stays.
+STALE_ON_HUB = ["*.safetensors", "*.safetensors.index.json", "modeling_*.py", "configuration_*.py", CONFIG_FILE]
+# In the metadata of a model card that distprune wrote.
+OWN_TAG = "\n- distprune\n"
 
 
 def upload_folder(folder: Path, destination: str, *, overwrite: bool = False, private: bool = True) -> None:
@@ -67,10 +71,12 @@ def check_destination(destination: str, overwrite: bool = False) -> None:
         prepare_output(local_path(destination), overwrite)
         return
     if scheme == HUB:
-        check_hub(destination)
+        check_name(destination)
     else:
         location(destination)
     with reaching(destination, InputError):
+        if scheme == HUB:
+            check_may_write(repository_of(destination))
         if scheme in WITH_BUCKETS:
             check_bucket(destination)
         names = names_at(destination)
@@ -124,14 +130,11 @@ def names_at(destination: str) -> set[str]:
     return set(files_in(location(destination)))
 
 
-def check_hub(destination: str) -> None:
-    repository = repository_of(destination)
+def check_name(destination: str) -> None:
     try:
-        validate_repo_id(repository)
+        validate_repo_id(repository_of(destination))
     except ValueError as error:
         raise InputError(f"{destination}: is no repository ({error}). Write hf://ORGANIZATION/NAME.") from None
-    if get_token() is None:
-        raise InputError(f"{destination}: the hub asks for a token. Set HF_TOKEN, or log in with `hf auth login`.")
 
 
 def check_bucket(destination: str) -> None:
@@ -204,12 +207,29 @@ def to_storage(folder: Path, destination: str) -> None:
 
 
 def to_hub(folder: Path, destination: str, private: bool) -> None:
-    """One commit: the hub shows all of it or nothing."""
+    """The hub's client makes one commit or, of a large folder, several, and skips what an earlier attempt has brought.
+
+    So config.json has a commit of its own, the last; of an older checkpoint it goes in the first. A model card that
+    someone else wrote stays.
+    """
     hub, repository = HfApi(), repository_of(destination)
     hub.create_repo(repository, private=private, exist_ok=True)
+    message = f"Upload {folder.name} with distprune"
     hub.upload_folder(
         repo_id=repository,
         folder_path=folder,
+        ignore_patterns=[CONFIG_FILE, *([MODEL_CARD] if has_card_of_its_own(destination) else [])],
         delete_patterns=STALE_ON_HUB,
-        commit_message=f"Upload {folder.name} with distprune",
+        commit_message=message,
     )
+    hub.upload_file(
+        path_or_fileobj=folder / CONFIG_FILE, path_in_repo=CONFIG_FILE, repo_id=repository, commit_message=message
+    )
+
+
+def has_card_of_its_own(destination: str) -> bool:
+    """Whether a repository on the hub has a model card that distprune did not write."""
+    if MODEL_CARD not in names_at(destination):
+        return False
+    card = Path(HfApi().hf_hub_download(repository_of(destination), MODEL_CARD))
+    return OWN_TAG not in card.read_text(encoding="utf-8", errors="replace")

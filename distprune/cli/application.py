@@ -8,6 +8,7 @@ import typer
 from huggingface_hub.utils import disable_progress_bars
 
 from distprune.cli.calibrate_command import calibrate
+from distprune.cli.card_command import card
 from distprune.cli.compare_command import compare
 from distprune.cli.convert_command import convert
 from distprune.cli.evaluate_command import evaluate
@@ -21,7 +22,7 @@ from distprune.cli.prune_command import prune
 from distprune.cli.status_command import status
 
 #: In the order in which the help lists them.
-COMMANDS = (calibrate, prune, plan, compare, evaluate, inspect, status, export, convert, pipeline)
+COMMANDS = (calibrate, prune, plan, compare, evaluate, inspect, card, status, export, convert, pipeline)
 
 app = typer.Typer(
     help="Prune large language models on a Ray cluster, without retraining.",

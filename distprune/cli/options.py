@@ -137,6 +137,15 @@ Writes = Annotated[
     ),
 ]
 MaxShardSize = Annotated[Optional[int], typer.Option(help="maximum bytes of one safetensors file [5000000000]")]
+PushToHub = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="REPOSITORY", help="upload the result to the Hugging Face hub; NAMESPACE/ names it by the model's name"
+    ),
+]
+Private = Annotated[
+    Optional[bool], typer.Option("--private/--public", help="who sees a repository that has to be made [private]")
+]
 Overwrite = Annotated[Optional[bool], typer.Option("--overwrite/--no-overwrite", help="replace an existing output")]
 Restart = Annotated[
     Optional[bool],

@@ -53,6 +53,8 @@ def prune(
     weights: opt.Weights = None,
     writes: opt.Writes = None,
     max_shard_size: opt.MaxShardSize = None,
+    push_to_hub: opt.PushToHub = None,
+    private: opt.Private = None,
     overwrite: opt.Overwrite = None,
     restart: opt.Restart = None,
     log_format: Annotated[

@@ -22,6 +22,7 @@ PER_RUN = {
     "method": "--methods",
     "options": "--option METHOD.NAME=VALUE",
     "output": "--keep",
+    "push_to_hub": "--keep",
     "sparsity": "--sparsity",
 }
 # What the name of a method ends in where a run is to be distilled.

@@ -1,8 +1,19 @@
 """The Ray side: driver, worker actors, layer tasks, and what a run records."""
 
 from distprune.engine.driver import prune
+from distprune.engine.run.model_card import read_evaluation, suggested_name, write_card
 from distprune.engine.run.record import RunRecord, load_record
 from distprune.engine.run.status import RunStatus, status
 from distprune.engine.scheduler.nodes import Requirements
 
-__all__ = ["Requirements", "RunRecord", "RunStatus", "load_record", "prune", "status"]
+__all__ = [
+    "Requirements",
+    "RunRecord",
+    "RunStatus",
+    "load_record",
+    "prune",
+    "read_evaluation",
+    "status",
+    "suggested_name",
+    "write_card",
+]

@@ -23,14 +23,16 @@ from distprune.checkpoint import (
 )
 from distprune.config import DistillConfig, PruneConfig
 from distprune.engine.run.expert_tokens import seldom_used, tokens_by_layer
-from distprune.engine.run.hub_output import is_on_hub, prune_to_hub
+from distprune.engine.run.hub_output import goes_to_hub, prune_to_hub
 from distprune.engine.run.journal import fingerprint
 from distprune.engine.run.layer_files import LayerFiles
+from distprune.engine.run.model_card import write_card
 from distprune.engine.run.preflight import Job, check_job
 from distprune.engine.run.record import (
     CALIBRATION_FILE,
     LOG_FILE,
     OWN_FILES,
+    CalibrationRecord,
     RunRecord,
     forecast,
     layer_records,
@@ -62,6 +64,7 @@ from distprune.errors import InputError, InterruptedWhenDone, Unreachable
 from distprune.hardware import AUTO
 from distprune.layers.architecture import Architecture
 from distprune.storage import copy, kept_locally, staged
+from distprune.version import __version__
 
 #: What a worker of a run needs on a kind of device.
 RequirementsOf = Callable[[PruneConfig, Checkpoint, str], Requirements]
@@ -87,7 +90,7 @@ def prune(
         RunFailed: workers or storage gave out; the same call resumes.
         KeyboardInterrupt: SIGINT or SIGTERM came; an InterruptedWhenDone, if the result was published by then.
     """
-    if is_on_hub(config):
+    if goes_to_hub(config):
         return prune_to_hub(config, lambda here: prune(here, progress, requirements))
     log, interruptions = RunLog(str(config.output)), []
     with sigterm_interrupts(), log.errors(), ExitStack() as at_last:
@@ -130,6 +133,7 @@ def prune_job(
                     record = run_on_workers(job, workers, work, told)
                 log.run_done(record.seconds, record.decoder_sparsity, record.total_sparsity)
         record.save(work.checkpoint, config)
+        write_card(work.checkpoint)
         copy(work.log, work.checkpoint / LOG_FILE)
         work.journal.write(PUBLISHING)
         past_interruption()
@@ -206,7 +210,8 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
         work.once(CHECK, Check(context, one_of_each_kind(job.architecture)).run)
         if config.calibration is None:
             work.once("own samples", lambda: OwnSamples(context).run(calibration))
-        tokens = open_calibration(calibration).tokens
+        calibration_set = open_calibration(calibration)
+        tokens = calibration_set.tokens
         with work.timed("dense pass"):
             profiles = DensePass(context, tokens, job.needs_gradients).run()
         if job.needs_gradients:
@@ -247,6 +252,9 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
         notes=[*job.notes, *seldom_used(expert_tokens)],
         left_alone=job.left_alone.parts,
         left_alone_share=job.left_alone.share,
+        commit=job.hub.commit if job.hub else None,
+        calibration=CalibrationRecord.of(calibration_set),
+        version=__version__,
     )
 
 

@@ -60,13 +60,15 @@ class EvaluationOptions:
 class ModelEvaluation:
     """What one model came to; None, or no tasks, for what was not asked.
 
-    ``tasks`` holds metrics by task, under lm-eval's names, without the filter where that is "none".
+    ``tasks`` holds metrics by task, under lm-eval's names, without the filter where that is "none". ``text`` is what
+    perplexity was taken on.
     """
 
     model: str
     perplexity: PerplexityResult | None
     tasks: Mapping[str, Mapping[str, float]]
     speed: Speed | None
+    text: str | None = None
 
 
 def evaluate_models(
@@ -102,7 +104,7 @@ def evaluate_models(
     if options.speed:
         speeds = [*measure_speeds(folders, options.loading, options.speed)]
     return [
-        ModelEvaluation(name, perplexity, metrics, speed)
+        ModelEvaluation(name, perplexity, metrics, speed, None if options.text is None else str(options.text))
         for name, (perplexity, metrics), speed in zip(names, scores, speeds, strict=True)
     ]
 

@@ -47,6 +47,14 @@ class Plan(list[LayerShape]):
 
 
 @dataclass(frozen=True)
+class Paper:
+    """Where a method was published: title, authors and venue, and its number on arXiv."""
+
+    title: str
+    arxiv: str | None = None
+
+
+@dataclass(frozen=True)
 class LayerToPrune:
     """A layer, what it is to become, and what is known of it.
 
@@ -108,6 +116,8 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str]
+    #: Where the method is described; None of those that no paper describes.
+    paper: ClassVar[Paper | None] = None
     #: The resources that the method can plan for, and the layouts that its plans may be asked for in.
     targets: ClassVar[tuple[str, ...]] = ("parameters",)
     layouts: ClassVar[tuple[str, ...]] = ("free",)

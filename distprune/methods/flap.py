@@ -24,7 +24,7 @@ from distprune.errors import InputError
 from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear
 from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape
 from distprune.layers.sites import ATTENDED, NEURONS, Site
-from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
+from distprune.methods.base import LayerToPrune, Method, Paper, Plan, Profile, of_parts
 from distprune.methods.even_layers import with_heads
 from distprune.methods.networks import profile_each, prune_each
 from distprune.methods.scored_units import keep_best_profiled
@@ -41,6 +41,10 @@ class Flap(Method):
     """
 
     name: ClassVar[str] = "flap"
+    paper: ClassVar[Paper | None] = Paper(
+        "FLAP: Fluctuation-based Adaptive Structured Pruning for Large Language Models (An et al., AAAI 2024)",
+        "2312.11983",
+    )
     layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous")
 
     compensation: bool = Field(True, description="biases make up for the means of what was removed")

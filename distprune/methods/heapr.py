@@ -22,7 +22,7 @@ from distprune.budgets import Curve, Target, allocate
 from distprune.layers.parts import DecoderLayer, Experts, FeedForward
 from distprune.layers.shapes import ExpertsShape, LayerShape
 from distprune.layers.sites import FFN_OUTPUT, NEURONS
-from distprune.methods.base import LayerToPrune, Method, Plan, Profile
+from distprune.methods.base import LayerToPrune, Method, Paper, Plan, Profile
 from distprune.methods.networks import OF_SHARED, moments_of_each, profile_each, prune_each
 from distprune.methods.scored_units import keep_best_profiled
 from distprune.statistics import Gram, LayerStatistics, Moment, Power
@@ -32,6 +32,9 @@ class Heapr(Method):
     """Removes the neurons of experts that the loss misses least, to second order."""
 
     name: ClassVar[str] = "heapr"
+    paper: ClassVar[Paper | None] = Paper(
+        "HEAPr: Hessian-based Efficient Atomic Expert Pruning in Output Space (ICLR 2026)", "2509.22299"
+    )
     layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous")
     removes: ClassVar[tuple[str, ...]] = ("experts",)
 

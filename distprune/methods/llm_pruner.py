@@ -34,7 +34,7 @@ from distprune.layers.sites import (
     VALUES,
     Site,
 )
-from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
+from distprune.methods.base import LayerToPrune, Method, Paper, Plan, Profile, of_parts
 from distprune.methods.even_layers import with_fewer_groups
 from distprune.methods.networks import profile_each, prune_each
 from distprune.methods.scored_units import keep_best_groups, keep_best_profiled
@@ -49,6 +49,9 @@ class LLMPruner(Method):
     """Removes the units without which the loss would change least, to first order."""
 
     name: ClassVar[str] = "llm-pruner"
+    paper: ClassVar[Paper | None] = Paper(
+        "LLM-Pruner: On the Structural Pruning of Large Language Models (Ma et al., NeurIPS 2023)", "2305.11627"
+    )
     layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous")
 
     first_layers: float = Field(1 / 8, ge=0, le=1, description="share of the layers, from the first, that stay whole")

@@ -25,7 +25,7 @@ from distprune.errors import InputError
 from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear, LowRank
 from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape, Removable
 from distprune.layers.sites import ATTENDED, ATTENTION_INPUT, ATTENTION_OUTPUT, FFN_INPUT, FFN_OUTPUT, NEURONS
-from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
+from distprune.methods.base import LayerToPrune, Method, Paper, Plan, Profile, of_parts
 from distprune.methods.networks import prune_each
 from distprune.methods.units import column_energy, keep_neurons, keep_values, output_slices, rotate_values
 from distprune.solvers import (
@@ -61,6 +61,10 @@ class Olica(Method):
     """
 
     name: ClassVar[str] = "olica"
+    paper: ClassVar[Paper | None] = Paper(
+        "Olica: Efficient Structured Pruning of Large Language Models without Retraining (He & Lin, ICML 2025)",
+        "2506.08436",
+    )
     removes: ClassVar[tuple[str, ...]] = ("values", "factors", "neurons")
 
     k: float = Field(3.0, ge=0, description="ratio of what is taken from queries/keys to values/outputs")

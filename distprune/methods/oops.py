@@ -25,7 +25,7 @@ from distprune.errors import ConvergenceWarning
 from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear
 from distprune.layers.shapes import AttentionShape, LayerShape
 from distprune.layers.sites import ATTENDED, ATTENTION_INPUT, FFN_INPUT, NEURONS, Site
-from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
+from distprune.methods.base import LayerToPrune, Method, Paper, Plan, Profile, of_parts
 from distprune.methods.even_layers import with_heads
 from distprune.methods.networks import each_network, profile_each, prune_each
 from distprune.methods.units import (
@@ -49,6 +49,9 @@ class Oops(Method):
     """Chooses units together, by quadratic programs, and refits the output projections."""
 
     name: ClassVar[str] = "oops"
+    paper: ClassVar[Paper | None] = Paper(
+        "OOPS: outlier-aware unit selection and quadratic-programming reconstruction (Wei et al., Neural Networks 2026)"
+    )
     layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous")
 
     outlier_multiple: float = Field(5.0, gt=0, description="an outlier is this many times the layer's mean |W|·rms(x)")

@@ -16,6 +16,7 @@ from torch import Tensor
 from distprune.layers.parts import Experts
 from distprune.layers.shapes import ExpertsShape
 from distprune.layers.sites import EXPERT_OUTPUT
+from distprune.methods.base import Paper
 from distprune.methods.scored_experts import ScoredExperts
 from distprune.statistics import LayerStatistics, MeanNorm, Moment
 
@@ -24,6 +25,9 @@ class Reap(ScoredExperts):
     """Removes the experts that add least to the output at the tokens that are routed to them."""
 
     name: ClassVar[str] = "reap"
+    paper: ClassVar[Paper | None] = Paper(
+        "REAP: Router-weighted Expert Activation Pruning (Lasby et al., ICLR 2026)", "2510.13999"
+    )
 
     def moments(self, shape: ExpertsShape) -> Sequence[Moment]:
         return [MeanNorm(EXPERT_OUTPUT.of(expert)) for expert in range(shape.count)]

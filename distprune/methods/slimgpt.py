@@ -25,7 +25,7 @@ from distprune.budgets import Target, affordable_neurons, fill_with_ffn
 from distprune.layers.parts import Attention, DecoderLayer, FeedForward, Linear
 from distprune.layers.shapes import LayerShape
 from distprune.layers.sites import ATTENDED, NEURONS
-from distprune.methods.base import LayerToPrune, Method, Plan, Profile, of_parts
+from distprune.methods.base import LayerToPrune, Method, Paper, Plan, Profile, of_parts
 from distprune.methods.even_layers import with_fewer_groups
 from distprune.methods.networks import prune_each
 from distprune.methods.units import heads_of_groups, keep_heads, keep_neurons
@@ -37,6 +37,9 @@ class SlimGPT(Method):
     """Removes units by optimal brain surgeon on the output projections, and less in early layers."""
 
     name: ClassVar[str] = "slimgpt"
+    paper: ClassVar[Paper | None] = Paper(
+        "SlimGPT: Layer-wise Structured Pruning for Large Language Models (Ling et al., NeurIPS 2024)", "2412.18110"
+    )
     takes_chunks: ClassVar[bool] = True
     layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous")
 

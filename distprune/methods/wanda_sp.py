@@ -15,7 +15,7 @@ from torch import Tensor
 from distprune.layers.parts import Attention, FeedForward
 from distprune.layers.shapes import LayerShape
 from distprune.layers.sites import ATTENDED, NEURONS
-from distprune.methods.base import of_parts
+from distprune.methods.base import Paper, of_parts
 from distprune.methods.scored_units import ScoredUnits
 from distprune.methods.units import sum_by_unit
 from distprune.statistics import LayerStatistics, Moment, Power
@@ -25,6 +25,9 @@ class WandaSp(ScoredUnits):
     """Removes the units whose outgoing weights, times their activations, are smallest."""
 
     name: ClassVar[str] = "wanda-sp"
+    paper: ClassVar[Paper | None] = Paper(
+        "A Simple and Effective Pruning Approach for Large Language Models (Wanda; Sun et al., ICLR 2024)", "2306.11695"
+    )
 
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
         return of_parts(dense, attention=[Power(ATTENDED)], ffn=[Power(NEURONS)])

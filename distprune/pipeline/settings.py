@@ -38,6 +38,8 @@ ELSEWHERE = {
     "trust_remote_code": "trust_remote_code",
     "overwrite": "--restart",
     "restart": "--restart",
+    "push_to_hub": "publish.to",
+    "private": "publish.private",
 }
 
 

@@ -81,7 +81,7 @@ class Spectator(Progress):
         self._registry[worker.number] = Doing(worker, what, self._now())
 
 
-class TerminalProgress(Spectator):
+class DrawnProgress(Spectator):
     """A bar for each stage, and below a line for each worker."""
 
     def __init__(self, console: Console, now: Callable[[], float] = monotonic):
@@ -96,11 +96,6 @@ class TerminalProgress(Spectator):
             TextColumn("{task.fields[left]}"),
             console=console,
         )
-        self._live = Live(get_renderable=self._picture, console=console, refresh_per_second=4)
-
-    def __enter__(self):
-        self._live.start()
-        return self
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
         super().stage(name, total, done)
@@ -110,12 +105,8 @@ class TerminalProgress(Spectator):
         super().advance()
         self._bars.advance(self._stage)
 
-    def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
-
     def __exit__(self, *error) -> None:
-        self._registry.clear()  # what stays on the terminal is the bars
-        self._live.stop()
+        self._registry.clear()  # what stays is the bars
 
     def _picture(self) -> RenderableType:
         if self._stage is not None:
@@ -134,6 +125,25 @@ class TerminalProgress(Spectator):
         if others:
             table.add_row(f"{others.total()} more", ", ".join(f"{count} {kind}" for kind, count in others.items()))
         return table
+
+
+class TerminalProgress(DrawnProgress):
+    """The picture on a terminal, drawn anew some times a second."""
+
+    def __init__(self, console: Console, now: Callable[[], float] = monotonic):
+        super().__init__(console, now)
+        self._live = Live(get_renderable=self._picture, console=console, refresh_per_second=4)
+
+    def __enter__(self):
+        self._live.start()
+        return self
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self._live.stop()
 
 
 def kind_of(doing: Doing) -> str:

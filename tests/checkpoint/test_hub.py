@@ -220,5 +220,6 @@ def test_side_files_are_fetched_as_they_are_copied_from_a_folder(hub, sharded, t
         copy_side_files(folder, copy)
     of_hub, of_folder = ({path_in(copy, file): file.read_text() for file in files_of(copy)} for copy in copies)
     assert of_hub == of_folder
+    assert of_hub.pop("ORIGINAL_README.md") == "README.md"
     assert wanted <= set(of_hub) <= wanted | {"generation_config.json"}
     assert not {"optimizer.pt", "params.json"} & set(hub.sent)

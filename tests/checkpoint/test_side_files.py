@@ -20,7 +20,7 @@ COPIED = {
 }
 LEFT = {
     *("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json", "a.pth", "a.gguf", "a.onnx", "params.json", "README.md"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "a.pth", "a.gguf", "a.onnx", "params.json", "README_zh.md"),
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json", "zero_to_fp32.py"),
     *(".gitattributes", ".cache/huggingface/tokenizer.json.lock", "__pycache__/x.pyc", "modeling_x.py"),
     *("checkpoint-500/tokenizer.json", "global_step500/notes.txt", "runs/events.out", "original/tokenizer.model"),
@@ -56,7 +56,11 @@ def test_all_is_copied_but_weights_the_state_of_a_training_caches_and_other_mode
     for name in ("large.idx", "figures/large.png"):
         write(source, name, "")
         os.truncate(source / name, 300_000_000)
+    write(source, "README.md", "of the original")
+    write(source, "ORIGINAL_README.md", "of what the original was made from")
     copy_side_files(source, destination)
+    assert (destination / "ORIGINAL_README.md").read_text() == "of the original"
+    (destination / "ORIGINAL_README.md").unlink()
     assert files_below(destination) == COPIED
     assert not (destination / "tokenizer.json").is_symlink()
     assert all((destination / name).read_text() == name for name in COPIED)

@@ -12,9 +12,10 @@ import fsspec
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
+from local_hub import ACCOUNT
 
 from distprune import storage
-from distprune.checkpoint import check_destination, read_published, upload, upload_folder
+from distprune.checkpoint import check_destination, hub_access, read_published, upload, upload_folder
 from distprune.errors import InputError, StorageFailed
 from distprune.storage import location
 
@@ -186,12 +187,20 @@ class Hub:
             raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
         return [".gitattributes", *contents(self.root / repository)]
 
-    def upload_folder(self, repo_id, folder_path, delete_patterns, commit_message):
+    def whoami(self):
+        return ACCOUNT
+
+    def upload_folder(self, repo_id, folder_path, ignore_patterns, delete_patterns, commit_message):
         self.commits += 1
         for pattern in delete_patterns:
             for file in (self.root / repo_id).glob(pattern):
                 file.unlink()
-        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+        ignored = shutil.ignore_patterns(*ignore_patterns)
+        shutil.copytree(folder_path, self.root / repo_id, ignore=ignored, dirs_exist_ok=True)
+
+    def upload_file(self, path_or_fileobj, path_in_repo, repo_id, commit_message):
+        self.commits += 1
+        shutil.copyfile(path_or_fileobj, self.root / repo_id / path_in_repo)
 
     def hf_hub_download(self, repository, name):
         return str(self.root / repository / name)
@@ -200,12 +209,13 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Hub:
     hub = Hub(tmp_path / "hub")
-    monkeypatch.setattr(upload, "HfApi", lambda: hub)
-    monkeypatch.setattr(upload, "get_token", lambda: "token")
+    for module in (upload, hub_access):
+        monkeypatch.setattr(module, "HfApi", lambda: hub)
+    monkeypatch.setattr(hub_access, "get_token", lambda: "token")
     return hub
 
 
-def test_the_hub_gets_one_commit_in_which_a_model_card_stays(hub, checkpoint, tmp_path):
+def test_the_hub_gets_config_json_last_and_someone_elses_model_card_stays(hub, checkpoint, tmp_path):
     old = make(tmp_path / "old", "old", ["model-7.safetensors"])
     upload_folder(old, "hf://org/model")
     (hub.root / "org" / "model" / "README.md").write_text("mine")
@@ -214,7 +224,7 @@ def test_the_hub_gets_one_commit_in_which_a_model_card_stays(hub, checkpoint, tm
     upload_folder(checkpoint, "hf://org/model", overwrite=True, private=False)
     assert contents(hub.root / "org" / "model") == {**contents(checkpoint), "README.md": b"mine"}
     assert hub.made == [("org/model", True), ("org/model", False)]
-    assert hub.commits == 2
+    assert hub.commits == 4
     assert read_published("hf://org/model", "distprune_run.json") == b"new distprune_run.json"
     assert read_published("hf://org/none", "distprune_run.json") is None
 
@@ -226,9 +236,32 @@ def test_a_repository_that_was_made_beforehand_is_filled(hub, checkpoint):
     assert contents(hub.root / "org" / "model") == {**contents(checkpoint), "README.md": b"mine"}
 
 
+def test_a_model_card_of_distprunes_own_is_replaced(hub, checkpoint):
+    (checkpoint / "README.md").write_text("---\ntags:\n- distprune\n---\nof the first")
+    upload_folder(checkpoint, "hf://org/model")
+    (checkpoint / "README.md").write_text("---\ntags:\n- distprune\n---\nof the second")
+    upload_folder(checkpoint, "hf://org/model", overwrite=True)
+    assert contents(hub.root / "org" / "model") == contents(checkpoint)
+
+
+def test_an_upload_that_ended_early_opens_nowhere_and_is_gone_on_with(hub, checkpoint, monkeypatch):
+    upload_file = hub.upload_file
+
+    def fail(**_):
+        raise OSError("the line is dead")
+
+    hub.upload_file = fail
+    with pytest.raises(StorageFailed, match="the line is dead"):
+        upload_folder(checkpoint, "hf://org/model")
+    assert read_published("hf://org/model", "distprune_run.json") is None
+    hub.upload_file = upload_file
+    upload_folder(checkpoint, "hf://org/model")
+    assert contents(hub.root / "org" / "model") == contents(checkpoint)
+
+
 def test_a_malformed_repository_and_a_missing_token_are_refused(hub, monkeypatch):
     with pytest.raises(InputError, match=r"hf://a/b/c: is no repository .* Write hf://ORGANIZATION/NAME"):
         check_destination("hf://a/b/c")
-    monkeypatch.setattr(upload, "get_token", lambda: None)
+    monkeypatch.setattr(hub_access, "get_token", lambda: None)
     with pytest.raises(InputError, match=r"hf://org/model: the hub asks for a token\. Set HF_TOKEN"):
         check_destination("hf://org/model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.main import get_command
 
 from distprune import api
 from distprune.calibration import open_calibration, write_calibration
+from distprune.checkpoint import hub_access
 from distprune.cli import app
 from distprune.cli.application import COMMANDS
 from distprune.config import END_TO_END, DistillConfig, PruneConfig
@@ -230,3 +232,27 @@ def test_convert_tells_what_it_wrote(distprune, monkeypatch):
     result = distprune("convert", "old", "new")
     assert (result.exit_code, result.stdout) == (0, "new: converted from old\n")
     assert asked == [(Path("old"), Path("new"))]
+
+
+def test_a_card_is_written_anew_with_results(distprune, pruned, tmp_path):
+    folder = shutil.copytree(pruned[0], tmp_path / "pruned")
+    (folder / "README.md").unlink()
+    row = {"model": str(folder), "perplexity": None, "tasks": {"quiz": {"acc": 0.4}}, "speed": None}
+    (tmp_path / "results.json").write_text(json.dumps([row]))
+    options = ("--evaluation", tmp_path / "results.json", "--base-model", "org/model")
+    result = distprune("card", folder, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{folder}/README.md: written\n"
+    written = (folder / "README.md").read_text()
+    assert "base_model: org/model" in written and "| quiz, acc |  | 0.4000 |" in written
+    (tmp_path / "results.json").write_text("perplexity: 3")
+    refused = distprune("card", folder, *options)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "results.json: is no evaluation" in refused.stderr
+
+
+def test_a_push_that_the_token_does_not_allow_is_refused_first(distprune, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_access, "get_token", lambda: None)
+    result = distprune("prune", "no-model", "-o", tmp_path / "pruned", "--push-to-hub", "org/model")
+    assert result.exit_code == 2
+    assert "hf://org/model: the hub asks for a token. Set HF_TOKEN" in result.stderr

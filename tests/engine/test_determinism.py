@@ -14,6 +14,12 @@ from distprune.engine.scheduler import pool
 from distprune.errors import WorkersLost
 
 
+@pytest.fixture(scope="session")
+def digests(digests):
+    """The model card is the same too."""
+    return lambda folder: digests(folder) | {"README.md": (folder / "README.md").read_text()}
+
+
 @pytest.fixture(scope="module")
 def by_one_worker(run, pruned, digests):
     """The digests of what one worker makes, for every propagation."""

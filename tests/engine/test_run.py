@@ -79,6 +79,7 @@ def test_without_a_calibration_set_the_model_writes_its_own(run, dense_path, dig
 def test_tokenizer_and_generation_config_travel_along_and_an_old_calibration_set_does_not(pruned, dense_path, run):
     names = {file.name for file in pruned[0].iterdir() if "safetensors" not in file.name}
     assert names == {
+        "README.md",
         "config.json",
         "distprune_config.yaml",
         "distprune_log.jsonl",

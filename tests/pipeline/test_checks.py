@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distprune import InputError
-from distprune.checkpoint import upload
+from distprune.checkpoint import hub_access
 from distprune.pipeline import contents
 
 
@@ -42,7 +42,7 @@ from distprune.pipeline import contents
 def test_bad_input_is_refused_before_anything_is_done(
     run_pipeline, settings, work, text_path, calls, s3_environment, monkeypatch, changes, message
 ):
-    monkeypatch.setattr(upload, "get_token", lambda: None)
+    monkeypatch.setattr(hub_access, "get_token", lambda: None)
     names = {"TEXT": str(text_path), "MODEL": settings["model"], "WORK/out": str(work / "out")}
 
     def filled(value):

@@ -92,17 +92,32 @@ class Job:
 
         The dtype is among it, so it has to be settled: a run never resumes in another one.
         """
-        texts = self.config.calibration, self.config.distill and self.config.distill.calibration
-        calibration, distillation = (path and open_calibration(path).fingerprint for path in texts)
-        return self.config.decisive() | {
-            "distprune": __version__,
-            # A commit is known where nothing of it is on this machine but headers.
-            "model": f"{self.hub.repository}@{self.hub.commit}" if self.hub else self.checkpoint.fingerprint(),
-            "calibration": calibration,
-            "distillation text": distillation,
-            "options": self.method.model_dump(mode="json"),
-            "device": device,
-        }
+        return identity_of(self.config, model_identity(self.hub, self.checkpoint), device)
+
+
+def identity_of(config: PruneConfig, model: str, device: str) -> dict[str, Any]:
+    """The identity of a run; see :meth:`Job.identity`.
+
+    Args:
+        config: the run, its dtype settled.
+        model: what tells its model from every other; see :func:`model_identity`.
+        device: the kind of device that its workers are on.
+    """
+    texts = config.calibration, config.distill and config.distill.calibration
+    calibration, distillation = (path and open_calibration(path).fingerprint for path in texts)
+    return config.decisive() | {
+        "distprune": __version__,
+        "model": model,
+        "calibration": calibration,
+        "distillation text": distillation,
+        "options": make_method(config.method, config.options).model_dump(mode="json"),
+        "device": device,
+    }
+
+
+def model_identity(hub: HubModel | None, checkpoint: Checkpoint) -> str:
+    """What tells a model from every other; a commit is known where nothing of it is on this machine but headers."""
+    return f"{hub.repository}@{hub.commit}" if hub else checkpoint.fingerprint()
 
 
 def check_job(config: PruneConfig) -> Job:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distprune.budgets import decoder_parameters, layer_parameters, outer_parameters
+from distprune.calibration import Calibration
 from distprune.config import PruneConfig
 from distprune.distillation.layerwise import DistillationReport
 from distprune.engine.telemetry.process_memory import PeakMemory
@@ -41,6 +42,20 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class CalibrationRecord:
+    """The windows of tokens that a run was calibrated on, and the texts that they are of; none of own samples."""
+
+    samples: int
+    sequence_length: int
+    sources: list[str]
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> CalibrationRecord:
+        samples, sequence_length = calibration.tokens.shape
+        return cls(samples, sequence_length, [*calibration.metadata.sources])
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Parameters are counts, memory is in bytes, times are in seconds.
 
@@ -50,6 +65,9 @@ class RunRecord:
         notes: what the run says of itself: where it took the model for something else than its configuration says.
         left_alone: parameters of what distprune doesn't know, which no pruning changes, by what they belong to.
         left_alone_share: the fraction of all stored parameters that these are.
+        commit: of a model on the hub.
+        calibration: what the run was calibrated on.
+        version: of distprune.
     """
 
     model: str
@@ -74,6 +92,9 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     left_alone: Mapping[str, int] = field(default_factory=dict)
     left_alone_share: float = 0.0
+    commit: str | None = None
+    calibration: CalibrationRecord | None = None
+    version: str | None = None
 
     @property
     def decoder_sparsity(self) -> float:
@@ -147,8 +168,15 @@ def load_record(folder: Path) -> RunRecord:
         layers = [read_layer(layer) for layer in stored.pop("layers")]
         driver = PeakMemory(**stored.pop("peak_memory_driver"))
         workers = [PeakMemory(**peak) for peak in stored.pop("peak_memory_workers")]
+        calibration = stored.pop("calibration", None)
         stored.setdefault("dtype", "not recorded")  # as it was before dtypes were settled
-        return RunRecord(**stored, layers=layers, peak_memory_driver=driver, peak_memory_workers=workers)
+        return RunRecord(
+            **stored,
+            layers=layers,
+            peak_memory_driver=driver,
+            peak_memory_workers=workers,
+            calibration=calibration and CalibrationRecord(**calibration),
+        )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file}: is not a run's record ({error}). Prune the model again.") from None
 

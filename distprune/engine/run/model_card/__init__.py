@@ -1,0 +1,7 @@
+"""The model card of a pruned checkpoint: README.md, with metadata as the Hugging Face hub reads them."""
+
+from distprune.engine.run.model_card.card import write_card
+from distprune.engine.run.model_card.checkpoint_name import suggested_name
+from distprune.engine.run.model_card.results import read_evaluation
+
+__all__ = ["read_evaluation", "suggested_name", "write_card"]
