@@ -5,7 +5,7 @@ Only some methods have a gradient pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from distprune.engine.scheduler.pool import WorkerPool
 from distprune.engine.scheduler.ray_cluster import WorkerPlan, alive_nodes, connected, plan_workers
 from distprune.engine.scheduler.run_dtype import settle_dtype
 from distprune.engine.scheduler.runtime import RayRuntime
-from distprune.engine.stages.assembling import Assemble
+from distprune.engine.stages.assembling import Assemble, stored_bytes
 from distprune.engine.stages.checking import Check, OwnSamples
 from distprune.engine.stages.context import RunContext, mixtures_of
 from distprune.engine.stages.dense_pass import DensePass
@@ -61,6 +61,7 @@ from distprune.engine.worker.weights import WeightAccess, weight_access
 from distprune.errors import InputError, InterruptedWhenDone, Unreachable
 from distprune.hardware import AUTO
 from distprune.layers.architecture import Architecture
+from distprune.methods import CostCurve, Profile
 from distprune.storage import copy, kept_locally, staged
 
 #: What a worker of a run needs on a kind of device.
@@ -225,7 +226,7 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
             with work.timed("distill"):
                 distill(context, config.distill, tokens, files)
         with work.timed("assemble"):
-            layout = Assemble(context, job, plan, files, work.writer, work.checkpoint).run()
+            layout, size = Assemble(context, job, plan, files, work.writer, work.checkpoint).run()
         peaks = pool.peak_memory()
     return RunRecord(
         model=config.model,
@@ -243,11 +244,21 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
         peak_memory_driver=peak_memory(),
         peak_memory_workers=peaks,
         seconds=work.seconds(),
-        layers=layer_records(job.architecture, plan, files.reports(), files.distillations(), expert_tokens),
+        layers=layer_records(
+            job.architecture, plan, files.reports(), files.distillations(), expert_tokens, cost_curves(job, profiles)
+        ),
         notes=[*job.notes, *seldom_used(expert_tokens)],
         left_alone=job.left_alone.parts,
         left_alone_share=job.left_alone.share,
+        bytes_before=stored_bytes(job.checkpoint),
+        bytes_after=size,
     )
+
+
+def cost_curves(job: Job, profiles: Sequence[Profile]) -> list[Mapping[str, CostCurve]]:
+    """What the method's plan was made from, layer by layer."""
+    shapes = job.architecture.dense_shapes
+    return [job.method.cost_curves(shape, profile) for shape, profile in zip(shapes, profiles, strict=True)]
 
 
 def one_of_each_kind(architecture: Architecture) -> list[int]:

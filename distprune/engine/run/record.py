@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distprune.budgets import decoder_parameters, layer_parameters, outer_parameters
+from distprune.budgets import decoder_parameters, layer_parameters, outer_parameters, parameters_by_part
 from distprune.config import PruneConfig
 from distprune.distillation.layerwise import DistillationReport
 from distprune.engine.telemetry.process_memory import PeakMemory
@@ -16,18 +16,26 @@ from distprune.engine.worker.report import Report
 from distprune.errors import InputError
 from distprune.layers.architecture import Architecture
 from distprune.layers.shapes import LayerShape
+from distprune.methods import CostCurve, Plan
 
 RECORD_FILE = "distprune_run.json"
 CONFIG_FILE = "distprune_config.yaml"
+REPORT_FILE = "report.html"
 CALIBRATION_FILE = "calibration.arrow"
 LOG_FILE = "distprune_log.jsonl"
-OWN_FILES = (RECORD_FILE, CONFIG_FILE, CALIBRATION_FILE, LOG_FILE)
+OWN_FILES = (RECORD_FILE, CONFIG_FILE, CALIBRATION_FILE, LOG_FILE, REPORT_FILE)
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer: its shape before and after, its parameters, the seconds each step took, how it went, and how many
-    calibration tokens each of its experts has seen in the dense model."""
+    """One layer: its shape before and after, its parameters, the seconds each step took, and how it went.
+
+    Attributes:
+        expert_tokens: how many calibration tokens each of its experts has seen in the dense model.
+        parts: parameters before and after, by the part that :func:`distprune.budgets.parameters_by_part` names.
+        predicted_loss: what the plan says that the layer adds to the loss, in nats a token; None of most methods.
+        cost_curves: see :meth:`distprune.methods.Method.cost_curves`.
+    """
 
     index: int
     dense: LayerShape
@@ -38,6 +46,9 @@ class LayerRecord:
     warnings: list[str]
     distillation: DistillationReport | None
     expert_tokens: list[int] | None = None
+    parts: Mapping[str, list[int]] = field(default_factory=dict)
+    predicted_loss: float | None = None
+    cost_curves: Mapping[str, CostCurve] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class RunRecord:
         notes: what the run says of itself: where it took the model for something else than its configuration says.
         left_alone: parameters of what distprune doesn't know, which no pruning changes, by what they belong to.
         left_alone_share: the fraction of all stored parameters that these are.
+        bytes_before, bytes_after: of all tensors on disk; None where an earlier version has made the record.
     """
 
     model: str
@@ -74,6 +86,8 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     left_alone: Mapping[str, int] = field(default_factory=dict)
     left_alone_share: float = 0.0
+    bytes_before: int | None = None
+    bytes_after: int | None = None
 
     @property
     def decoder_sparsity(self) -> float:
@@ -100,10 +114,11 @@ def forecast(predicted_loss: float, gap: float) -> str:
 
 def layer_records(
     model: Architecture,
-    plan: list[LayerShape],
+    plan: Plan,
     reports: list[Report],
     distillations: list[DistillationReport | None],
     expert_tokens: list[list[int] | None],
+    cost_curves: list[Mapping[str, CostCurve]],
 ) -> list[LayerRecord]:
     return [
         LayerRecord(
@@ -116,9 +131,19 @@ def layer_records(
             warnings=reports[index].warnings,
             distillation=distillations[index],
             expert_tokens=expert_tokens[index],
+            parts=parts_before_and_after(model, index, shape),
+            predicted_loss=None if plan.by_layer is None else plan.by_layer[index],
+            cost_curves=cost_curves[index],
         )
         for index, shape in enumerate(plan)
     ]
+
+
+def parts_before_and_after(model: Architecture, index: int, shape: LayerShape) -> dict[str, list[int]]:
+    """Parameters of each part of a layer, dense and in that shape."""
+    before = parameters_by_part(model, index, model.dense_shape(index))
+    after = parameters_by_part(model, index, shape)
+    return {part: [before[part], after.get(part, 0)] for part in before}
 
 
 def parameter_counts(model: Architecture, plan: list[LayerShape]) -> dict[str, int]:
@@ -161,5 +186,6 @@ def read_layer(stored: Mapping[str, Any]) -> LayerRecord:
             "dense": LayerShape.from_json(stored["dense"]),
             "pruned": LayerShape.from_json(stored["pruned"]),
             "distillation": distillation and DistillationReport(**distillation),
+            "cost_curves": {name: CostCurve(**curve) for name, curve in stored.get("cost_curves", {}).items()},
         }
     )
