@@ -75,8 +75,8 @@ def ffn_cells(layer: LayerRecord) -> tuple[str, ...]:
 
 
 def mixture_text(shape: ExpertsShape) -> str:
-    """Such as 8×64+32: eight experts of 64 neurons, and 32 that every token passes through."""
-    return f"{shape.count}×{shape.width}" + (f"+{shape.shared.width}" if shape.shared else "")
+    """Such as 8x64+32: eight experts of 64 neurons, and 32 that every token passes through."""
+    return f"{shape.count}x{shape.width}" + (f"+{shape.shared.width}" if shape.shared else "")
 
 
 def removed(layer: LayerRecord) -> float:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from distprune.checkpoint import write_text
 from distprune.comparison import ComparisonRow
-from distprune.reporting.pages.cost_charts import ABOVE
-from distprune.reporting.pages.rendering import Chart, HtmlTable, plain_figure, render
+from distprune.reporting.pages.rendering import ABOVE, Chart, HtmlTable, plain_figure, render
 from distprune.reporting.pages.wording import percent
 from distprune.reporting.run_tables import comparison_columns, comparison_row
 

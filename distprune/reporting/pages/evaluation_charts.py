@@ -13,8 +13,7 @@ from distprune.reporting.evaluation_tables import (
     quality_rows,
     speed_rows,
 )
-from distprune.reporting.pages.cost_charts import ABOVE
-from distprune.reporting.pages.rendering import Chart, HtmlTable, plain_figure
+from distprune.reporting.pages.rendering import ABOVE, Chart, HtmlTable, plain_figure
 
 #: Of a task's metrics the first of these that it has is drawn.
 DRAWN_METRICS = ("acc_norm", "acc", "exact_match")

@@ -16,6 +16,8 @@ from distprune.reporting.pages.colours import TEMPLATES
 from distprune.version import __version__
 
 MARGIN = {"l": 10, "r": 10, "t": 10, "b": 10}
+#: Where a legend stands.
+ABOVE = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
 
 
 @dataclass(frozen=True)

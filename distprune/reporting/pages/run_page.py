@@ -9,11 +9,12 @@ from typing import Any
 from distprune.engine import RunRecord
 from distprune.engine.run.record import LayerRecord
 from distprune.evaluation import ModelEvaluation
-from distprune.reporting.pages.cost_charts import are_one, measured_chart, predicted_chart, spectra_chart
+from distprune.reporting.pages.cost_charts import are_one, measured_chart, predicted_chart
 from distprune.reporting.pages.distillation_chart import distillation_chart
 from distprune.reporting.pages.evaluation_charts import evaluation_charts, evaluation_tables
 from distprune.reporting.pages.removal_charts import parameters_chart, units_chart
 from distprune.reporting.pages.rendering import Chart, Figure, HtmlTable, Section, render
+from distprune.reporting.pages.spectra_chart import spectra_chart
 from distprune.reporting.pages.timeline import timeline_of
 from distprune.reporting.pages.timeline_chart import timeline_chart
 from distprune.reporting.pages.wording import duration, percent, short_bytes, short_count, three_digits
@@ -44,7 +45,7 @@ def run_page(material: RunMaterial) -> str:
     record = material.record
     return render(
         "run.html.jinja",
-        title=f"{record.model}, {record.method} at {percent(record.sparsity_asked)}",
+        title=f"{record.model}, {record.method} at {100 * record.sparsity_asked:g}%",
         subtitle=subtitle(record),
         figures=[*figures(record), *quality_figures(material.evaluations)],
         notes=record.notes,
@@ -69,14 +70,13 @@ def figures(record: RunRecord) -> Iterator[Figure]:
         "decoder parameters removed",
         percent(record.decoder_sparsity),
         record.decoder_sparsity,
-        f"{percent(record.sparsity_asked)} asked",
+        f"{100 * record.sparsity_asked:g}% asked",
     )
     for name, title, before, after in (
         ("decoder-parameters", "decoder parameters", record.decoder_parameters_before, record.decoder_parameters_after),
         ("total-parameters", "all parameters", record.total_parameters_before, record.total_parameters_after),
     ):
-        below = f"of {short_count(before)}, {percent(1 - after / before)} removed"
-        yield Figure(name, title, short_count(after), after, below)
+        yield Figure(name, title, short_count(after), after, f"of {short_count(before)}")
     if record.bytes_before and record.bytes_after is not None:
         below = f"of {short_bytes(record.bytes_before)}"
         yield Figure("bytes", "weights on disk", short_bytes(record.bytes_after), record.bytes_after, below)

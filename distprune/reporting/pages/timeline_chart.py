@@ -7,14 +7,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from distprune.reporting.pages.cost_charts import ABOVE
-from distprune.reporting.pages.rendering import Chart, plain_figure
+from distprune.reporting.pages.colours import WRONG
+from distprune.reporting.pages.rendering import ABOVE, Chart, plain_figure
 from distprune.reporting.pages.timeline import Span, Timeline
 from distprune.reporting.pages.wording import duration, percent, three_digits
 
 TALLEST_ROW, TALLEST, AROUND = 30, 900, 100  # pixels
 LOST = "lost or given up"
-LOST_MARKER = {"color": "#ef4444", "pattern": {"shape": "/"}}
+LOST_MARKER = {"color": WRONG, "pattern": {"shape": "/"}}
 #: Seconds, and how many of them a unit of the axis has, by the largest that it is for.
 UNITS = {180: (1, "seconds"), 3 * 3600: (60, "minutes"), float("inf"): (3600, "hours")}
 

@@ -1,5 +1,5 @@
 const dark = matchMedia("(prefers-color-scheme: dark)");
-const config = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"]};
+const config = {responsive: true, displayModeBar: false};
 
 function draw(source) {
   const {data, layout} = JSON.parse(source.textContent);
