@@ -94,10 +94,11 @@ def prune(
     from distprune.engine import Requirements
     from distprune.engine import prune as run
     from distprune.planning import worker_needs
+    from distprune.reporting.pages import draw_report
 
     path = None if config is None else Path(config)
     settings = load_config(path, {"model": model, "output": output, **options})
-    return run(settings, progress, lambda *job: Requirements(*worker_needs(*job)))
+    return run(settings, progress, lambda *job: Requirements(*worker_needs(*job)), draw_report)
 
 
 def plan(
@@ -150,6 +151,7 @@ def compare(
     evaluation_length: int = 128,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     keep: str | Path | None = None,
+    report: str | Path | None = None,
     config: str | Path | None = None,
     progress: Callable[[], Progress] | None = None,
     on_row: Callable[[ComparisonRow], None] | None = None,
@@ -167,6 +169,7 @@ def compare(
         evaluation_length: tokens of each window of the text.
         options: hyperparameters by method, such as ``{"olica": {"percdamp": 0.5}}``.
         keep: a folder where the pruned checkpoints stay, as METHOD-PERCENT.
+        report: the HTML file to draw the rows in; by default report.html in ``keep``, if there is one.
         config: a YAML file of options that are common to all runs; those given here override it.
         progress: makes what tells how far each step is; silent by default.
         on_row: called with each row as soon as it is there, so that a failing run doesn't lose those before it.
@@ -183,21 +186,24 @@ def compare(
     from distprune.comparison import Evaluation
     from distprune.comparison import compare as run
     from distprune.engine.telemetry.progress import Progress
+    from distprune.reporting.pages import comparison_report, draw_report
 
-    rows = []
-    for row in run(
-        methods,
-        sparsities,
-        Evaluation(text, max_tokens, evaluation_length, field),
-        {"model": model, **common},
-        config_file=None if config is None else Path(config),
-        options=options or {},
-        keep=None if keep is None else local_folder(keep, "keep"),
-        progress=progress or Progress,
-    ):
-        rows.append(row)
-        if on_row:
-            on_row(row)
+    kept = None if keep is None else local_folder(keep, "keep")
+    with comparison_report(report, kept) as rows:
+        for row in run(
+            methods,
+            sparsities,
+            Evaluation(text, max_tokens, evaluation_length, field),
+            {"model": model, **common},
+            config_file=None if config is None else Path(config),
+            options=options or {},
+            keep=kept,
+            progress=progress or Progress,
+            report=draw_report,
+        ):
+            rows.append(row)
+            if on_row:
+                on_row(row)
     return rows
 
 
@@ -311,6 +317,7 @@ def pipeline(
     """
     from distprune.engine.telemetry.progress import Progress
     from distprune.pipeline import load_pipeline, run_pipeline
+    from distprune.reporting.pages import draw_report
 
     return run_pipeline(
         load_pipeline(Path(config)) if isinstance(config, str | Path) else config,
@@ -318,6 +325,7 @@ def pipeline(
         dry_run=dry_run,
         progress=progress or Progress,
         on_summary=on_summary,
+        report=draw_report,
     )
 
 
@@ -341,3 +349,23 @@ def inspect(directory: str | Path) -> RunRecord:
     from distprune.engine import load_record
 
     return load_record(location(directory))
+
+
+def report(directory: str | Path, *, evaluation: str | Path | None = None, output: str | Path | None = None) -> Path:
+    """Draw a run's report again, as a web page in one file.
+
+    Args:
+        directory: a pruned checkpoint.
+        evaluation: a file with what ``distprune evaluate DENSE PRUNED --json`` printed, to be shown too.
+        output: the file to write; by default report.html in the checkpoint.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: the folder is not the result of a pruning run, or one of the files is unusable.
+    """
+    from distprune.reporting.pages import draw_report
+
+    given = [None if place is None else location(place) for place in (evaluation, output)]
+    return draw_report(location(directory), *given)

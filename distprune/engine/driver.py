@@ -31,12 +31,14 @@ from distprune.engine.run.record import (
     CALIBRATION_FILE,
     LOG_FILE,
     OWN_FILES,
+    DrawReport,
     RunRecord,
     forecast,
     layer_records,
     load_record,
     parameter_counts,
 )
+from distprune.engine.run.report_file import leave_report
 from distprune.engine.run.signals import interruptions_noted, sigterm_interrupts
 from distprune.engine.run.work_folder import CHECK, PUBLISHING, Outline, WorkFolder
 from distprune.engine.scheduler.nodes import Requirements
@@ -71,7 +73,10 @@ PATIENCE = 30
 
 
 def prune(
-    config: PruneConfig, progress: Progress | None = None, requirements: RequirementsOf | None = None
+    config: PruneConfig,
+    progress: Progress | None = None,
+    requirements: RequirementsOf | None = None,
+    report: DrawReport | None = None,
 ) -> RunRecord:
     """Prune a model and publish the result at ``config.output``.
 
@@ -82,6 +87,7 @@ def prune(
         config: the run.
         progress: what to tell how far it is; silent by default.
         requirements: tells what a worker needs, from the configuration, the model and the workers' device.
+        report: draws the report that the result is published with.
 
     Raises:
         InputError: something about the input is wrong; the output path is untouched.
@@ -89,7 +95,7 @@ def prune(
         KeyboardInterrupt: SIGINT or SIGTERM came; an InterruptedWhenDone, if the result was published by then.
     """
     if is_on_hub(config):
-        return prune_to_hub(config, lambda here: prune(here, progress, requirements))
+        return prune_to_hub(config, lambda here: prune(here, progress, requirements, report))
     log, interruptions = RunLog(str(config.output)), []
     with sigterm_interrupts(), log.errors(), ExitStack() as at_last:
 
@@ -98,7 +104,8 @@ def prune(
 
         record = finish_publishing(config, past_interruption)
         if record is None:
-            record = prune_job(check_job(config), progress or Progress(), log, requirements, past_interruption)
+            job = check_job(config)
+            record = prune_job(job, progress or Progress(), log, requirements, report, past_interruption)
     if interruptions:
         raise InterruptedWhenDone(record)
     return record
@@ -109,6 +116,7 @@ def prune_job(
     progress: Progress,
     log: RunLog,
     requirements: RequirementsOf | None,
+    report: DrawReport | None,
     past_interruption: Callable[[], None],
 ) -> RunRecord:
     name, partial = str(job.config.output), partial_directory(job.config.output)
@@ -132,6 +140,8 @@ def prune_job(
                 log.run_done(record.seconds, record.decoder_sparsity, record.total_sparsity)
         record.save(work.checkpoint, config)
         copy(work.log, work.checkpoint / LOG_FILE)
+        if report:
+            leave_report(report, work.checkpoint, config.output)
         work.journal.write(PUBLISHING)
         past_interruption()
         publish(work.checkpoint, config.output, config.overwrite)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ REPORT_FILE = "report.html"
 CALIBRATION_FILE = "calibration.arrow"
 LOG_FILE = "distprune_log.jsonl"
 OWN_FILES = (RECORD_FILE, CONFIG_FILE, CALIBRATION_FILE, LOG_FILE, REPORT_FILE)
+
+
+#: Draws the report of a run, whose result lies in a folder, into that folder.
+DrawReport = Callable[[Path], object]
 
 
 @dataclass(frozen=True)

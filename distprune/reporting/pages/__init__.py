@@ -1,7 +1,6 @@
 """Reports to open in a browser: one HTML file each, with everything that it needs inside."""
 
-from distprune.reporting.pages.comparison_page import comparison_page, leave_comparison
-from distprune.reporting.pages.run_page import RunMaterial, run_page
-from distprune.reporting.pages.run_report import leave_report
+from distprune.reporting.pages.comparison_report import comparison_report
+from distprune.reporting.pages.run_report import draw_report
 
-__all__ = ["RunMaterial", "comparison_page", "leave_comparison", "leave_report", "run_page"]
+__all__ = ["comparison_report", "draw_report"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from distprune.checkpoint import write_text
 from distprune.comparison import ComparisonRow
 from distprune.reporting.pages.rendering import ABOVE, Chart, HtmlTable, plain_figure, render
 from distprune.reporting.pages.wording import percent
@@ -16,18 +14,13 @@ DENSE = "dense"
 RING = {"symbol": "circle-open", "size": 17, "color": "#94a3b8", "line": {"width": 2}}
 
 
-def leave_comparison(rows: Sequence[ComparisonRow], model: str, output: Path) -> None:
-    """Write the report."""
-    write_text(output, comparison_page(rows, model))
-
-
-def comparison_page(rows: Sequence[ComparisonRow], model: str) -> str:
+def comparison_page(rows: Sequence[ComparisonRow]) -> str:
     """The HTML of the report."""
     columns = [column.strip().replace("\n", " ") for column in comparison_columns(rows)]
     methods = sorted({row.method for row in rows} - {DENSE})
     return render(
         "comparison.html.jinja",
-        title=f"{model}: {', '.join(methods) or DENSE}",
+        title=f"Comparison: {', '.join(methods) or DENSE}",
         subtitle="Pruned with each method at each sparsity on one calibration set, evaluated on one text.",
         chart=pareto_chart(rows),
         table=HtmlTable(columns, [comparison_row(row)[: len(columns)] for row in rows]),

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 from distprune.engine import RunRecord
 from distprune.engine.run.record import LayerRecord
 from distprune.evaluation import ModelEvaluation
 from distprune.reporting.pages.cost_charts import are_one, measured_chart, predicted_chart
 from distprune.reporting.pages.distillation_chart import distillation_chart
 from distprune.reporting.pages.evaluation_charts import evaluation_charts, evaluation_tables
+from distprune.reporting.pages.expert_tokens_chart import expert_tokens_chart
 from distprune.reporting.pages.removal_charts import parameters_chart, units_chart
 from distprune.reporting.pages.rendering import Chart, Figure, HtmlTable, Section, render
 from distprune.reporting.pages.spectra_chart import spectra_chart
@@ -47,7 +50,7 @@ def run_page(material: RunMaterial) -> str:
         "run.html.jinja",
         title=f"{record.model}, {record.method} at {100 * record.sparsity_asked:g}%",
         subtitle=subtitle(record),
-        figures=[*figures(record), *quality_figures(material.evaluations)],
+        figures=[*figures(record, asked_for(record, material.settings)), *quality_figures(material.evaluations)],
         notes=record.notes,
         sections=[section for section in sections(material) if section.charts or section.tables],
         settings=material.settings,
@@ -63,14 +66,23 @@ def subtitle(record: RunRecord) -> str:
 # ---------------------------------------------------------------- headline figures
 
 
-def figures(record: RunRecord) -> Iterator[Figure]:
-    """What the run is remembered by."""
+def asked_for(record: RunRecord, settings: str) -> str:
+    """What was asked for, and of what where that is not the decoder layers' parameters."""
+    given = yaml.safe_load(settings) or {}
+    resource = given.get("target", "parameters").replace("-", " ")
+    whole = " of the whole model" if given.get("count_embeddings") else ""
+    of = f" of the {resource}" if whole or resource != "parameters" else ""
+    return f"{100 * record.sparsity_asked:g}%{of}{whole}"
+
+
+def figures(record: RunRecord, asked: str) -> Iterator[Figure]:
+    """What the run is remembered by; ``asked`` says what it was asked for."""
     yield Figure(
         "sparsity",
-        "decoder parameters removed",
+        "parameters removed",
         percent(record.decoder_sparsity),
         record.decoder_sparsity,
-        f"{100 * record.sparsity_asked:g}% asked",
+        f"of the decoder layers; asked: {asked}",
     )
     for name, title, before, after in (
         ("decoder-parameters", "decoder parameters", record.decoder_parameters_before, record.decoder_parameters_after),
@@ -109,7 +121,7 @@ def sections(material: RunMaterial) -> Iterator[Section]:
         [*evaluation_charts(material.evaluations)] if material.evaluations else [],
         [*evaluation_tables(material.evaluations)] if material.evaluations else [],
     )
-    removal = [parameters_chart(record), units_chart(record)]
+    removal = [parameters_chart(record), units_chart(record), expert_tokens_chart(record)]
     table = HtmlTable(LAYER_COLUMNS, [layer_row(layer, record) for layer in record.layers])
     yield Section("removed", "What was removed", drawn(removal), [], table, "All layers in numbers")
     cost = [predicted_chart(record), measured_chart(record), spectra_chart(record), distillation_chart(record)]

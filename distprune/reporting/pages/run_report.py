@@ -17,7 +17,7 @@ from distprune.reporting.pages.run_page import RunMaterial, run_page
 from distprune.reporting.pages.timeline import read_events
 
 
-def leave_report(
+def draw_report(
     folder: Path | UPath, evaluation: Path | UPath | None = None, output: Path | UPath | None = None
 ) -> Path | UPath:
     """Draw the report of the run whose result lies in ``folder``.

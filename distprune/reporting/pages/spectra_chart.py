@@ -8,29 +8,40 @@ from math import ceil
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from distprune.engine.run.record import LayerRecord, RunRecord
+from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape
+from distprune.methods import CostCurve
 from distprune.reporting.pages.colours import by_depth
 from distprune.reporting.pages.rendering import MARGIN, Chart
 
-#: What the page calls the fields that a method's cost curves are about.
-FIELDS = {
-    "attention.kv_heads": "KV groups",
-    "attention.value_dim": "width of a value head",
-    "attention.query_key_dim": "width of a query/key head",
-    "attention.query_rank": "rank of the query projection",
-    "attention.key_rank": "rank of the key projection",
-    "attention.output_rank": "rank of the output projection",
-    "ffn.count": "experts",
-    "ffn.width": "neurons",
-    "ffn.shared_width": "neurons of the shared expert",
+#: What the page calls the fields that a method's cost curves are about, by the kind of part that has them.
+FIELDS: dict[tuple[str, type], str] = {
+    ("attention.kv_heads", AttentionShape): "KV groups",
+    ("attention.value_dim", AttentionShape): "width of a value head",
+    ("attention.query_key_dim", AttentionShape): "width of a query/key head",
+    ("attention.query_rank", AttentionShape): "rank of the query projection",
+    ("attention.key_rank", AttentionShape): "rank of the key projection",
+    ("attention.output_rank", AttentionShape): "rank of the output projection",
+    ("ffn.width", FeedForwardShape): "neurons of the feed-forward network",
+    ("ffn.count", ExpertsShape): "experts",
+    ("ffn.width", ExpertsShape): "neurons of each expert",
+    ("ffn.shared_width", ExpertsShape): "neurons of the shared expert",
 }
 #: Where a cut is marked of a part that went whole.
 OF_WHOLE_PARTS = ("attention.kv_heads", "ffn.count", "ffn.width")
 COLUMNS = 3
 PANEL_HEIGHT, BETWEEN = 250, 70  # pixels
+
+
+@dataclass(frozen=True)
+class Line:
+    """One layer's curve, in the layer's colour."""
+
+    layer: LayerRecord
+    colour: str
+    curve: CostCurve
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,9 @@ class Cut:
 
 def spectra_chart(record: RunRecord) -> Chart | None:
     """A panel for each thing that was cut in some layer; None where nothing was cut that the record has curves of."""
-    panels = {field: cuts for field in FIELDS if (cuts := cuts_of(record.layers, field))}
+    drawn = {title: lines_of(record.layers, field, kind) for (field, kind), title in FIELDS.items()}
+    cuts = {title: cuts_of(drawn[title], field) for (field, _), title in FIELDS.items()}
+    panels = [title for title in drawn if cuts[title]]
     if not panels:
         return None
     rows = ceil(len(panels) / COLUMNS)
@@ -53,8 +66,12 @@ def spectra_chart(record: RunRecord) -> Chart | None:
     spacing = {"vertical_spacing": BETWEEN / height, "horizontal_spacing": 0.06}
     figure = make_subplots(rows=rows, cols=COLUMNS, **spacing)
     figure.update_layout(template="none", height=height, margin=MARGIN | {"l": 44, "b": 44}, showlegend=False)
-    for number, (field, cuts) in enumerate(panels.items()):
-        add_panel(figure, record.layers, field, cuts, {"row": number // COLUMNS + 1, "col": number % COLUMNS + 1})
+    for number, title in enumerate(panels):
+        place = {"row": number // COLUMNS + 1, "col": number % COLUMNS + 1}
+        for line in drawn[title]:
+            figure.add_scatter(**drawn_line(line), **place)
+        figure.add_scatter(**markers_of(cuts[title]), **place)
+        figure.update_xaxes(title_text=title, **place)
     figure.update_xaxes(automargin=False, title_standoff=4, rangemode="tozero")
     figure.update_yaxes(automargin=False, type="log", tickformat="~g", nticks=6)
     sentence = (
@@ -65,24 +82,24 @@ def spectra_chart(record: RunRecord) -> Chart | None:
     return Chart("spectra", "Spectra and cuts", sentence, figure)
 
 
-def add_panel(
-    figure: go.Figure, layers: Sequence[LayerRecord], field: str, cuts: Sequence[Cut], place: dict[str, int]
-) -> None:
-    for layer, colour in zip(layers, by_depth(len(layers)), strict=True):
-        if field in layer.cost_curves:
-            figure.add_scatter(**line_of(layer, field), line={"color": colour, "width": 1.2}, **place)
-    figure.add_scatter(**markers_of(cuts), **place)
-    figure.update_xaxes(title_text=FIELDS[field], **place)
+def lines_of(layers: Sequence[LayerRecord], field: str, kind: type) -> list[Line]:
+    """The curves of the layers whose part is of that kind."""
+    part = field.partition(".")[0]
+    return [
+        Line(layer, colour, layer.cost_curves[field])
+        for layer, colour in zip(layers, by_depth(len(layers)), strict=True)
+        if field in layer.cost_curves and isinstance(getattr(layer.dense, part), kind)
+    ]
 
 
-def line_of(layer: LayerRecord, field: str) -> dict[str, Any]:
+def drawn_line(line: Line) -> dict[str, Any]:
     """What costs nothing has no place on a logarithmic axis."""
-    curve = layer.cost_curves[field]
     return {
-        "x": curve.kept,
-        "y": [cost if cost > 0 else None for cost in curve.costs],
+        "x": line.curve.kept,
+        "y": [cost if cost > 0 else None for cost in line.curve.costs],
         "mode": "lines",
-        "hovertemplate": f"layer {layer.index}: " + "%{y:.3g} nats with %{x} left<extra></extra>",
+        "line": {"color": line.colour, "width": 1.2},
+        "hovertemplate": f"layer {line.layer.index}: " + "%{y:.3g} nats with %{x} left<extra></extra>",
     }
 
 
@@ -97,15 +114,14 @@ def markers_of(cuts: Sequence[Cut]) -> dict[str, Any]:
     }
 
 
-def cuts_of(layers: Sequence[LayerRecord], field: str) -> list[Cut]:
-    """Those of all layers that have a curve."""
-    cuts = []
-    for layer, colour in zip(layers, by_depth(len(layers)), strict=True):
-        kept = kept_of(layer, field) if field in layer.cost_curves else None
-        if kept is not None:
-            curve = layer.cost_curves[field]
-            cuts.append(Cut(layer.index, colour, kept, float(np.interp(kept, curve.kept, curve.costs))))
-    return cuts
+def cuts_of(lines: Sequence[Line], field: str) -> list[Cut]:
+    """Those of the layers that were cut."""
+    kept = [(line, kept_of(line.layer, field)) for line in lines]
+    return [
+        Cut(line.layer.index, line.colour, left, float(np.interp(left, line.curve.kept, line.curve.costs)))
+        for line, left in kept
+        if left is not None
+    ]
 
 
 def kept_of(layer: LayerRecord, field: str) -> int | None:
