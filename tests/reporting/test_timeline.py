@@ -12,8 +12,8 @@ from distprune.reporting.pages.timeline import read_events, timeline_of
 BEGAN = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
-def event(seconds: float, name: str, **fields) -> dict:
-    return {"time": (BEGAN + timedelta(seconds=seconds)).isoformat(), "event": name, **fields}
+def event(at: float, name: str, **fields) -> dict:
+    return {"time": (BEGAN + timedelta(seconds=at)).isoformat(), "event": name, **fields}
 
 
 def call(start: float, end: float, worker: int, layer: int, how: str = "call ended", stage: str = "Pruning") -> list:

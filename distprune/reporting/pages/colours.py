@@ -23,13 +23,8 @@ DARK = {"text": "#cbd5e1", "grid": "#334155", "scale": ("#1e293b", "#1e3a8a", "#
 def template(page: Mapping[str, Any]) -> dict[str, Any]:
     """Plotly's template for charts on that page."""
     scale = [[place / (len(page["scale"]) - 1), colour] for place, colour in enumerate(page["scale"])]
-    axis = {
-        "gridcolor": page["grid"],
-        "linecolor": page["grid"],
-        "zerolinecolor": page["grid"],
-        "automargin": True,
-        "title": {"font": {"size": 13}},
-    }
+    lines = dict.fromkeys(("gridcolor", "linecolor", "zerolinecolor"), page["grid"])
+    axis = {**lines, "automargin": True, "title": {"font": {"size": 13}}}
     return {
         "layout": {
             "font": {"color": page["text"], "family": FONT, "size": 13},

@@ -27,7 +27,7 @@ def expert_tokens_chart(record: RunRecord) -> Chart | None:
     figure.update_xaxes(title_text="expert of the dense model", showgrid=False, zeroline=False)
     figure.update_yaxes(title_text="layer", autorange="reversed", showgrid=False, zeroline=False)
     sentence = (
-        "Share of a layer's calibration tokens that each expert of the dense model saw. Of experts that saw few, little "
-        "is known."
+        "Share of a layer's calibration tokens that each expert of the dense model saw. Little is known of experts "
+        "that saw few."
     )
     return Chart("expert-tokens", "Tokens of each expert", sentence, figure)
