@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from html_pages import read_page
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -104,6 +105,24 @@ def test_rows_are_those_of_separate_runs_with_the_dense_model_first(comparison, 
         assert dense.total_parameters == record.total_parameters_before
         assert row.seconds > 0
         assert row.peak_memory.resident > 0
+    assert os.listdir(scratch) == []
+
+
+def test_the_report_shows_the_rows_and_lies_with_the_checkpoints_or_where_it_is_asked_for(comparison, tmp_path):
+    common = {"methods": ["olica"], "sparsities": [0.2]}
+    rows = comparison(**common, keep=tmp_path / "kept")
+    for row in rows:
+        points = read_page(tmp_path / "kept" / "report.html").trace("pareto", row.method)
+        assert (points["x"], points["y"]) == ([row.total_parameters], [pytest.approx(row.perplexity)])
+    assert (tmp_path / "kept" / "olica-20" / "report.html").is_file()
+    comparison(**common, report=tmp_path / "rows.html")
+    assert [file.name for file in tmp_path.glob("*.html")] == ["rows.html"]
+
+
+def test_a_report_where_none_can_be_is_refused_at_once(comparison, scratch, tmp_path):
+    for file in (tmp_path / "none" / "rows.html", tmp_path):
+        with pytest.raises(InputError, match="--report .*: give a file in a folder that exists"):
+            comparison(report=file)
     assert os.listdir(scratch) == []
 
 

@@ -230,3 +230,16 @@ def test_convert_tells_what_it_wrote(distprune, monkeypatch):
     result = distprune("convert", "old", "new")
     assert (result.exit_code, result.stdout) == (0, "new: converted from old\n")
     assert asked == [(Path("old"), Path("new"))]
+
+
+def test_report_draws_the_report_and_tells_where(distprune, pruned, tmp_path):
+    result = distprune("report", pruned[0], "--output", tmp_path / "report.html")
+    assert (result.exit_code, result.stdout.replace("\n", "")) == (0, str(tmp_path / "report.html"))
+    assert (tmp_path / "report.html").read_text() == (pruned[0] / "report.html").read_text()
+
+
+def test_report_of_another_folder_is_refused(distprune, dense_path):
+    result = distprune("report", dense_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "distprune_run.json: not found. Give the output folder" in result.stderr
+    assert not (dense_path / "report.html").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf, isfinite
 
 from distprune.comparison import ComparisonRow
 from distprune.reporting.pages.rendering import ABOVE, Chart, HtmlTable, plain_figure, render
@@ -35,7 +36,7 @@ def pareto_chart(rows: Sequence[ComparisonRow]) -> Chart:
         figure.add_scatter(
             name=method,
             x=[row.total_parameters for row in own],
-            y=[row.perplexity for row in own],
+            y=[row.perplexity if isfinite(row.perplexity) else None for row in own],
             mode="lines+markers",
             marker={"size": 9, "symbol": "star" if method == DENSE else "circle"},
             customdata=[f"{percent(row.sparsity_reached)} removed, {row.total_parameters:,} parameters" for row in own],
@@ -61,7 +62,7 @@ def pareto_chart(rows: Sequence[ComparisonRow]) -> Chart:
 
 def pareto_front(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
     """The results that no other beats in both parameters and perplexity, from the smallest on."""
-    best, front = float("inf"), []
+    best, front = inf, []
     for row in sorted(rows, key=lambda row: (row.total_parameters, row.perplexity)):
         if row.perplexity < best:
             best, front = row.perplexity, [*front, row]
