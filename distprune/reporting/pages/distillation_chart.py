@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from distprune.engine.run.record import LayerRecord, RunRecord
 from distprune.reporting.pages.colours import by_depth
 from distprune.reporting.pages.cost_charts import are_one
-from distprune.reporting.pages.rendering import Chart, plain_figure
+from distprune.reporting.pages.rendering import ABOVE, Chart, plain_figure
 
 
 def distillation_chart(record: RunRecord) -> Chart | None:
@@ -16,12 +16,12 @@ def distillation_chart(record: RunRecord) -> Chart | None:
     if not layers:
         return None
     figure = plain_figure(300, showlegend=False)
-    figure.update_xaxes(title_text="share of the steps", tickformat=".0%", range=[0, 1.01])
+    figure.update_xaxes(title_text="share of the steps", tickformat=".0%", range=[-0.02, 1.02], zeroline=False)
     if are_one(layers):
         add_whole_model(figure, layers[0])
         sentence = (
-            "Divergence of the pruned model's predictions from the dense model's on the text that is learnt from, and "
-            "(dashed) on samples that nothing was trained on, before and after."
+            "Divergence of the pruned model's predictions from the dense model's, on the text that is learnt from and "
+            "on samples that nothing was trained on. Where these did not improve, the layers stay as they were pruned."
         )
     else:
         add_layers(figure, layers)
@@ -35,13 +35,19 @@ def distillation_chart(record: RunRecord) -> Chart | None:
 def add_whole_model(figure: go.Figure, layer: LayerRecord) -> None:
     """One loss for all layers, in nats a token."""
     report = layer.distillation
+    hover = "%{y:.3g} nats a token<extra></extra>"
+    figure.add_scatter(name="training", **steps_of(report.training), mode="lines+markers", hovertemplate=hover)
     figure.add_scatter(
-        **steps_of(report.training), mode="lines+markers", hovertemplate="%{y:.3g} nats a token<extra></extra>"
+        name="held out, before and after",
+        x=[0, 1],
+        y=[report.held_out_before, report.held_out_after],
+        mode="lines+markers",
+        line={"dash": "dash"},
+        marker={"size": 9},
+        hovertemplate=hover,
     )
-    for place, value in {"before": report.held_out_before, "after": report.held_out_after}.items():
-        label = {"text": f"held out, {place}: {value:.3g}", "xanchor": "right", "showarrow": False}
-        figure.add_hline(value, line_dash="dash", line_width=1, annotation=label, opacity=0.7)
-    figure.update_yaxes(title_text="nats a token", rangemode="tozero")
+    figure.update_layout(showlegend=True, legend=ABOVE)
+    figure.update_yaxes(title_text="nats a token")
 
 
 def add_layers(figure: go.Figure, layers: list[LayerRecord]) -> None:
