@@ -99,7 +99,7 @@ def test_a_driver_killed_at_any_change_of_an_object_store_resumes_to_the_same_by
     prune_here(bucket / "whole")
     changes = store.changes
     assert changes > 60
-    for step in range(0, changes, 5):
+    for step in range(0, changes - 1, 5):  # by the last one, the lock's release, nothing is left to resume
         output = bucket / f"killed-{step}"
         store.changes, store.most = 0, step
         with pytest.raises(Killed):

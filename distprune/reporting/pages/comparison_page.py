@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf, isfinite
+from typing import Any
 
 from distprune.comparison import ComparisonRow
 from distprune.reporting.pages.rendering import ABOVE, Chart, HtmlTable, plain_figure, render
@@ -11,6 +12,8 @@ from distprune.reporting.pages.wording import percent
 from distprune.reporting.run_tables import comparison_columns, comparison_row
 
 DENSE = "dense"
+#: From so many times the least perplexity on, the axis is logarithmic.
+WIDE = 5
 #: A ring around each result that none beats in both size and quality.
 RING = {"symbol": "circle-open", "size": 17, "color": "#94a3b8", "line": {"width": 2}}
 
@@ -52,12 +55,19 @@ def pareto_chart(rows: Sequence[ComparisonRow]) -> Chart:
         hoverinfo="skip",
     )
     figure.update_xaxes(title_text="parameters", tickformat=".3s")
-    figure.update_yaxes(title_text="perplexity (logarithmic)", type="log", exponentformat="none", dtick="D1")
+    figure.update_yaxes(**perplexity_axis([row.perplexity for row in rows if isfinite(row.perplexity)]))
     sentence = (
         "Down and to the left is better. A ring is around each result that no other beats in both parameters and "
         "perplexity."
     )
     return Chart("pareto", "Perplexity by parameters", sentence, figure)
+
+
+def perplexity_axis(values: Sequence[float]) -> dict[str, Any]:
+    """Logarithmic where a bad result would leave the good ones no room."""
+    if max(values, default=1.0) < WIDE * min(values, default=1.0):
+        return {"title_text": "perplexity"}
+    return {"title_text": "perplexity (logarithmic)", "type": "log", "tickformat": "~g", "nticks": 8}
 
 
 def pareto_front(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
