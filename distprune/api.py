@@ -94,11 +94,10 @@ def prune(
     from distprune.engine import Requirements
     from distprune.engine import prune as run
     from distprune.planning import worker_needs
-    from distprune.reporting.pages import draw_report
 
     path = None if config is None else Path(config)
     settings = load_config(path, {"model": model, "output": output, **options})
-    return run(settings, progress, lambda *job: Requirements(*worker_needs(*job)), draw_report)
+    return run(settings, progress, lambda *job: Requirements(*worker_needs(*job)), _draw_report)
 
 
 def plan(
@@ -186,7 +185,7 @@ def compare(
     from distprune.comparison import Evaluation
     from distprune.comparison import compare as run
     from distprune.engine.telemetry.progress import Progress
-    from distprune.reporting.pages import comparison_report, draw_report
+    from distprune.reporting.pages.comparison_report import comparison_report
 
     kept = None if keep is None else local_folder(keep, "keep")
     with comparison_report(report, kept) as rows:
@@ -199,7 +198,7 @@ def compare(
             options=options or {},
             keep=kept,
             progress=progress or Progress,
-            report=draw_report,
+            report=_draw_report,
         ):
             rows.append(row)
             if on_row:
@@ -317,7 +316,6 @@ def pipeline(
     """
     from distprune.engine.telemetry.progress import Progress
     from distprune.pipeline import load_pipeline, run_pipeline
-    from distprune.reporting.pages import draw_report
 
     return run_pipeline(
         load_pipeline(Path(config)) if isinstance(config, str | Path) else config,
@@ -325,7 +323,7 @@ def pipeline(
         dry_run=dry_run,
         progress=progress or Progress,
         on_summary=on_summary,
-        report=draw_report,
+        report=_draw_report,
     )
 
 
@@ -365,7 +363,13 @@ def report(directory: str | Path, *, evaluation: str | Path | None = None, outpu
     Raises:
         InputError: the folder is not the result of a pruning run, or one of the files is unusable.
     """
-    from distprune.reporting.pages import draw_report
+    from distprune.reporting.pages.run_report import draw_report
 
     given = [None if place is None else location(place) for place in (evaluation, output)]
     return draw_report(location(directory), *given)
+
+
+def _draw_report(folder: Path) -> Path:
+    """Draw the report of a run that is about to be published. What draws charts is imported now, and not before: it
+    would count as the run's memory."""
+    return report(folder)

@@ -43,7 +43,7 @@ def layer_table(record: RunRecord) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for layer in record.layers:
         table.add_row(*layer_row(layer))
-    return table
+    return at_full_width(table)
 
 
 def layer_row(layer: LayerRecord) -> tuple[str, ...]:
@@ -107,7 +107,11 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*comparison_row(row)[: len(table.columns)])
-    # Its lines wrap where the terminal is narrower: unsightly, but no digit is lost.
+    return at_full_width(table)
+
+
+def at_full_width(table: Table) -> Table:
+    """The table, whose lines wrap where the terminal is narrower: unsightly, but no digit is lost."""
     table.width = Console(width=1000).measure(table).maximum
     return table
 

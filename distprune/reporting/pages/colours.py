@@ -17,7 +17,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 #: Text, lines of the grid, and how much was removed: from nothing to all.
 LIGHT = {"text": "#334155", "grid": "#e2e8f0", "scale": ("#f1f5f9", "#dbeafe", "#93c5fd", "#2563eb", "#1e3a8a")}
-DARK = {"text": "#cbd5e1", "grid": "#334155", "scale": ("#1e293b", "#1e3a8a", "#2563eb", "#93c5fd", "#eff6ff")}
+DARK = {"text": "#cbd5e1", "grid": "#2a374d", "scale": ("#1e293b", "#1e3a8a", "#2563eb", "#93c5fd", "#eff6ff")}
 
 
 def template(page: Mapping[str, Any]) -> dict[str, Any]:

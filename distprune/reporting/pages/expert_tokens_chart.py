@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distprune.engine.run.record import RunRecord
+from distprune.reporting.pages.cost_charts import layer_ticks
 from distprune.reporting.pages.rendering import Chart, plain_figure
 
 ROW_HEIGHT, AROUND, TALLEST = 24, 90, 700  # pixels
@@ -25,7 +26,7 @@ def expert_tokens_chart(record: RunRecord) -> Chart | None:
         colorbar={"tickformat": ".0%", "thickness": 12, "outlinewidth": 0, "nticks": 4},
     )
     figure.update_xaxes(title_text="expert of the dense model", showgrid=False, zeroline=False)
-    figure.update_yaxes(title_text="layer", autorange="reversed", showgrid=False, zeroline=False)
+    figure.update_yaxes(title_text="layer", autorange="reversed", zeroline=False, **layer_ticks(layers))
     sentence = (
         "Share of a layer's calibration tokens that each expert of the dense model saw. Little is known of experts "
         "that saw few."
