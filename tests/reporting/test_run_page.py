@@ -112,6 +112,19 @@ def test_what_was_asked_for_says_of_what(settings, asked):
     assert asked == page.texts["sparsity"].strip().partition("layers; ")[2]
 
 
+@pytest.mark.parametrize(
+    ("model", "title"),
+    [
+        ("/models/llama/big.gguf", "big.gguf"),
+        ("s3://bucket/big", "big"),
+        ("org/big", "org/big"),
+    ],
+)
+def test_the_title_names_the_model(model, title):
+    html = run_page(RunMaterial(record_of(layer_of(0, DENSE, DENSE), model=model)))
+    assert f"<h1>{title}, curvature at 25%</h1>" in html
+
+
 # ------------------------------------------------------------------ what was removed
 
 

@@ -11,7 +11,6 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from distprune.reporting.pages import wording
 from distprune.reporting.pages.colours import TEMPLATES
 from distprune.version import __version__
 
@@ -88,6 +87,4 @@ def render(template: str, **content: Any) -> str:
 @cache
 def environment() -> Environment:
     loader = PackageLoader("distprune.reporting.pages")
-    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {"duration": wording.duration, "percent": wording.percent}
-    return made
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
@@ -22,6 +23,7 @@ from distprune.reporting.pages.timeline import timeline_of
 from distprune.reporting.pages.timeline_chart import timeline_chart
 from distprune.reporting.pages.wording import duration, percent, short_bytes, short_count, three_digits
 from distprune.reporting.run_tables import attention_cells, ffn_cells, removed
+from distprune.storage import SCHEME
 
 GIB = 2**30
 
@@ -40,7 +42,7 @@ class RunMaterial:
     record: RunRecord
     settings: str = ""
     events: Sequence[Mapping[str, Any]] = ()
-    evaluations: Sequence[ModelEvaluation] = field(default=())
+    evaluations: Sequence[ModelEvaluation] = ()
 
 
 def run_page(material: RunMaterial) -> str:
@@ -48,7 +50,7 @@ def run_page(material: RunMaterial) -> str:
     record = material.record
     return render(
         "run.html.jinja",
-        title=f"{record.model}, {record.method} at {100 * record.sparsity_asked:g}%",
+        title=f"{name_of(record.model)}, {record.method} at {100 * record.sparsity_asked:g}%",
         subtitle=subtitle(record),
         figures=[*figures(record, asked_for(record, material.settings)), *quality_figures(material.evaluations)],
         notes=record.notes,
@@ -56,6 +58,11 @@ def run_page(material: RunMaterial) -> str:
         settings=material.settings,
         fingerprint=record.fingerprint,
     )
+
+
+def name_of(model: str) -> str:
+    """The last part of a path or URL; a hub id as it is."""
+    return PurePosixPath(model).name if model.startswith((".", "/")) or SCHEME in model else model
 
 
 def subtitle(record: RunRecord) -> str:
