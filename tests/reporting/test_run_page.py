@@ -169,6 +169,14 @@ def test_attention_that_went_whole_has_nothing_left():
     assert page.heat_map("units-left")["KV groups"] == [1]
 
 
+def test_a_linear_branch_is_told_of_and_not_as_something_removed():
+    branched = replace(DENSE, ffn=FeedForwardShape(48, branch_rank=8))
+    layers = layer_of(0, DENSE, DENSE), layer_of(1, DENSE, branched)
+    page = read_page(run_page(RunMaterial(record_of(*layers))))
+    assert page.heat_map("units-left") == {"neurons": [0, 0.25], "rank of the linear branch": [None, 0]}
+    assert page.trace("units-left")["text"][1] == ["", "8"]
+
+
 def test_a_run_that_removed_nothing_has_no_chart_of_what_is_left():
     page = read_page(run_page(RunMaterial(record_of(layer_of(0, DENSE, DENSE)))))
     assert "parameters-removed" in page.charts

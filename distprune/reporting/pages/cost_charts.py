@@ -9,9 +9,9 @@ from distprune.reporting.pages.rendering import ABOVE, Chart, plain_figure
 
 
 def predicted_chart(record: RunRecord) -> Chart | None:
-    """What each layer adds to the loss, as the plan predicts; None where the method predicts nothing."""
+    """What each layer adds to the loss, as the plan predicts; None where the method predicts none."""
     layers = [layer for layer in record.layers if layer.predicted_loss is not None]
-    if not layers:
+    if not any(layer.predicted_loss for layer in layers):
         return None
     figure = plain_figure(260, bargap=0.25)
     figure.add_bar(

@@ -57,8 +57,9 @@ def add_layers(figure: go.Figure, layers: list[LayerRecord]) -> None:
         if losses and losses[0] > 0:
             figure.add_scatter(
                 **steps_of([loss / losses[0] for loss in losses]),
-                mode="lines",
+                mode="lines+markers",
                 line={"color": colour, "width": 1.5},
+                marker={"size": 4},
                 customdata=losses,
                 hovertemplate=f"layer {layer.index}: " + "%{customdata:.3g}<extra></extra>",
             )

@@ -14,6 +14,8 @@ from distprune.reporting.pages.wording import percent
 
 #: Of more layers, cells are too narrow for text.
 MOST_WITH_TEXT = 32
+#: Of so many, text is as large as elsewhere.
+MOST_WITH_LARGE_TEXT = 16
 ROW_HEIGHT, AROUND = 34, 90  # pixels
 #: How the page calls the parts of the record.
 PARTS = {
@@ -43,7 +45,10 @@ def parameters_chart(record: RunRecord) -> Chart:
     """Layer by layer and part by part the share of the parameters that was removed."""
     rows = {PARTS[part]: [part_cell(layer, part) for layer in record.layers] for part in parts_of(record)}
     rows[WHOLE] = [parameters_cell(layer.parameters_before, layer.parameters_after) for layer in record.layers]
-    sentence = "Share of the parameters that was removed, by layer and part. Empty: the layer has no such part."
+    sentence = (
+        "Share of the parameters that was removed, by layer and part. Empty: the layer has no such part. Below zero: a "
+        "linear branch was added that is larger than what went."
+    )
     return Chart("parameters-removed", "Parameters removed", sentence, heat_map(rows, record.layers))
 
 
@@ -77,6 +82,8 @@ def units_chart(record: RunRecord) -> Chart | None:
     """Layer by layer how many heads, neurons, experts and so on are left; None where as many are as before."""
     rows = {unit.name: [unit_cell(unit.numbers(layer)) for layer in record.layers] for unit in units()}
     rows = {name: row for name, row in rows.items() if any(cell and cell.share for cell in row)}
+    if any(branches := [branch_cell(layer) for layer in record.layers]):
+        rows["rank of the linear branch"] = branches
     if not rows:
         return None
     sentence = "How many are left, coloured by the share that was removed. Ranks are those of factored projections."
@@ -89,6 +96,13 @@ def unit_cell(numbers: tuple[int, int] | None) -> Cell | None:
     before, after = numbers
     share = 1 - after / before
     return Cell(share, f"{after}" if share else "", f"{after} of {before} left ({percent(share)} removed)")
+
+
+def branch_cell(layer: LayerRecord) -> Cell | None:
+    """What was added, and so is coloured as nothing that was removed."""
+    ffn = layer.pruned.ffn
+    rank = ffn.branch_rank if isinstance(ffn, FeedForwardShape) else None
+    return Cell(0.0, f"{rank}", f"a linear branch of rank {rank} was added") if rank else None
 
 
 def units() -> Iterator[Unit]:
@@ -165,6 +179,7 @@ def heat_map(rows: dict[str, Row], layers: Sequence[LayerRecord]) -> go.Figure:
         text=[[cell.text if cell else "" for cell in row] for row in rows.values()],
         customdata=[[cell.hover if cell else "" for cell in row] for row in rows.values()],
         texttemplate="%{text}" if has_text else None,
+        textfont={"size": 13 if len(layers) <= MOST_WITH_LARGE_TEXT else 10},
         hovertemplate="layer %{x}, %{y}<br>%{customdata}<extra></extra>",
         hoverongaps=False,
         zmin=0,

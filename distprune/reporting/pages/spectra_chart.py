@@ -61,13 +61,14 @@ def spectra_chart(record: RunRecord) -> Chart | None:
     panels = [title for title in drawn if cuts[title]]
     if not panels:
         return None
-    rows = ceil(len(panels) / COLUMNS)
+    columns = min(COLUMNS, len(panels))
+    rows = ceil(len(panels) / columns)
     height = PANEL_HEIGHT * rows
     spacing = {"vertical_spacing": BETWEEN / height, "horizontal_spacing": 0.06}
-    figure = make_subplots(rows=rows, cols=COLUMNS, **spacing)
-    figure.update_layout(template="none", height=height, margin=MARGIN | {"l": 44, "b": 44}, showlegend=False)
+    figure = make_subplots(rows=rows, cols=columns, **spacing)
+    figure.update_layout(template="none", height=height, margin=MARGIN | {"l": 58, "b": 44}, showlegend=False)
     for number, title in enumerate(panels):
-        place = {"row": number // COLUMNS + 1, "col": number % COLUMNS + 1}
+        place = {"row": number // columns + 1, "col": number % columns + 1}
         for line in drawn[title]:
             figure.add_scatter(**drawn_line(line), **place)
         figure.add_scatter(**markers_of(cuts[title]), **place)
