@@ -11,9 +11,9 @@ from distprune.reporting.pages.rendering import ABOVE, Chart, plain_figure
 
 
 def distillation_chart(record: RunRecord) -> Chart | None:
-    """The training loss over the steps; None where nothing was distilled."""
+    """The training loss over the steps; None where nothing was distilled, or in one step."""
     layers = [layer for layer in record.layers if layer.distillation]
-    if not layers:
+    if not any(len(layer.distillation.training) > 1 for layer in layers):
         return None
     figure = plain_figure(300, showlegend=False)
     figure.update_xaxes(title_text="share of the steps", tickformat=".0%", range=[-0.02, 1.02], zeroline=False)
