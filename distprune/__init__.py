@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from distprune.api import calibrate, card, compare, evaluate, inspect, plan, prune, status
+from distprune.api import calibrate, card, compare, evaluate, inspect, plan, prune, report, status
 from distprune.errors import InputError, RunFailed
 from distprune.version import __version__
 
@@ -25,6 +25,7 @@ __all__ = [
     "load",
     "plan",
     "prune",
+    "report",
     "status",
     "suggested_name",
 ]

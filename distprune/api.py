@@ -123,7 +123,7 @@ def prune(
         settings = model
     else:
         settings = load_config(None if config is None else Path(config), {"model": model, "output": output, **options})
-    return run(settings, chosen_progress(progress), lambda *job: Requirements(*worker_needs(*job)))
+    return run(settings, chosen_progress(progress), lambda *job: Requirements(*worker_needs(*job)), _draw_report)
 
 
 def plan(
@@ -176,6 +176,7 @@ def compare(
     evaluation_length: int = 128,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     keep: str | Path | None = None,
+    report: str | Path | None = None,
     config: str | Path | None = None,
     progress: Callable[[], Progress] | None = None,
     on_row: Callable[[ComparisonRow], None] | None = None,
@@ -193,6 +194,7 @@ def compare(
         evaluation_length: tokens of each window of the text.
         options: hyperparameters by method, such as ``{"olica": {"percdamp": 0.5}}``.
         keep: a folder where the pruned checkpoints stay, as METHOD-PERCENT.
+        report: the HTML file to draw the rows in; by default report.html in ``keep``, if there is one.
         config: a YAML file of options that are common to all runs; those given here override it.
         progress: makes what tells how far each step is; silent by default.
         on_row: called with each row as soon as it is there, so that a failing run doesn't lose those before it.
@@ -209,21 +211,24 @@ def compare(
     from distprune.comparison import Evaluation
     from distprune.comparison import compare as run
     from distprune.engine.telemetry.progress import Progress
+    from distprune.reporting.pages.comparison_report import comparison_report
 
-    rows = []
-    for row in run(
-        methods,
-        sparsities,
-        Evaluation(text, max_tokens, evaluation_length, field),
-        {"model": model, **common},
-        config_file=None if config is None else Path(config),
-        options=options or {},
-        keep=None if keep is None else local_folder(keep, "keep"),
-        progress=progress or Progress,
-    ):
-        rows.append(row)
-        if on_row:
-            on_row(row)
+    kept = None if keep is None else local_folder(keep, "keep")
+    with comparison_report(report, kept) as rows:
+        for row in run(
+            methods,
+            sparsities,
+            Evaluation(text, max_tokens, evaluation_length, field),
+            {"model": model, **common},
+            config_file=None if config is None else Path(config),
+            options=options or {},
+            keep=kept,
+            progress=progress or Progress,
+            report=_draw_report,
+        ):
+            rows.append(row)
+            if on_row:
+                on_row(row)
     return rows
 
 
@@ -344,6 +349,7 @@ def pipeline(
         dry_run=dry_run,
         progress=progress or Progress,
         on_summary=on_summary,
+        report=_draw_report,
     )
 
 
@@ -386,7 +392,42 @@ def card(
     Raises:
         InputError: the folder is not the result of a pruning run, or the evaluation is unusable or of other models.
     """
-    from distprune.engine import read_evaluation, write_card
+    from distprune.engine import write_card
 
-    found = read_evaluation(Path(evaluation)) if isinstance(evaluation, str | Path) else evaluation
-    write_card(location(directory), found, base_model)
+    write_card(location(directory), _evaluations(evaluation), base_model)
+
+
+def report(
+    directory: str | Path,
+    evaluation: str | Path | Sequence[ModelEvaluation] = (),
+    *,
+    output: str | Path | None = None,
+) -> Path:
+    """Draw a run's report again, as a web page in one file.
+
+    Args:
+        directory: the result of a pruning run.
+        evaluation: as of :func:`card`.
+        output: the file to write; by default report.html in the checkpoint.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: the folder is not the result of a pruning run, or one of the files is unusable.
+    """
+    from distprune.reporting.pages.run_report import draw_report
+
+    return draw_report(location(directory), _evaluations(evaluation), None if output is None else location(output))
+
+
+def _evaluations(given: str | Path | Sequence[ModelEvaluation]) -> Sequence[ModelEvaluation]:
+    from distprune.evaluation import read_evaluations
+
+    return read_evaluations(location(given)) if isinstance(given, str | Path) else given
+
+
+def _draw_report(folder: Path) -> Path:
+    """Draw the report of a run that is about to be published. What draws charts is imported now, and not before: it
+    would count as the run's memory."""
+    return report(folder)

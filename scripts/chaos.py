@@ -35,7 +35,7 @@ from rich.table import Table
 
 from distprune import InputError, status
 from distprune.checkpoint import partial_directory
-from distprune.engine.run.record import CONFIG_FILE, LOG_FILE, RECORD_FILE
+from distprune.engine.run.record import CONFIG_FILE, LOG_FILE, RECORD_FILE, REPORT_FILE
 
 MOST_FAULTS = 3  # in one run
 LOOK_EVERY = 0.05  # seconds
@@ -209,7 +209,7 @@ def digest(folder: Path) -> str:
     """SHA-256 over names and bytes of every file but those that tell times and paths."""
     total = hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        if file.name not in (RECORD_FILE, CONFIG_FILE, LOG_FILE):
+        if file.name not in (RECORD_FILE, CONFIG_FILE, LOG_FILE, REPORT_FILE):
             total.update(str(file.relative_to(folder)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()
 

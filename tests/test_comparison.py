@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from html_pages import read_page
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -107,6 +108,24 @@ def test_rows_are_those_of_separate_runs_with_the_dense_model_first(comparison, 
     assert os.listdir(scratch) == []
 
 
+def test_the_report_shows_the_rows_and_lies_with_the_checkpoints_or_where_it_is_asked_for(comparison, tmp_path):
+    common = {"methods": ["olica"], "sparsities": [0.2]}
+    rows = comparison(**common, keep=tmp_path / "kept")
+    for row in rows:
+        points = read_page(tmp_path / "kept" / "report.html").trace("pareto", row.method)
+        assert (points["x"], points["y"]) == ([row.total_parameters], [pytest.approx(row.perplexity)])
+    assert (tmp_path / "kept" / "olica-20" / "report.html").is_file()
+    comparison(**common, report=tmp_path / "rows.html")
+    assert [file.name for file in tmp_path.glob("*.html")] == ["rows.html"]
+
+
+def test_a_report_where_none_can_be_is_refused_at_once(comparison, scratch, tmp_path):
+    for file in (tmp_path / "none" / "rows.html", tmp_path):
+        with pytest.raises(InputError, match=r"--report .*: give a file in a folder that exists"):
+            comparison(report=file)
+    assert os.listdir(scratch) == []
+
+
 def test_with_embeddings_counted_the_fraction_reached_is_of_all_parameters(comparison):
     dense, row = comparison(methods=["olica"], sparsities=[0.2], count_embeddings=True)
     assert row.sparsity_reached == 1 - row.total_parameters / dense.total_parameters
@@ -158,7 +177,7 @@ def test_own_samples_are_drawn_once_and_stay_with_the_results_that_are_kept(comp
     keep = tmp_path / "kept"
     comparison(methods=["oops", "olica"], sparsities=[0.125], keep=keep, **own)
     assert [kind for kind, _ in calls].count("write_own_samples") == 1
-    assert sorted(os.listdir(keep)) == ["calibration.arrow", "olica-12.5", "oops-12.5"]
+    assert sorted(os.listdir(keep)) == ["calibration.arrow", "olica-12.5", "oops-12.5", "report.html"]
 
     alone, _ = run(method="oops", sparsity=0.125, **own)
     kept, written = (open_calibration(path / "calibration.arrow") for path in (keep, alone))
@@ -177,7 +196,7 @@ def test_kept_results_are_refused_when_they_are_there_already_and_replaced_when_
     with pytest.raises(InputError, match=r"oops at 30%: .*oops-30 exists"):
         comparison(**changes)
     assert calls == []
-    assert os.listdir(tmp_path / "kept") == ["oops-30"]
+    assert sorted(os.listdir(tmp_path / "kept")) == ["oops-30", "report.html"]
 
     comparison(**changes, overwrite=True, options={"oops": {"selection": "score"}})
     assert digests(tmp_path / "kept" / "oops-30") != before
@@ -310,10 +329,10 @@ def fail_at(monkeypatch) -> Callable[[float, Exception], None]:
     prune = comparison_driver.prune
 
     def fail(sparsity: float, error: BaseException) -> None:
-        def prune_or_fail(config, progress):
+        def prune_or_fail(config, progress, **more):
             if config.sparsity == sparsity:
                 raise error
-            return prune(config, progress)
+            return prune(config, progress, **more)
 
         monkeypatch.setattr(comparison_driver, "prune", prune_or_fail)
 

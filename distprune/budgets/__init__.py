@@ -1,6 +1,6 @@
 """How much to take from which layer and part."""
 
-from distprune.budgets.accounting import decoder_parameters, layer_parameters, outer_parameters
+from distprune.budgets.accounting import decoder_parameters, layer_parameters, outer_parameters, parameters_by_part
 from distprune.budgets.allocation import Allocation, Curve, allocate
 from distprune.budgets.filling import affordable_neurons, aligned, fill_with_ffn, neurons_amount
 from distprune.budgets.layouts import (
@@ -49,6 +49,7 @@ __all__ = [
     "outer_parameters",
     "outlier_ratio",
     "outlier_weighted",
+    "parameters_by_part",
     "rest_amount",
     "target_of",
 ]

@@ -57,15 +57,20 @@ class Allocation:
 
     Attributes:
         choices: indices into each curve's options, as they were given.
-        cost: the sum of the options' costs.
+        costs: of each curve's option.
         amount: the sum of the options' amounts.
         bound: no choice within the budget costs less.
     """
 
     choices: list[int]
-    cost: float
+    costs: list[float]
     amount: int
     bound: float
+
+    @property
+    def cost(self) -> float:
+        """The sum of the options' costs."""
+        return float(sum(self.costs))
 
     @property
     def gap(self) -> float:
@@ -102,7 +107,7 @@ def allocate(curves: Sequence[Curve], budget: float) -> Allocation:
         choices, bound = fill(tables, better, budget), max(bound, proven)
     return Allocation(
         choices=[int(curve.options[choice]) for curve, choice in zip(curves, choices, strict=True)],
-        cost=total_cost(tables, choices),
+        costs=costs_of(tables, choices),
         amount=total_amount(tables, choices),
         bound=bound,
     )
@@ -173,8 +178,12 @@ def fill(tables: Sequence[Table], choices: Sequence[int], budget: int) -> list[i
         left += taken
 
 
+def costs_of(tables: Sequence[Table], choices: Sequence[int]) -> list[float]:
+    return [float(table.costs[choice]) for table, choice in zip(tables, choices, strict=True)]
+
+
 def total_cost(tables: Sequence[Table], choices: Sequence[int]) -> float:
-    return float(sum(table.costs[choice] for table, choice in zip(tables, choices, strict=True)))
+    return float(sum(costs_of(tables, choices)))
 
 
 def total_amount(tables: Sequence[Table], choices: Sequence[int]) -> int:

@@ -19,10 +19,11 @@ from distprune.cli.interrupts import heed_signals, ignore_signals
 from distprune.cli.pipeline_command import pipeline
 from distprune.cli.plan_command import plan
 from distprune.cli.prune_command import prune
+from distprune.cli.report_command import report
 from distprune.cli.status_command import status
 
 #: In the order in which the help lists them.
-COMMANDS = (calibrate, prune, plan, compare, evaluate, inspect, card, status, export, convert, pipeline)
+COMMANDS = (calibrate, prune, plan, compare, evaluate, inspect, report, card, status, export, convert, pipeline)
 
 app = typer.Typer(
     help="Prune large language models on a Ray cluster, without retraining.",

@@ -34,6 +34,9 @@ def compare(
         typer.Option(metavar="METHOD.NAME=VALUE", help="hyperparameter of one method; repeatable"),
     ] = None,
     keep: Annotated[Optional[Path], typer.Option(help="folder in which to keep the pruned checkpoints")] = None,
+    report: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="HTML file to draw the rows in [KEEP/report.html]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
     config: opt.Config = None,
     target: opt.Target = None,

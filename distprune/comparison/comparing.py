@@ -17,7 +17,7 @@ from distprune.config import PruneConfig
 from distprune.engine import RunRecord, prune
 from distprune.engine.driver import one_of_each_kind, worker_pool
 from distprune.engine.run.preflight import Job
-from distprune.engine.run.record import CALIBRATION_FILE
+from distprune.engine.run.record import CALIBRATION_FILE, DrawReport
 from distprune.engine.run.signals import sigterm_interrupts
 from distprune.engine.scheduler.ray_cluster import WorkerPlan, alive_nodes, connected, plan_workers
 from distprune.engine.scheduler.run_dtype import settle_dtype
@@ -56,6 +56,7 @@ def compare(
     options: MethodOptions,
     keep: Path | None = None,
     progress: NewProgress = Progress,
+    report: DrawReport | None = None,
 ) -> Iterator[ComparisonRow]:
     """Prune with every method at every sparsity, and give each row as soon as it is there, the dense model's first.
 
@@ -68,6 +69,7 @@ def compare(
         options: hyperparameters by method.
         keep: where the pruned checkpoints stay, as METHOD-PERCENT; otherwise each goes once it is evaluated.
         progress: makes what tells how far each step is.
+        report: draws the report that each checkpoint that stays is made with.
 
     Raises:
         InputError: something about the input is wrong. What can be known before the long work is found before it.
@@ -93,7 +95,7 @@ def compare(
                 bar = progress()
                 bar.note(f"{run.title} ({number} of {len(runs)})")
                 with naming(run.title):
-                    row = measure(run.name, config, evaluation, bar, progress())
+                    row = measure(run.name, config, evaluation, bar, progress(), report if keep else None)
                 if not keep:
                     shutil.rmtree(config.output)
                 yield row
@@ -127,11 +129,16 @@ def measure_dense(dense: Job, evaluation: Evaluation, progress: Progress) -> Com
 
 
 def measure(
-    name: str, config: PruneConfig, evaluation: Evaluation, pruning: Progress, evaluating: Progress
+    name: str,
+    config: PruneConfig,
+    evaluation: Evaluation,
+    pruning: Progress,
+    evaluating: Progress,
+    report: DrawReport | None,
 ) -> ComparisonRow:
     """Prune and evaluate; the result stays at the configuration's output."""
     forget_peak_memory()
-    record = prune(config, pruning)
+    record = prune(config, pruning, report=report)
     return ComparisonRow(
         method=name,
         sparsity_asked=config.sparsity,

@@ -1,7 +1,7 @@
 """The Ray side: driver, worker actors, layer tasks, and what a run records."""
 
 from distprune.engine.driver import prune
-from distprune.engine.run.model_card import read_evaluation, suggested_name, write_card
+from distprune.engine.run.model_card import suggested_name, write_card
 from distprune.engine.run.record import RunRecord, load_record
 from distprune.engine.run.status import RunStatus, status
 from distprune.engine.scheduler.nodes import Requirements
@@ -12,7 +12,6 @@ __all__ = [
     "RunStatus",
     "load_record",
     "prune",
-    "read_evaluation",
     "status",
     "suggested_name",
     "write_card",

@@ -5,7 +5,7 @@ Only some methods have a gradient pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -33,12 +33,14 @@ from distprune.engine.run.record import (
     LOG_FILE,
     OWN_FILES,
     CalibrationRecord,
+    DrawReport,
     RunRecord,
     forecast,
     layer_records,
     load_record,
     parameter_counts,
 )
+from distprune.engine.run.report_file import leave_report
 from distprune.engine.run.signals import interruptions_noted, sigterm_interrupts
 from distprune.engine.run.work_folder import CHECK, PUBLISHING, Outline, WorkFolder
 from distprune.engine.scheduler.nodes import Requirements
@@ -46,7 +48,7 @@ from distprune.engine.scheduler.pool import WorkerPool
 from distprune.engine.scheduler.ray_cluster import WorkerPlan, alive_nodes, connected, plan_workers
 from distprune.engine.scheduler.run_dtype import settle_dtype
 from distprune.engine.scheduler.runtime import RayRuntime
-from distprune.engine.stages.assembling import Assemble
+from distprune.engine.stages.assembling import Assemble, stored_bytes
 from distprune.engine.stages.checking import Check, OwnSamples
 from distprune.engine.stages.context import RunContext, mixtures_of
 from distprune.engine.stages.dense_pass import DensePass
@@ -63,6 +65,7 @@ from distprune.engine.worker.weights import WeightAccess, weight_access
 from distprune.errors import InputError, InterruptedWhenDone, Unreachable
 from distprune.hardware import AUTO
 from distprune.layers.architecture import Architecture
+from distprune.methods import CostCurve, Profile
 from distprune.storage import copy, kept_locally, staged
 from distprune.version import __version__
 
@@ -73,7 +76,10 @@ PATIENCE = 30
 
 
 def prune(
-    config: PruneConfig, progress: Progress | None = None, requirements: RequirementsOf | None = None
+    config: PruneConfig,
+    progress: Progress | None = None,
+    requirements: RequirementsOf | None = None,
+    report: DrawReport | None = None,
 ) -> RunRecord:
     """Prune a model and publish the result at ``config.output``.
 
@@ -84,6 +90,7 @@ def prune(
         config: the run.
         progress: what to tell how far it is; silent by default.
         requirements: tells what a worker needs, from the configuration, the model and the workers' device.
+        report: draws the report that the result is published with.
 
     Raises:
         InputError: something about the input is wrong; the output path is untouched.
@@ -91,7 +98,7 @@ def prune(
         KeyboardInterrupt: SIGINT or SIGTERM came; an InterruptedWhenDone, if the result was published by then.
     """
     if goes_to_hub(config):
-        return prune_to_hub(config, lambda here: prune(here, progress, requirements))
+        return prune_to_hub(config, lambda here: prune(here, progress, requirements, report))
     log, interruptions = RunLog(str(config.output)), []
     with sigterm_interrupts(), log.errors(), ExitStack() as at_last:
 
@@ -100,7 +107,8 @@ def prune(
 
         record = finish_publishing(config, past_interruption)
         if record is None:
-            record = prune_job(check_job(config), progress or Progress(), log, requirements, past_interruption)
+            job = check_job(config)
+            record = prune_job(job, progress or Progress(), log, requirements, report, past_interruption)
     if interruptions:
         raise InterruptedWhenDone(record)
     return record
@@ -111,6 +119,7 @@ def prune_job(
     progress: Progress,
     log: RunLog,
     requirements: RequirementsOf | None,
+    report: DrawReport | None,
     past_interruption: Callable[[], None],
 ) -> RunRecord:
     name, partial = str(job.config.output), partial_directory(job.config.output)
@@ -135,6 +144,8 @@ def prune_job(
         record.save(work.checkpoint, config)
         write_card(work.checkpoint)
         copy(work.log, work.checkpoint / LOG_FILE)
+        if report:
+            leave_report(report, work.checkpoint, config.output)
         work.journal.write(PUBLISHING)
         past_interruption()
         publish(work.checkpoint, config.output, config.overwrite)
@@ -230,7 +241,7 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
             with work.timed("distill"):
                 distill(context, config.distill, tokens, files)
         with work.timed("assemble"):
-            layout = Assemble(context, job, plan, files, work.writer, work.checkpoint).run()
+            layout, size = Assemble(context, job, plan, files, work.writer, work.checkpoint).run()
         peaks = pool.peak_memory()
     return RunRecord(
         model=config.model,
@@ -248,14 +259,24 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
         peak_memory_driver=peak_memory(),
         peak_memory_workers=peaks,
         seconds=work.seconds(),
-        layers=layer_records(job.architecture, plan, files.reports(), files.distillations(), expert_tokens),
+        layers=layer_records(
+            job.architecture, plan, files.reports(), files.distillations(), expert_tokens, cost_curves(job, profiles)
+        ),
         notes=[*job.notes, *seldom_used(expert_tokens)],
         left_alone=job.left_alone.parts,
         left_alone_share=job.left_alone.share,
         commit=job.hub.commit if job.hub else None,
         calibration=CalibrationRecord.of(calibration_set),
         version=__version__,
+        bytes_before=stored_bytes(job.checkpoint),
+        bytes_after=size,
     )
+
+
+def cost_curves(job: Job, profiles: Sequence[Profile]) -> list[Mapping[str, CostCurve]]:
+    """What the method's plan was made from, layer by layer."""
+    shapes = job.architecture.dense_shapes
+    return [job.method.cost_curves(shape, profile) for shape, profile in zip(shapes, profiles, strict=True)]
 
 
 def one_of_each_kind(architecture: Architecture) -> list[int]:

@@ -3,6 +3,7 @@
 from distprune.evaluation.answering import Answering, Loading
 from distprune.evaluation.generation import generate_sentence
 from distprune.evaluation.perplexity import PerplexityResult, evaluate_perplexity, perplexity_of_model
+from distprune.evaluation.printed import read_evaluations
 from distprune.evaluation.side_by_side import EvaluationOptions, ModelEvaluation, evaluate_models
 from distprune.evaluation.speed import BatchSpeed, Speed, SpeedOptions
 
@@ -19,4 +20,5 @@ __all__ = [
     "evaluate_perplexity",
     "generate_sentence",
     "perplexity_of_model",
+    "read_evaluations",
 ]

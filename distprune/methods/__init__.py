@@ -1,6 +1,17 @@
 """Pruning methods, one file or folder each. A plugin brings more: see `registry.py`."""
 
-from distprune.methods.base import ChangeExperts, LayerToPrune, Method, Observe, Paper, Plan, Profile
+from distprune.methods.base import ChangeExperts, CostCurve, LayerToPrune, Method, Observe, Paper, Plan, Profile
 from distprune.methods.registry import METHODS, make_method
 
-__all__ = ["METHODS", "ChangeExperts", "LayerToPrune", "Method", "Observe", "Paper", "Plan", "Profile", "make_method"]
+__all__ = [
+    "METHODS",
+    "ChangeExperts",
+    "CostCurve",
+    "LayerToPrune",
+    "Method",
+    "Observe",
+    "Paper",
+    "Plan",
+    "Profile",
+    "make_method",
+]

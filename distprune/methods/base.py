@@ -39,11 +39,31 @@ class Plan(list[LayerShape]):
         shapes: of all layers.
         predicted_loss: the increase of the loss, in nats a token; None where the method does not say.
         gap: at most so much of it, as a fraction, is more than the least that any plan on offer costs.
+        by_layer: what each layer adds to it; None where the method does not say.
     """
 
-    def __init__(self, shapes: Iterable[LayerShape], predicted_loss: float | None = None, gap: float | None = None):
+    def __init__(
+        self,
+        shapes: Iterable[LayerShape],
+        predicted_loss: float | None = None,
+        gap: float | None = None,
+        by_layer: Sequence[float] | None = None,
+    ):
         super().__init__(shapes)
-        self.predicted_loss, self.gap = predicted_loss, gap
+        self.predicted_loss, self.gap, self.by_layer = predicted_loss, gap, by_layer
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """What it is predicted to cost to narrow one thing of a layer, while all else of the model stays.
+
+    Attributes:
+        kept: how much of it stays, ascending, in the units of the shape's field that says it.
+        costs: the increase of the loss then, in nats a token.
+    """
+
+    kept: list[int]
+    costs: list[float]
 
 
 @dataclass(frozen=True)
@@ -207,6 +227,13 @@ class Method(BaseModel):
     def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         """The shape each layer is to have, the whole meeting ``target`` within one step of ``align``."""
         raise NotImplementedError
+
+    def cost_curves(self, shape: LayerShape, profile: Profile) -> Mapping[str, CostCurve]:
+        """What the plan was made from, for people to see where it cut; nothing where the method does not say.
+
+        By the field of the shape that is narrowed, such as "attention.query_rank" or "ffn.width".
+        """
+        return {}
 
     # ---------------------------------------------------------------- the pruning pass
 

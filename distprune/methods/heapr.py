@@ -82,7 +82,9 @@ class Heapr(Method):
         allocation = allocate(curves, target.remaining - rest)
         for index, choice in zip(options, allocation.choices, strict=True):
             shapes[index] = options[index][choice]
-        return Plan(shapes, allocation.cost, allocation.gap)
+        costs = dict(zip(options, allocation.costs, strict=True))
+        by_layer = [costs.get(index, 0.0) for index in range(len(shapes))]
+        return Plan(shapes, allocation.cost, allocation.gap, by_layer)
 
     # ---------------------------------------------------------------- the pruning pass
 

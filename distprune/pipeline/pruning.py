@@ -37,7 +37,10 @@ class Prune(Step):
             return result_of(load_record(self.config.output))
         restart = surroundings.restart or not was_begun(work, identity)
         config = self.config.model_copy(update={"restart": restart})
-        return result_of(prune(config, surroundings.progress(), lambda *job: Requirements(*worker_needs(*job))))
+        record = prune(
+            config, surroundings.progress(), lambda *job: Requirements(*worker_needs(*job)), surroundings.report
+        )
+        return result_of(record)
 
     def is_there(self, result: Mapping[str, Any]) -> bool:
         return self._fingerprint_there() == result["fingerprint"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distprune.checkpoint import hold_lock, write_text
+from distprune.engine.run.record import DrawReport
 from distprune.engine.run.signals import sigterm_interrupts
 from distprune.engine.telemetry.log import RunLog
 from distprune.engine.telemetry.progress import Progress
@@ -45,6 +46,7 @@ def run_pipeline(
     dry_run: bool = False,
     progress: Callable[[], Progress] = Progress,
     on_summary: OnSummary | None = None,
+    report: DrawReport | None = None,
 ) -> PipelineSummary:
     """Do all steps that have to be done, and publish what passes the gate.
 
@@ -54,6 +56,7 @@ def run_pipeline(
         dry_run: check everything and tell which steps would be done, but do none.
         progress: makes what tells how far each step is; silent by default.
         on_summary: called once with the summary, however the pipeline ends.
+        report: draws the report that each result is made with.
 
     Raises:
         InputError: something about the input is wrong. What can be known before the long work is found before it.
@@ -76,7 +79,7 @@ def run_pipeline(
             return summary
 
         try:
-            passing = advance(course, work, restart, dry_run, progress, until_the_end)
+            passing = advance(course, work, restart, dry_run, progress, until_the_end, report)
         except InputError as error:
             end(BAD_INPUT, error)
             raise
@@ -100,10 +103,11 @@ def advance(
     dry_run: bool,
     progress: Callable[[], Progress],
     until_the_end: ExitStack,
+    report: DrawReport | None,
 ) -> Sequence[ResultPlan]:
     """From the plan to what is published. Returns the results that pass the gate."""
     plan = course.plan = plan_pipeline(course.config)
-    surroundings = Surroundings(plan.base, progress, restart, until_the_end)
+    surroundings = Surroundings(plan.base, progress, restart, until_the_end, report)
     execution = course.execution = Execution(StepRecords(work / "steps"), surroundings, RunLog(str(work)))
     check_pipeline(course.config, plan, execution)
     if dry_run:

@@ -10,6 +10,7 @@ from typing import Any
 
 from distprune.config import PruneConfig
 from distprune.engine.run.journal import fingerprint
+from distprune.engine.run.record import DrawReport
 from distprune.engine.scheduler.ray_cluster import connected
 from distprune.engine.telemetry.progress import Progress
 from distprune.version import __version__
@@ -17,12 +18,14 @@ from distprune.version import __version__
 
 @dataclass
 class Surroundings:
-    """What steps share: the Ray that the first one that needs it joins, and what tells of each one's progress."""
+    """What steps share: the Ray that the first one that needs it joins, what tells of each one's progress, and what
+    draws the report of each pruning run."""
 
     base: PruneConfig
     progress: Callable[[], Progress]
     restart: bool
     until_the_end: ExitStack
+    report: DrawReport | None = None
     is_connected: bool = False
 
     def connect(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -11,6 +11,8 @@ from distprune.evaluation import BatchSpeed, ModelEvaluation
 
 MIB = 2**20
 STDERR = "_stderr"
+MEMORY_COLUMNS = ("parameters, MiB", "peak, MiB", "KV cache, bytes/token")
+SPEED_COLUMNS = ("prefill, tokens/s", "decode, tokens/s")
 
 
 def evaluation_lines(evaluations: Sequence[ModelEvaluation]) -> Iterator[Table | str]:
@@ -35,17 +37,19 @@ def evaluation_lines(evaluations: Sequence[ModelEvaluation]) -> Iterator[Table |
 
 
 def quality_table(names: Sequence[str], evaluations: Sequence[ModelEvaluation]) -> Table:
-    """One row a measure, of perplexity and of each task's metrics with their standard error, where it has one."""
-    table = table_of("", "", *names)
+    """A row for perplexity, and one for each task's metrics with their standard error, where it has one."""
+    return filled(table_of("", "", *names), quality_rows(evaluations))
+
+
+def quality_rows(evaluations: Sequence[ModelEvaluation]) -> Iterator[tuple[str, ...]]:
     if all(evaluation.perplexity for evaluation in evaluations):
         values = [evaluation.perplexity.perplexity for evaluation in evaluations]
-        table.add_row("perplexity", *(f"{value:.2f}" + ratio(value, values) for value in values))
+        yield "perplexity", *(f"{value:.2f}" + ratio(value, values) for value in values)
     for task, metrics in evaluations[0].tasks.items():
         for metric in metrics:
             if STDERR not in metric:
                 cells = (metric_cell(task, metric, evaluation, evaluations[0]) for evaluation in evaluations)
-                table.add_row(f"{task}, {metric}", *cells)
-    return table
+                yield f"{task}, {metric}", *cells
 
 
 def metric_cell(task: str, metric: str, evaluation: ModelEvaluation, first: ModelEvaluation) -> str:
@@ -58,28 +62,32 @@ def metric_cell(task: str, metric: str, evaluation: ModelEvaluation, first: Mode
 
 def memory_table(names: Sequence[str], evaluations: Sequence[ModelEvaluation]) -> Table:
     """Memory of the parameters, of the whole process, and of one token in the KV cache."""
+    title = f"memory, in {evaluations[0].speed.dtype}"
+    return filled(table_of(title, "model", *MEMORY_COLUMNS), memory_rows(names, evaluations))
+
+
+def memory_rows(names: Sequence[str], evaluations: Sequence[ModelEvaluation]) -> Iterator[tuple[str, ...]]:
     speeds = [evaluation.speed for evaluation in evaluations]
-    columns = ("parameters, MiB", "peak, MiB", "KV cache, bytes/token")
-    table = table_of(f"memory, in {speeds[0].dtype}", "model", *columns)
     parameters, peaks = ([getattr(speed, field) for speed in speeds] for field in ("parameter_bytes", "peak_bytes"))
     cached = [speed.cache_bytes_per_token for speed in speeds]
     for name, parameter, peak, cache in zip(names, parameters, peaks, cached, strict=True):
-        table.add_row(
+        yield (
             name,
             f"{parameter / MIB:,.0f}" + ratio(parameter, parameters),
             f"{peak / MIB:,.0f}" + ratio(peak, peaks),
             f"{cache:,.0f}" + ratio(cache, cached),
         )
-    return table
 
 
 def speed_table(names: Sequence[str], speeds: Sequence[BatchSpeed], batch: int) -> Table:
     """Tokens a second at one batch size."""
-    table = table_of(f"batch {batch}", "model", "prefill, tokens/s", "decode, tokens/s")
+    return filled(table_of(f"batch {batch}", "model", *SPEED_COLUMNS), speed_rows(names, speeds))
+
+
+def speed_rows(names: Sequence[str], speeds: Sequence[BatchSpeed]) -> Iterator[tuple[str, ...]]:
     for name, speed in zip(names, speeds, strict=True):
         prefill, decode = (f"{speed.prefill:,.0f}", speed.prefill_ratio), (f"{speed.decode:,.0f}", speed.decode_ratio)
-        table.add_row(name, *(f"{value} ({against:.2f})" for value, against in (prefill, decode)))
-    return table
+        yield name, *(f"{value} ({against:.2f})" for value, against in (prefill, decode))
 
 
 def ratio(value: float, values: Sequence[float]) -> str:
@@ -92,4 +100,10 @@ def table_of(title: str, first: str, *columns: str) -> Table:
     table.add_column(first, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")
+    return table
+
+
+def filled(table: Table, rows: Iterable[tuple[str, ...]]) -> Table:
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -11,6 +11,7 @@ from rich.table import Table
 from distprune.comparison import ComparisonRow
 from distprune.engine import RunRecord, RunStatus
 from distprune.engine.run.record import LayerRecord
+from distprune.layers.shapes import ExpertsShape
 
 GIB = 2**30
 
@@ -42,7 +43,7 @@ def layer_table(record: RunRecord) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for layer in record.layers:
         table.add_row(*layer_row(layer))
-    return table
+    return at_full_width(table)
 
 
 def layer_row(layer: LayerRecord) -> tuple[str, ...]:
@@ -63,11 +64,19 @@ def attention_cells(layer: LayerRecord) -> tuple[str, ...]:
 
 
 def ffn_cells(layer: LayerRecord) -> tuple[str, ...]:
-    """Width and the rank of the linear branch; nothing of a network that is not known or was removed."""
+    """Width and the rank of the linear branch, of a mixture its experts, their width and what is shared beside them;
+    nothing of a network that is not known or was removed."""
     dense, pruned = layer.dense.ffn, layer.pruned.ffn
     if dense is None or pruned is None:
         return ("-",) * 2
+    if isinstance(dense, ExpertsShape):
+        return f"{mixture_text(pruned)}/{mixture_text(dense)}", "-"
     return f"{pruned.width}/{dense.width}", str(pruned.branch_rank or "-")
+
+
+def mixture_text(shape: ExpertsShape) -> str:
+    """Such as 8x64+32: eight experts of 64 neurons, and 32 that every token passes through."""
+    return f"{shape.count}x{shape.width}" + (f"+{shape.shared.width}" if shape.shared else "")
 
 
 def removed(layer: LayerRecord) -> float:
@@ -92,17 +101,27 @@ def memory_line(record: RunRecord) -> str:
 def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
     """One row a model: the sparsity asked and reached, the parameters left, and what it cost."""
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    table.add_column("\nmethod")
-    for column in ("\nasked", "\nreached", "decoder\nparameters", "all\nparameters", "\nperplexity", "\nseconds"):
-        table.add_column(column, justify="right")
-    on_gpu = any(row.peak_memory and row.peak_memory.device for row in rows)
-    for column in ("peak\nGiB", "on GPU\nGiB") if on_gpu else ("peak\nGiB",):
+    first, *others = comparison_columns(rows)
+    table.add_column(first)
+    for column in others:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*comparison_row(row)[: len(table.columns)])
-    # Its lines wrap where the terminal is narrower: unsightly, but no digit is lost.
+    return at_full_width(table)
+
+
+def at_full_width(table: Table) -> Table:
+    """The table, whose lines wrap where the terminal is narrower: unsightly, but no digit is lost."""
     table.width = Console(width=1000).measure(table).maximum
     return table
+
+
+def comparison_columns(rows: Sequence[ComparisonRow]) -> list[str]:
+    """The heads of the columns, in two lines each."""
+    counts = ["decoder\nparameters", "all\nparameters"]
+    columns = ["\nmethod", "\nasked", "\nreached", *counts, "\nperplexity", "\nseconds"]
+    on_gpu = any(row.peak_memory and row.peak_memory.device for row in rows)
+    return [*columns, "peak\nGiB", *(["on GPU\nGiB"] if on_gpu else [])]
 
 
 def comparison_row(row: ComparisonRow) -> tuple[str, ...]:

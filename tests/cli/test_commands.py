@@ -248,7 +248,7 @@ def test_a_card_is_written_anew_with_results(distprune, pruned, tmp_path):
     (tmp_path / "results.json").write_text("perplexity: 3")
     refused = distprune("card", folder, *options)
     assert (refused.exit_code, refused.stdout) == (2, "")
-    assert "results.json: is no evaluation" in refused.stderr
+    assert "results.json: the file: Invalid JSON" in refused.stderr
 
 
 def test_a_push_that_the_token_does_not_allow_is_refused_first(distprune, tmp_path, monkeypatch):
@@ -256,3 +256,16 @@ def test_a_push_that_the_token_does_not_allow_is_refused_first(distprune, tmp_pa
     result = distprune("prune", "no-model", "-o", tmp_path / "pruned", "--push-to-hub", "org/model")
     assert result.exit_code == 2
     assert "hf://org/model: the hub asks for a token. Set HF_TOKEN" in result.stderr
+
+
+def test_report_draws_the_report_and_tells_where(distprune, pruned, tmp_path):
+    result = distprune("report", pruned[0], "--output", tmp_path / "report.html")
+    assert (result.exit_code, result.stdout.replace("\n", "")) == (0, str(tmp_path / "report.html"))
+    assert (tmp_path / "report.html").read_text() == (pruned[0] / "report.html").read_text()
+
+
+def test_report_of_another_folder_is_refused(distprune, dense_path):
+    result = distprune("report", dense_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "distprune_run.json: not found. Give the output folder" in result.stderr
+    assert not (dense_path / "report.html").exists()

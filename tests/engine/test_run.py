@@ -62,7 +62,8 @@ def test_the_fingerprint_depends_on_what_changes_the_result_alone(run, pruned):
 def test_without_a_calibration_set_the_model_writes_its_own(run, dense_path, digests, tmp_path):
     model = shutil.copytree(dense_path, tmp_path / "model")
     # As if an earlier run had made the model: what that run left must not pass for this run's.
-    for name in ("calibration.arrow", "distprune_config.yaml", "distprune_log.jsonl", "distprune_run.json"):
+    own = "calibration.arrow", "distprune_config.yaml", "distprune_log.jsonl", "distprune_run.json", "report.html"
+    for name in own:
         (model / name).write_text("left by an earlier run")
     options = {"calibration": None, "samples": 4, "sequence_length": 12}
     (folder, record), (again, _), (other, _) = (run(model, **options, seed=seed) for seed in (5, 5, 6))
@@ -72,6 +73,7 @@ def test_without_a_calibration_set_the_model_writes_its_own(run, dense_path, dig
     assert calibration.metadata.self_generated
     assert calibration.metadata.seed == 5
     assert load_record(folder) == record
+    assert "earlier run" not in (folder / "report.html").read_text()
     assert digests(folder) == digests(again) != digests(other)
     assert calibration.fingerprint == open_calibration(again / "calibration.arrow").fingerprint
 
@@ -89,6 +91,7 @@ def test_tokenizer_and_generation_config_travel_along_and_an_old_calibration_set
         "pruned_attention.py",
         "pruned_layers.py",
         "pruned_projections.py",
+        "report.html",
         "tokenizer.json",
         "tokenizer_config.json",
     }

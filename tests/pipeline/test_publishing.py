@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from html_pages import read_page
 
 import distprune
 from distprune import InputError
@@ -116,6 +117,12 @@ def test_a_result_that_was_published_is_replaced_by_the_next_with_overwrite_alon
     held_back = {"gate": {"perplexity": {"at_most": 12}}, "publish": publish, **changed}
     assert publishing(run_pipeline(held_back)) == {"20": "done", "30": "skipped"}
     assert publishing(run_pipeline({"publish": publish, **changed})) == {"20": "skipped", "30": "done"}
+
+
+def test_a_model_is_published_with_its_report(run_pipeline, scores, shop):
+    run_pipeline({"publish": {"to": f"{shop}/m"}})
+    record = json.loads((shop / "m" / "distprune_run.json").read_text())
+    assert read_page(shop / "m" / "report.html").texts["fingerprint"] == record["fingerprint"]
 
 
 def test_what_was_published_by_a_pipeline_that_could_not_say_so_is_not_published_again(

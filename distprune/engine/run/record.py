@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distprune.budgets import decoder_parameters, layer_parameters, outer_parameters
+from distprune.budgets import decoder_parameters, layer_parameters, outer_parameters, parameters_by_part
 from distprune.calibration import Calibration
 from distprune.config import PruneConfig
 from distprune.distillation.layerwise import DistillationReport
@@ -17,18 +17,30 @@ from distprune.engine.worker.report import Report
 from distprune.errors import InputError
 from distprune.layers.architecture import Architecture
 from distprune.layers.shapes import LayerShape
+from distprune.methods import CostCurve, Plan
 
 RECORD_FILE = "distprune_run.json"
 CONFIG_FILE = "distprune_config.yaml"
+REPORT_FILE = "report.html"
 CALIBRATION_FILE = "calibration.arrow"
 LOG_FILE = "distprune_log.jsonl"
-OWN_FILES = (RECORD_FILE, CONFIG_FILE, CALIBRATION_FILE, LOG_FILE)
+OWN_FILES = (RECORD_FILE, CONFIG_FILE, CALIBRATION_FILE, LOG_FILE, REPORT_FILE)
+
+
+#: Draws the report of a run, whose result lies in a folder, into that folder.
+DrawReport = Callable[[Path], object]
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer: its shape before and after, its parameters, the seconds each step took, how it went, and how many
-    calibration tokens each of its experts has seen in the dense model."""
+    """One layer: its shape before and after, its parameters, the seconds each step took, and how it went.
+
+    Attributes:
+        expert_tokens: how many calibration tokens each of its experts has seen in the dense model.
+        parts: parameters before and after, by the part that :func:`distprune.budgets.parameters_by_part` names.
+        predicted_loss: what the plan says that the layer adds to the loss, in nats a token; None of most methods.
+        cost_curves: see :meth:`distprune.methods.Method.cost_curves`.
+    """
 
     index: int
     dense: LayerShape
@@ -39,6 +51,9 @@ class LayerRecord:
     warnings: list[str]
     distillation: DistillationReport | None
     expert_tokens: list[int] | None = None
+    parts: Mapping[str, list[int]] = field(default_factory=dict)
+    predicted_loss: float | None = None
+    cost_curves: Mapping[str, CostCurve] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class RunRecord:
         commit: of a model on the hub.
         calibration: what the run was calibrated on.
         version: of distprune.
+        bytes_before, bytes_after: of all tensors on disk; None where an earlier version has made the record.
     """
 
     model: str
@@ -95,6 +111,8 @@ class RunRecord:
     commit: str | None = None
     calibration: CalibrationRecord | None = None
     version: str | None = None
+    bytes_before: int | None = None
+    bytes_after: int | None = None
 
     @property
     def decoder_sparsity(self) -> float:
@@ -121,10 +139,11 @@ def forecast(predicted_loss: float, gap: float) -> str:
 
 def layer_records(
     model: Architecture,
-    plan: list[LayerShape],
+    plan: Plan,
     reports: list[Report],
     distillations: list[DistillationReport | None],
     expert_tokens: list[list[int] | None],
+    cost_curves: list[Mapping[str, CostCurve]],
 ) -> list[LayerRecord]:
     return [
         LayerRecord(
@@ -137,9 +156,19 @@ def layer_records(
             warnings=reports[index].warnings,
             distillation=distillations[index],
             expert_tokens=expert_tokens[index],
+            parts=parts_before_and_after(model, index, shape),
+            predicted_loss=None if plan.by_layer is None else plan.by_layer[index],
+            cost_curves=cost_curves[index],
         )
         for index, shape in enumerate(plan)
     ]
+
+
+def parts_before_and_after(model: Architecture, index: int, shape: LayerShape) -> dict[str, list[int]]:
+    """Parameters of each part of a layer, dense and in that shape."""
+    before = parameters_by_part(model, index, model.dense_shape(index))
+    after = parameters_by_part(model, index, shape)
+    return {part: [before[part], after.get(part, 0)] for part in before}
 
 
 def parameter_counts(model: Architecture, plan: list[LayerShape]) -> dict[str, int]:
@@ -189,5 +218,6 @@ def read_layer(stored: Mapping[str, Any]) -> LayerRecord:
             "dense": LayerShape.from_json(stored["dense"]),
             "pruned": LayerShape.from_json(stored["pruned"]),
             "distillation": distillation and DistillationReport(**distillation),
+            "cost_curves": {name: CostCurve(**curve) for name, curve in stored.get("cost_curves", {}).items()},
         }
     )

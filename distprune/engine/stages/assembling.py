@@ -48,8 +48,8 @@ class Assemble:
         self.context, self.job, self.plan, self.files = context, job, plan, files
         self.writer, self.folder = writer, folder
 
-    def run(self) -> str:
-        """Returns the layout: the plainest that can say the layers' shapes."""
+    def run(self) -> tuple[str, int]:
+        """Returns the layout, the plainest that can say the layers' shapes, and the bytes of all tensors."""
         before, after = self._copy()
         layout = self._write_config()
         order = [*before, *self.files.parts(), *after]
@@ -57,8 +57,7 @@ class Assemble:
         merged = merged_at_once(self.job.config)
         MergeShards(self.context, merged, self.writer.accept_shard, self.writer.build).run(shards)
         self.writer.finish_assembly()
-        self._verify()
-        return layout
+        return layout, self._verify()
 
     def _copy(self) -> tuple[list[str], list[str]]:
         """Let the workers copy what is not of the layers: embedding, norm and head a part each, then what pruning
@@ -94,13 +93,20 @@ class Assemble:
             write_files(local, config, modeling_files(layout))
         return layout
 
-    def _verify(self) -> None:
-        """See that the finished folder opens and holds every tensor in its planned shape.
+    def _verify(self) -> int:
+        """See that the finished folder opens and holds every tensor in its planned shape. Returns their bytes.
 
         Raises:
             InputError: it does not; names the file and tensor.
         """
-        Checkpoint.open(self.folder).check_shapes(expected_shapes(self.job, self.plan))
+        finished = Checkpoint.open(self.folder)
+        finished.check_shapes(expected_shapes(self.job, self.plan))
+        return stored_bytes(finished)
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """What all tensors take on disk, their scales included."""
+    return sum(part.nbytes for info in checkpoint.tensors.values() for part in info.stored)
 
 
 def copied(job: Job) -> Iterator[tuple[str, ...]]:

@@ -37,7 +37,16 @@ def allocate_globally(target: Target, profiles: Sequence[Profile], reach: Reach)
     allocation = allocate([menu.curve for menu in menus], target.remaining - rest)
     for menu, choice in zip(menus, allocation.choices, strict=True):
         shapes[menu.layer] = chosen(shapes[menu.layer], menu, choice)
-    return Plan(spend_rest(target, shapes, reach.align), allocation.cost, allocation.gap)
+    by_layer = costs_by_layer(menus, allocation.costs, len(shapes))
+    return Plan(spend_rest(target, shapes, reach.align), allocation.cost, allocation.gap, by_layer)
+
+
+def costs_by_layer(menus: Sequence[Menu], costs: Sequence[float], layers: int) -> list[float]:
+    """What was chosen from the menus of each layer costs."""
+    by_layer = [0.0] * layers
+    for menu, cost in zip(menus, costs, strict=True):
+        by_layer[menu.layer] += cost
+    return by_layer
 
 
 def chosen(shape: LayerShape, menu: Menu, choice: int) -> LayerShape:

@@ -14,7 +14,7 @@ other text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -37,7 +37,7 @@ from distprune.layers.sites import (
     QUERIES,
     SHARED_NEURONS,
 )
-from distprune.methods.base import LayerToPrune, Method, Observe, Plan, Profile, ProfileExperts, of_parts
+from distprune.methods.base import CostCurve, LayerToPrune, Method, Observe, Plan, Profile, ProfileExperts, of_parts
 from distprune.methods.curvature.allocating import allocate_globally, smallest
 from distprune.methods.curvature.curves import (
     attention_curves,
@@ -56,6 +56,7 @@ from distprune.methods.curvature.mixture_curves import (
     shared_moments,
 )
 from distprune.methods.curvature.narrowing import narrowed, without_experts
+from distprune.methods.curvature.recorded_curves import recorded_curves
 from distprune.methods.curvature.stock import allocate_equally, choices_alike
 from distprune.methods.units import (
     heads_of_groups,
@@ -162,11 +163,14 @@ class Curvature(Method):
 
     def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         if target.sparsity == 0:
-            return Plan(target.dense_shapes, predicted_loss=0.0, gap=0.0)
+            return Plan(target.dense_shapes, predicted_loss=0.0, gap=0.0, by_layer=[0.0] * len(profiles))
         reach = self._reach(align)
         if target.layout == "stock":
             return allocate_equally(target, profiles, reach)
         return allocate_globally(target, profiles, reach)
+
+    def cost_curves(self, shape: LayerShape, profile: Profile) -> Mapping[str, CostCurve]:
+        return recorded_curves(shape, profile)
 
     # ---------------------------------------------------------------- the pruning pass
 

@@ -6,7 +6,7 @@ the first, are left whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -39,23 +39,31 @@ class Alike:
 
 def allocate_equally(target: Target, profiles: Sequence[Profile], reach: Reach) -> Plan:
     """As many KV groups and as wide an FFN in every layer: of all such pairs that meet the target, the cheapest."""
-    attentions = [profile for profile in profiles if "group_costs" in profile]
-    choices = choices_alike(target, reach)
-    mixtures = [
-        mixture_costs(profile, shape.ffn)
-        for profile, shape in zip(profiles, target.dense_shapes, strict=True)
-        if isinstance(shape.ffn, ExpertsShape)
+    choices, is_mixture = choices_alike(target, reach), bool(mixture_layers(target.dense_shapes))
+    layers = [
+        cost_of_choice(shape, profile, is_mixture) for shape, profile in zip(target.dense_shapes, profiles, strict=True)
     ]
-    ffns = [] if mixtures else [costs_by_width(profile) for profile in profiles if "ffn_costs" in profile]
 
     def cost(choice: Alike) -> float:
-        groups = sum(float(profile["group_costs"][choice.groups_gone]) for profile in attentions)
-        experts = sum(cost_of(choice.experts, choice.width) for cost_of in mixtures)
-        return groups + experts + sum(cost_of(choice.width) for cost_of in ffns)
+        return sum(cost_of(choice) for cost_of in layers)
 
     nearest = min(choice.unspent for choice in choices)
     best = min((choice for choice in choices if choice.unspent == nearest), key=cost)
-    return Plan(best.shapes, cost(best), gap=0.0)
+    return Plan(best.shapes, cost(best), gap=0.0, by_layer=[cost_of(best) for cost_of in layers])
+
+
+def cost_of_choice(shape: LayerShape, profile: Profile, is_mixture: bool) -> Callable[[Alike], float]:
+    """What a choice costs in one layer, of a model that has mixtures or has none."""
+    groups = profile.get("group_costs")
+    experts = mixture_costs(profile, shape.ffn) if isinstance(shape.ffn, ExpertsShape) else None
+    ffn = costs_by_width(profile) if "ffn_costs" in profile and not is_mixture else None
+
+    def cost(choice: Alike) -> float:
+        of_attention = 0.0 if groups is None else float(groups[choice.groups_gone])
+        of_experts = experts(choice.experts, choice.width) if experts else 0.0
+        return of_attention + of_experts + (ffn(choice.width) if ffn else 0.0)
+
+    return cost
 
 
 def choices_alike(target: Target, reach: Reach) -> list[Alike]:

@@ -2,6 +2,5 @@
 
 from distprune.engine.run.model_card.card import write_card
 from distprune.engine.run.model_card.checkpoint_name import suggested_name
-from distprune.engine.run.model_card.results import read_evaluation
 
-__all__ = ["read_evaluation", "suggested_name", "write_card"]
+__all__ = ["suggested_name", "write_card"]

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field, TypeAdapter, ValidationError
 
 from distprune.errors import InputError
 from distprune.evaluation import ModelEvaluation
@@ -26,25 +22,6 @@ class Results:
 
     rows: list[tuple[str, str, str]]
     conditions: str
-
-
-def read_evaluation(file: Path) -> list[ModelEvaluation]:
-    """Read what ``distprune evaluate --json`` has printed.
-
-    Raises:
-        InputError: the file is missing, or holds something else.
-    """
-    try:
-        return TypeAdapter(Annotated[list[ModelEvaluation], Field(min_length=1)]).validate_python(
-            json.loads(file.read_text(encoding="utf-8"))
-        )
-    except OSError as error:
-        raise InputError(f"{file}: can't be read ({error.strerror}). Check --evaluation.") from None
-    except (ValidationError, ValueError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise InputError(
-            f"{file}: is no evaluation ({reason}). Make one with `distprune evaluate ORIGINAL PRUNED --json`."
-        ) from None
 
 
 def results_of(evaluation: Sequence[ModelEvaluation], folder: Path) -> Results:
