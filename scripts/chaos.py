@@ -28,7 +28,7 @@ from random import Random
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from chaos_cluster import Cluster
-from chaos_driver import SETTINGS, Driver, Setting, make_calibration, make_model
+from chaos_driver import MIXTURE_SETTINGS, SETTINGS, Driver, Setting, make_calibration, make_model
 from chaos_faults import FAULTS, Scene
 from rich.console import Console
 from rich.table import Table
@@ -79,10 +79,10 @@ class Trial:
 
 
 class Chaos:
-    def __init__(self, folder: Path, random: Random, timeout: float):
+    def __init__(self, folder: Path, random: Random, timeout: float, mixture: bool = False):
         self.folder, self.random, self.timeout = folder, random, timeout
         self.model, self.calibration = folder / "model", folder / "calibration.arrow"
-        make_model(self.model)
+        make_model(self.model, mixture)
         make_calibration(self.model, self.calibration)
         self.scene = new_scene(random)
         self.faults = Deck(list(FAULTS), random)
@@ -245,7 +245,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50, help="disturbed prunes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="configurations to choose from")
+    parser.add_argument("--settings", type=int, help="configurations to choose from; all by default")
+    parser.add_argument("--mixture", action="store_true", help="of a mixture of experts, whole layers and in chunks")
     parser.add_argument("--timeout", type=float, default=240, help="seconds after which a prune is said to hang")
     return parser.parse_args()
 
@@ -254,8 +255,9 @@ def main() -> int:
     arguments = parse_arguments()
     random = Random(arguments.seed)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    settings = Deck(random.sample(SETTINGS, arguments.settings), random)
-    chaos, trials = Chaos(folder, random, arguments.timeout), []
+    every = MIXTURE_SETTINGS if arguments.mixture else SETTINGS
+    settings = Deck(random.sample(every, arguments.settings or len(every)), random)
+    chaos, trials = Chaos(folder, random, arguments.timeout, arguments.mixture), []
     while len(trials) < arguments.runs or (missing(trials) and len(trials) < 2 * arguments.runs):
         setting = settings.deal()
         trial = chaos.try_out(setting, f"run-{len(trials):03}")

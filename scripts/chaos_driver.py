@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
 from distprune.calibration import CalibrationMetadata, load_tokenizer, tokenizer_fingerprint, write_calibration
 
@@ -35,17 +35,20 @@ class Setting:
     method: str
     propagation: str
     distill: str | None
+    experts_at_once: int | None = None
 
     def __str__(self) -> str:
         distilled = f", distilled by {self.distill}" if self.distill else ""
-        return f"{self.method}, propagation {self.propagation}{distilled}"
+        chunks = f", {self.experts_at_once} experts at once" if self.experts_at_once else ""
+        return f"{self.method}, propagation {self.propagation}{distilled}{chunks}"
 
     @property
     def arguments(self) -> list[str]:
         distill = []
         if self.distill:
             distill = ["--distill-objective", self.distill, "--distill-learning-rate", "0.001"]
-        return ["--method", self.method, "--propagation", self.propagation, *distill]
+        chunks = ["--experts-at-once", str(self.experts_at_once)] if self.experts_at_once else []
+        return ["--method", self.method, "--propagation", self.propagation, *distill, *chunks]
 
     @property
     def steps(self) -> int:
@@ -55,6 +58,10 @@ class Setting:
 
 METHODS, OBJECTIVES = ("curvature", "olica", "oops"), (None, "layers", "logits")
 SETTINGS = [Setting(*choice) for choice in itertools.product(METHODS, ("1", "2", "full"), OBJECTIVES)]
+MIXTURE_SETTINGS = [
+    *(Setting(*choice) for choice in itertools.product(("curvature", "slimgpt"), ("1", "2", "full"), (None,), (2,))),
+    *(Setting(*choice) for choice in itertools.product(("curvature", "reap"), ("2", "full"), OBJECTIVES)),
+]
 
 
 class Driver:
@@ -108,8 +115,8 @@ def run_command_line(arguments: list[str], log: Path) -> None:
     main()
 
 
-def make_model(folder: Path) -> None:
-    """A Llama with grouped-query attention, small and random, and a tokenizer for it."""
+def make_model(folder: Path, mixture: bool = False) -> None:
+    """A Llama with grouped-query attention, or a Mixtral likewise, small and random, and a tokenizer for it."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -119,9 +126,11 @@ def make_model(folder: Path) -> None:
     backend.train_from_iterator(["The river runs down to the sea."], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     torch.manual_seed(0)
-    config = LlamaConfig(
+    experts = {"num_local_experts": 6, "num_experts_per_tok": 2} if mixture else {}
+    config = (MixtralConfig if mixture else LlamaConfig)(
+        **experts,
         hidden_size=64,
-        intermediate_size=192,
+        intermediate_size=64 if mixture else 192,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -131,7 +140,7 @@ def make_model(folder: Path) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

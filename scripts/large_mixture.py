@@ -119,7 +119,7 @@ class Took:
         seconds: dict[str, list[float]] = {}
         for line in log.read_text().splitlines():
             event = json.loads(line)
-            if event.get("message") == "call ended" and event["stage"] == "Pruning":
+            if event["event"] == "call ended" and event["stage"] == "Pruning":
                 seconds.setdefault(event["call"], []).append(event["seconds"])
         return cls(sum(seconds["prune_around"]), seconds["prune_experts"], sum(seconds.get("join_experts", [0.0])))
 

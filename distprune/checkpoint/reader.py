@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -41,6 +42,8 @@ from distprune.storage import is_remote, location
 
 LISTED = 5
 HEADERS_AT_ONCE = 8
+#: Of a tensor that is read to look at it alone.
+PART_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Checkpoint:
     def check_finite(self, names: Iterable[str]) -> None:
         """Read the named tensors, one at a time, and raise InputError where one holds NaN or infinity."""
         for name in names:
-            if not is_finite(self.read([name])[name]):
+            if not all(map(is_finite, in_parts(self, name))):
                 raise InputError(
                     f"{self._info(name).file}: tensor {name} holds NaN or infinite values. "
                     "Download the file again, or use a release of the model without them."
@@ -142,6 +145,27 @@ class Checkpoint:
         if name not in self.tensors:
             raise InputError(f"{self.path} holds no tensor {name}. Check that config.json belongs to these weights.")
         return self.tensors[name]
+
+
+class ReadsTensors(Protocol):
+    """A checkpoint, as far as its tensors are read."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]: ...
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor: ...
+
+
+def in_parts(checkpoint: ReadsTensors, name: str) -> Iterator[torch.Tensor]:
+    """A tensor; a large one, such as all experts of a layer, some of its rows at a time."""
+    info = checkpoint.tensors[name]
+    if info.nbytes <= PART_BYTES:
+        yield checkpoint.read([name])[name]
+        return
+    for rows in torch.arange(info.shape[0]).split(max(1, PART_BYTES * info.shape[0] // info.nbytes)):
+        yield checkpoint.read_rows(name, rows)
 
 
 def read_config(path: Path, trust_remote_code: bool) -> tuple[PretrainedConfig, Scheme | None]:

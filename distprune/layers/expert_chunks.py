@@ -15,6 +15,11 @@ from distprune.layers.parts import Experts, keep_experts
 ReadExperts = Callable[[Tensor], Mapping[str, Tensor]]
 
 
+def in_chunks(count: int, at_once: int) -> list[range]:
+    """Which of so many experts are read together."""
+    return [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
+
+
 @dataclass(frozen=True)
 class ExpertChunks:
     """How the experts of a layer are read whose own tensors are elsewhere.
@@ -36,8 +41,8 @@ class ExpertChunks:
             yield own, self.take(experts, own)
 
     def numbers(self, count: int) -> list[range]:
-        """Which experts are read at once, of so many."""
-        return [range(start, min(start + self.at_once, count)) for start in range(0, count, self.at_once)]
+        """Which experts are read together, of so many."""
+        return in_chunks(count, self.at_once)
 
     def take(self, experts: Experts, own: range) -> Experts:
         """Some of the mixture's experts, read."""

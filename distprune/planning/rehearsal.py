@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from distprune.config import PruneConfig
 from distprune.engine.worker.check_tasks import CheckLayer, CheckOuter
@@ -62,6 +62,8 @@ from distprune.engine.worker.pass_tasks import (
 )
 from distprune.engine.worker.prune_task import Prune
 from distprune.engine.worker.task import Task
+from distprune.layers.chunked_pass import Routed
+from distprune.layers.expert_chunks import in_chunks
 from distprune.layers.loss import TOKENS_AT_ONCE
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import ExpertsShape, LayerShape
@@ -321,13 +323,15 @@ class Rehearsal:
 
                 of_layer, of_chunk = run(batches, noted)
             done.append(taken)
-        chunks, count = self._chunks(index), self.model.architecture.dense_shape(index).ffn.count
-        profile = {**of_layer, **{name: torch.cat([part] * chunks)[:count] for name, part in of_chunk.items()}}
+        chunks = self._chunks(index)
+        profile = {
+            **of_layer, **{name: torch.cat([part] * len(chunks))[: chunks[-1].stop] for name, part in of_chunk.items()}
+        }  # fmt: skip
         return {kind: Rehearsed(done[0][kind], done[1][kind], self._sizes) for kind in done[0]}, (profile, {})
 
-    def _chunks(self, index: int) -> int:
+    def _chunks(self, index: int) -> list[range]:
         """Of a dense layer's experts."""
-        return len(self.worker.chunks(index).numbers(self.model.architecture.dense_shape(index).ffn.count))
+        return self.worker.chunks(index).numbers(self.model.architecture.dense_shape(index).ffn.count)
 
     def _forward_in_chunks(self, index: int) -> tuple[Takes, Any]:
         def run(batches: int, do: Callable[[Task], Any]) -> tuple[Any, Any]:
@@ -335,7 +339,8 @@ class Rehearsal:
             routed, before = do(RouteTokens(index, states))
             outputs, overview = do(ForwardExperts(index, 0, routed))
             all_overview = overview_of_all(overview, self._overview(index))
-            _, after = do(ForwardJoined(index, states, routed, [outputs] * self._chunks(index)))
+            all_outputs = of_every_chunk(outputs, routed, self._chunks(index))
+            _, after = do(ForwardJoined(index, states, routed, all_outputs))
             if self.worker.has_gradient_pass:
                 return {}, {}
             of_chunk = do(ProfileExperts(index, 0, routed, [before, all_overview]))
@@ -349,10 +354,12 @@ class Rehearsal:
             routed, _ = do(RouteTokensAgain(index, states))
             outputs, overview = do(ForwardExpertsAgain(index, 0, routed))
             all_overview, chunks = overview_of_all(overview, self._overview(index)), self._chunks(index)
-            at_experts, totals, after = do(GradientAtExperts(index, states, gradient, routed, [outputs] * chunks))
+            all_outputs = of_every_chunk(outputs, routed, chunks)
+            at_experts, totals, after = do(GradientAtExperts(index, states, gradient, routed, all_outputs))
             seen = [after, all_overview]
             of_experts, of_chunk = do(BackwardExperts(index, 0, routed, at_experts, seen))
-            _, others = do(BackwardJoined(index, states, gradient, routed, totals, [of_experts] * chunks))
+            of_all = of_every_chunk(of_experts, routed, chunks)
+            _, others = do(BackwardJoined(index, states, gradient, routed, totals, of_all))
             return do(ProfileMixtureAgain(index, [*seen, others])), of_chunk
 
         return self._passed_in_chunks(index, run)
@@ -386,10 +393,11 @@ class Rehearsal:
                 if isinstance(planned.ffn, ExpertsShape):
                     of_chunk = PruneExperts(whole.index, planned, whole.profile, whole.propagates, 0, routed)
                     taken[PruneExperts], (_, outputs, _) = do(of_chunk)
-                    chunks = [outputs] * -(-planned.ffn.count // self.config.experts_at_once)
                 if whole.propagates and isinstance(planned.ffn, ExpertsShape):
                     states, pairs = self.states(batches), finished.rotary_pairs
-                    joining = JoinExperts(whole.index, states, planned, state, pairs, routed, chunks)
+                    chunks = in_chunks(planned.ffn.count, self.config.experts_at_once)
+                    all_outputs = of_every_chunk(outputs, routed, chunks)
+                    joining = JoinExperts(whole.index, states, planned, state, pairs, routed, all_outputs)
                     taken[JoinExperts], _ = do(joining)
             done.append(taken)
         return {kind: Rehearsed(done[0][kind], done[1][kind], self._sizes) for kind in done[0]}
@@ -505,6 +513,16 @@ def overview_of_all(overview: Seen, moments: Sequence[Moment]) -> Seen:
         return {}
     average, tokens = overview[str(moments[0])], overview[counted(moments[0].site)]
     return {str(moment): average for moment in moments} | {counted(moment.site): tokens for moment in moments}
+
+
+def of_every_chunk(given: Sequence[Any], routed: Sequence[Routed], chunks: Sequence[range]) -> list[list[Any]]:
+    """What each chunk of experts gives of every micro-batch, (its tokens, ...), of what the first one has given."""
+
+    def as_long(of_batch: Any, rows: int) -> Any:
+        return tree_map(lambda tensor: tensor.new_empty(rows, *tensor.shape[1:]), of_batch)
+
+    batches = [*zip(given, routed, strict=True)]
+    return [[as_long(of_batch, len(batch.rows(own)[0])) for of_batch, batch in batches] for own in chunks]
 
 
 def values_of(result: Any) -> Any:

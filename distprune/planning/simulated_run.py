@@ -42,6 +42,7 @@ from distprune.engine.worker.pass_tasks import Advance, CloseLayer, CloseLoss, O
 from distprune.engine.worker.prune_task import Prune
 from distprune.engine.worker.report import Report
 from distprune.engine.worker.task import Task
+from distprune.layers.expert_chunks import in_chunks
 from distprune.planning.kernels import EIGEN, FLOAT32, FLOAT64, HALF
 from distprune.planning.rehearsal import CloseAfterForward, Done, ForwardOfStudent, Rehearsed
 from distprune.planning.scenario import Scenario, TokenSet
@@ -127,7 +128,7 @@ class PlannedRuntime(SimulatedRuntime):
         if isinstance(task, (Prune, PruneExperts, Distill, FoldIn)):
             size = self.scenario.pruned_bytes[task.index]
             if isinstance(task, PruneExperts):  # each of as many experts; what is around them is little
-                size /= self.context.chunks_of(task.planned.ffn)
+                size /= len(in_chunks(task.planned.ffn.count, self.scenario.config.experts_at_once))
             if self.scenario.config.writes != "driver":
                 moved -= size
                 seconds += size / self.scenario.rates.write

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distprune.checkpoint import Checkpoint
+from distprune.checkpoint.reader import in_parts
 from distprune.planning.counting import Counting
 
 
@@ -39,7 +40,8 @@ class ValuelessCheckpoint:
     def check_finite(self, names: Iterable[str]) -> None:
         """Read tensors one after another, and go over each."""
         for name in names:
-            self._tensor(name, self.tensors[name].shape).aminmax()
+            for part in in_parts(self, name):
+                part.aminmax()
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = torch.empty(tuple(shape), dtype=self.tensors[name].dtype)

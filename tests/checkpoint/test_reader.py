@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from distprune.checkpoint import Checkpoint
+from distprune.checkpoint import Checkpoint, reader
 from distprune.errors import InputError
 
 WEIGHTS = "model.safetensors"
@@ -266,6 +266,20 @@ def test_a_value_that_is_not_finite_names_tensor_and_file(single_file, bad):
     checkpoint.check_finite(other for other in checkpoint.tensors if other != name)
     with pytest.raises(InputError, match=rf"model\.safetensors: tensor {name} holds NaN or infinite"):
         checkpoint.check_finite(checkpoint.tensors)
+
+
+def test_a_large_tensor_is_looked_at_some_rows_at_a_time(single_file, monkeypatch):
+    name, file = "model.layers.1.mlp.down_proj.weight", single_file / "model.safetensors"
+    weights = load_file(file)[name].clone()
+    weights[-1, -1] = float("nan")
+    edit_tensor(file, name, weights)
+    checkpoint, row = Checkpoint.open(single_file), weights[0].nbytes
+    monkeypatch.setattr(reader, "PART_BYTES", 3 * row)
+    parts = [*reader.in_parts(checkpoint, name)]
+    assert max(part.nbytes for part in parts) == 3 * row
+    torch.testing.assert_close(torch.cat(parts), weights, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(InputError, match="NaN"):
+        checkpoint.check_finite([name])
 
 
 def test_integers_flags_and_empty_tensors_are_finite(single_file):

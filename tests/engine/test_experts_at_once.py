@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from large_mixture import Took, replay
 from safetensors.torch import load_file
 from tiny_families import EXPERTS
 from transformers import AutoModelForCausalLM
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from distprune import load
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
+from distprune.engine.run.record import LOG_FILE
 from distprune.engine.worker.dense_model import DenseModel
 from distprune.errors import InputError
 from distprune.methods import METHODS
@@ -91,6 +93,18 @@ def test_a_model_without_experts_is_refused(prune_here, tmp_path):
         InputError, match="--experts-at-once 2: distprune knows no mixture of experts in this llama model"
     ):
         prune_here(tmp_path / "pruned", **OPTIONS, experts_at_once=2)
+
+
+def test_the_script_for_large_mixtures_replays_what_the_log_tells(save_mixture, prune_here, tmp_path):
+    output = tmp_path / "pruned"
+    prune_here(
+        output, save_mixture("mixtral", num_hidden_layers=1), **OPTIONS | {"method": "wanda-sp"}, experts_at_once=2
+    )
+    took = Took.of(output / LOG_FILE)
+    assert took.around > 0 and len(took.experts) == -(-EXPERTS // 2) and min(took.experts) > 0
+    (one, experts_of_one), (three, experts_of_three) = replay(took, 1), replay(took, 3)
+    assert experts_of_one == pytest.approx(sum(took.experts), rel=0.01)
+    assert max(took.experts) <= experts_of_three < experts_of_one and three < one
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from distprune.methods import METHODS
 
 pytestmark = pytest.mark.alone  # see conftest
 
+CHUNKED = {"sparsity": 0.3, "distill": None, "experts_at_once": 3}
 IDS = torch.arange(24).reshape(2, 12)
 
 
@@ -65,6 +66,16 @@ def test_every_method_gives_there_what_it_gives_on_the_cpu(prune_here, prune_on_
         prune_on_gpu(tmp_path / f"gpu-{offload}", method=method, offload=offload)
         assert solved_on == {"cpu" if offload else NAME}
         torch.testing.assert_close(logits(tmp_path / f"gpu-{offload}"), logits(tmp_path / "cpu"), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "layout"), [("curvature", "free"), ("wanda-sp", "stock"), ("slimgpt", "free")])
+def test_experts_in_chunks_give_there_what_they_give_on_the_cpu(
+    prune_here, prune_on_gpu, save_mixture, tmp_path, method, layout
+):
+    options = {"model": save_mixture("qwen3_moe"), "method": method, "layout": layout} | CHUNKED
+    prune_here(tmp_path / "cpu", **options)
+    prune_on_gpu(tmp_path / "gpu", **options)
+    torch.testing.assert_close(logits(tmp_path / "gpu"), logits(tmp_path / "cpu"), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

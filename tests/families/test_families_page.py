@@ -9,14 +9,16 @@ from tiny_families import CARRIED, FAMILIES, MIXTURES, tiny_config
 
 from distprune.layers.architecture import Architecture
 
-PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "families.md"
 COLUMNS = ("heads", "values", "pairs", "factors", "neurons", "experts", "branch")
 WHOLE = {"both": {"attention", "ffn"}, "attention": {"attention"}, "FFN": {"ffn"}}
 
 
 def rows() -> dict[str, set[str]]:
     """``model_type`` -> what the table says may go."""
-    table = PAGE.read_text().split("## What may go from which family")[1]
+    _, page = PAGE.read_text().split("## What can be removed from which family\n")
+    table, *_ = page.split("\n## ")
     found = {}
     for line in table.splitlines():
         if line.startswith("| ") and "`" in line and "model_type" not in line:
@@ -28,6 +30,11 @@ def rows() -> dict[str, set[str]]:
 
 def test_the_table_has_every_family_that_is_tested():
     assert rows().keys() == FAMILIES.keys() | MIXTURES.keys() | CARRIED.keys()
+
+
+def test_pages_count_the_families_as_the_table_does():
+    assert f"{len(rows())} are tested" in (ROOT / "README.md").read_text()
+    assert f"[{len(FAMILIES)} tested]" in (ROOT / "docs" / "comparison.md").read_text()
 
 
 @pytest.mark.parametrize("model_type", [*FAMILIES, *MIXTURES, *CARRIED])

@@ -111,12 +111,6 @@ def test_what_is_wrong_is_named_with_the_file(load, changes, message):
         load(changes)
 
 
-def test_the_page_on_clusters_shows_a_pipeline(load):
-    page = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text()
-    (shown,) = (block.partition("```")[0] for block in page.split("```yaml\n")[1:] if "sparsities:" in block)
-    assert load(shown).gate.perplexity.at_most_times_dense == 1.3
-
-
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.yaml: can't be read \(No such file or directory\)\. Check the path\."):
         load_pipeline(tmp_path / "none.yaml")

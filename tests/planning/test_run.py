@@ -8,7 +8,9 @@ from dataclasses import asdict
 import pytest
 import ray
 import torch
+from headers import write_headers
 from kinds_of_methods import OF_ALL_MODELS
+from tiny_families import tiny_config
 from typer.testing import CliRunner
 
 import distprune
@@ -73,6 +75,17 @@ def test_blocks_are_pruned_side_by_side_and_the_dense_pass_is_a_relay(plan):
     assert stage(parallel, "dense pass").seconds == stage(relay, "dense pass").seconds
     alone = plan(cluster=Cluster(cpus=1), method="oops")
     assert stage(alone, "prune").seconds == stage(relay, "prune").seconds
+
+
+def test_workers_share_the_experts_of_a_layer_that_come_in_chunks(plan, tmp_path):
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 32, "num_hidden_layers": 2}
+    config = tiny_config("qwen3_moe", **sizes, architectures=["Qwen3MoeForCausalLM"], dtype="bfloat16")
+    model = write_headers(tmp_path / "mixture", config)
+    options = {"experts_at_once": 4, "samples": 32, "sequence_length": 32, "rates": {"call_seconds": 1e-4}}
+    one, four = (plan(model, cluster=Cluster(cpus=cpus), **options) for cpus in (1, 4))
+    for name, shared in (("dense pass", 0.9), ("gradient pass", 0.7), ("prune", 0.7)):
+        assert stage(four, name).seconds < shared * stage(one, name).seconds
+        assert stage(four, name).bytes_written == stage(one, name).bytes_written
 
 
 def test_only_methods_that_need_gradients_have_a_gradient_pass(plan):

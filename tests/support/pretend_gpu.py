@@ -114,6 +114,8 @@ def compute(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     if function is aten.mm.dtype:  # products of 16 bits summed in 32, which CPUs have no kernel for
         left, right, dtype = bare_args
         function, bare_args = aten.mm.default, (left.to(dtype), right.to(dtype))
+    if function is aten.histc.default:  # of integers, likewise
+        bare_args = (bare_args[0].float(), *bare_args[1:])
     result = function(*bare_args, **bare_kwargs)
     known = {id(bare(tensor)): tensor for tensor in tensors}
 

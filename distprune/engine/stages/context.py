@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from distprune.engine.run.journal import Journal
 from distprune.engine.scheduler.pool import WorkerPool
 from distprune.engine.telemetry.progress import Progress
+from distprune.layers.expert_chunks import in_chunks
 from distprune.layers.shapes import ExpertsShape, FeedForwardShape, LayerShape
 
 
@@ -57,13 +58,13 @@ class RunContext(FirstStages):
     def dense_chunks(self, index: int) -> int:
         """How many chunks of experts a layer of the dense model has."""
         assert self.experts_at_once is not None
-        return -(-self.mixtures[index] // self.experts_at_once)
+        return len(in_chunks(self.mixtures[index], self.experts_at_once))
 
     def chunks_of(self, planned: FeedForwardShape | ExpertsShape | None) -> int:
         """How many chunks of experts a pruned layer has."""
         if self.experts_at_once is None or not isinstance(planned, ExpertsShape):
             return 0
-        return -(-planned.count // self.experts_at_once)
+        return len(in_chunks(planned.count, self.experts_at_once))
 
     def begins_block(self, index: int) -> bool:
         """Whether a layer is pruned on the dense model's hidden states."""

@@ -212,7 +212,8 @@ class PruneExperts(Task):
             name: torch.empty(dims, dtype=dtypes[origin_of(name, dtypes, family)], device="meta")
             for name, dims in worker.architecture.layer_tensors(self.index, self.planned).items()
         }
-        return replace(layer, attention=names.layer_from_state(state, self.planned).attention)
+        with_planned = replace(layer, attention=names.layer_from_state(state, self.planned).attention)
+        return with_planned.to(worker.solve_device)
 
     def _change(self, worker: LayerWorker, layer: DecoderLayer, clock: Stopwatch) -> tuple[range, Experts]:
         """The chunk's numbers among the pruned layer's experts, and what they become."""
