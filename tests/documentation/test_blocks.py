@@ -9,7 +9,7 @@ import pytest
 from markdown_pages import PAGES, ROOT, Block, Page, blocks_in
 
 import distprune
-from distprune.config import load_config
+from distprune.config import PruneConfig, load_config
 from distprune.engine import RunRecord
 from distprune.evaluation import ModelEvaluation
 from distprune.families.tables import TABLES
@@ -33,7 +33,10 @@ def evaluate_without_tasks(*arguments, tasks=(), **options) -> list[ModelEvaluat
 
 def prune_here(*names, **options) -> RunRecord:
     """What `distprune.prune` does, in this process and over what is there."""
-    return PRUNE(*names, **options | {"overwrite": True, "device": "cpu", "workers": 1})
+    here = {"overwrite": True, "device": "cpu", "workers": 1}
+    if isinstance(names[0], PruneConfig):
+        return PRUNE(names[0].model_copy(update=here), **options)
+    return PRUNE(*names, **options | here)
 
 
 EVALUATE, PRUNE = distprune.evaluate, distprune.prune
