@@ -33,8 +33,8 @@ def evaluate_without_tasks(*arguments, tasks=(), **options) -> list[ModelEvaluat
 
 def prune_here(*names, **options) -> RunRecord:
     """What `distprune.prune` does, in this process and over what is there."""
-    here = {"overwrite": True, "device": "cpu", "workers": 1}
-    if isinstance(names[0], PruneConfig):
+    here = {"overwrite": True, "device": "cpu", "workers": 1, "push_to_hub": None}
+    if names and isinstance(names[0], PruneConfig):
         return PRUNE(names[0].model_copy(update=here), **options)
     return PRUNE(*names, **options | here)
 
