@@ -42,10 +42,12 @@ class _Dense:
     Attributes:
         layer: its parts, on the meta device.
         names: what its tensors are called.
+        class_shape: the shape that its class has by itself, whatever an earlier pruning has taken.
     """
 
     layer: DecoderLayer
     names: LayerNames
+    class_shape: LayerShape
 
     @cached_property
     def shape(self) -> LayerShape:
@@ -122,6 +124,10 @@ class Architecture:
 
     def dense_shape(self, index: int) -> LayerShape:
         return self._dense[index].shape
+
+    def class_shape(self, index: int) -> LayerShape:
+        """The shape that a layer's class has by itself, whatever an earlier pruning has taken."""
+        return self._dense[index].class_shape
 
     def dense_layer(self, index: int) -> DecoderLayer:
         """A layer's parts, on the meta device."""
@@ -285,7 +291,7 @@ class Architecture:
         names, shape, state = names_and_shape(self.family, self._classes[index], self.layer_config(index), index)
         base = names.layer_from_state(state, shape)
         said = pruned_layer(self.config, index)
-        return _Dense(base if said is None else as_pruned(base, said), names)
+        return _Dense(base if said is None else as_pruned(base, said), names, shape)
 
 
 def own_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -110,7 +110,7 @@ def empty_layer(architecture: Architecture, index: int, shape: LayerShape | None
         if said is not None and shape is not None:
             pairs = None if dense.attention is None else dense.attention.rotary_pairs
             pairs = None if pairs is None or shape.attention is None else pairs[: shape.attention.kv_heads]
-            reshaped = {**said, **say_shape(dense.shape, shape, pairs)}
+            reshaped = {**said, **say_shape(architecture.class_shape(index), shape, pairs)}
             reshape_layer(module, family_names(architecture.family), reshaped, index)
     return module
 
@@ -133,16 +133,16 @@ def family_names(family: Family) -> dict[str, Any]:
 def said_shape(architecture: Architecture, index: int, layer: DecoderLayer) -> dict[str, Any]:
     """The layer's shape as code in a checkpoint takes it. Parts that the layer never had are not named."""
     pairs = None if layer.attention is None else layer.attention.rotary_pairs
-    return say_shape(architecture.dense_shape(index), layer.shape, pairs)
+    return say_shape(architecture.class_shape(index), layer.shape, pairs)
 
 
-def say_shape(dense: LayerShape, shape: LayerShape, rotary_pairs: Tensor | None) -> dict[str, Any]:
-    """The same of a layer of some shape that has kept these rotary pairs, made from a dense one."""
+def say_shape(of_class: LayerShape, shape: LayerShape, rotary_pairs: Tensor | None) -> dict[str, Any]:
+    """The same of a layer of some shape that has kept these rotary pairs, made from the one that its class has."""
     said: dict[str, Any] = {}
-    if dense.attention is not None:
+    if of_class.attention is not None:
         pairs = None if rotary_pairs is None else rotary_pairs.tolist()
         said["attention"] = shape.attention and asdict(shape.attention) | {"rotary_pairs": pairs}
-    if dense.ffn is not None:
+    if of_class.ffn is not None:
         said["ffn"] = shape.ffn and asdict(shape.ffn)
     return said
 

@@ -25,7 +25,7 @@ def find_removable(architecture: Architecture, index: int) -> Removable:
     """What may go, found out by building the layer's class on the meta device."""
     family, layer = architecture.family, architecture.dense_layer(index)
     found: dict[str, bool] = {}
-    if layer.attention is not None:
+    if layer.attention is not None and not layer.attention.shape.is_factored:
         shape = layer.attention.shape
         beside = {name.split(".")[1] for name in layer.rest if architecture.names(index).is_in_attention(name)}
         normed = beside.intersection(HEAD_NORMS)
@@ -45,7 +45,7 @@ def find_removable(architecture: Architecture, index: int) -> Removable:
     if layer.ffn is not None:
         found |= {
             "neurons": can_be_built(architecture, index, layer.shape.with_ffn(width=1)),
-            "branch": family.ffn is not None and isinstance(layer.ffn, FeedForward),
+            "branch": family.ffn is not None and isinstance(layer.ffn, FeedForward) and layer.ffn.branch is None,
             "ffn": family.ffn is not None,
         }
     if isinstance(layer.ffn, Experts):

@@ -44,6 +44,11 @@ class AttentionShape:
         """Query heads that share a KV head."""
         return self.query_heads // self.kv_heads
 
+    @property
+    def is_factored(self) -> bool:
+        """Whether a projection is stored as two factors. Attention that is so before it is pruned is left alone."""
+        return any(rank is not None for rank in (self.query_rank, self.key_rank, self.output_rank))
+
 
 @dataclass(frozen=True)
 class FeedForwardShape:

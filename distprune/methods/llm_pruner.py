@@ -71,7 +71,8 @@ class LLMPruner(Method):
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
         """The importance of the layer's KV groups, (g,), and of its neurons, (f,)."""
         profile = {}
-        if attention := layer.attention:
+        attention = layer.attention
+        if attention and not attention.shape.is_factored:
             channels = (
                 importance(attention.query, statistics, QUERIES, ATTENTION_INPUT, 1),
                 importance(attention.key, statistics, KEYS, ATTENTION_INPUT, 1),

@@ -81,7 +81,8 @@ class Oops(Method):
         # Relative to what the whole module gives: in absolute terms, modules that speak softly would all go.
         profile: dict[str, Tensor] = {}
         inputs: dict[Site, tuple[Linear, ...]] = {}
-        if attention := layer.attention:
+        attention = layer.attention
+        if attention and not attention.shape.is_factored:
             inputs[ATTENTION_INPUT] = attention.query, attention.key, attention.value
             inputs[ATTENDED] = (attention.output,)
             groups, heads = self._head_energy(attention, statistics)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from kinds_of_methods import OF_ALL_MODELS
+from safetensors.torch import load_file, save_file
+from without_ray import do_without_ray
 
 from distprune import load
 
@@ -35,3 +39,35 @@ def test_a_pruned_checkpoint_is_pruned_again(prune_here, save_model, calibrate, 
     pruned = load(twice)
     assert pruned(IDS).logits.isfinite().all()
     assert sum(p.numel() for p in pruned.parameters()) == second.total_parameters_after
+
+
+@pytest.fixture(scope="module")
+def factored(prune_llama, save_model, calibrate, tmp_path_factory):
+    """A model whose layers have factored projections and linear branches, or no attention any more."""
+    output = tmp_path_factory.mktemp("factored") / "pruned"
+    with pytest.MonkeyPatch.context() as patch:
+        do_without_ray(patch)
+        model = save_model(num_hidden_layers=3)
+        prune_llama(output, model, method="olica", sparsity=0.2, distill=None)
+    config = json.loads((output / "config.json").read_text())
+    config["pruned_layers"]["2"]["attention"] = None
+    (output / "config.json").write_text(json.dumps(config))
+    gone = "model.layers.2.self_attn."
+    kept = {name: tensor for name, tensor in stored(output).items() if not name.startswith(gone)}
+    for file in output.glob("*.safetensors*"):
+        file.unlink()
+    save_file(kept, output / "model.safetensors", metadata={"format": "pt"})
+    return output
+
+
+@pytest.mark.parametrize("method", OF_ALL_MODELS)
+@torch.no_grad()
+def test_every_method_leaves_factored_attention_as_it_is(prune_here, factored, tmp_path, method):
+    record = prune_here(tmp_path / "twice", factored, method=method, sparsity=0.1, distill=None)
+    assert record.decoder_parameters_after < record.decoder_parameters_before
+    before, after = stored(factored), stored(tmp_path / "twice")
+    of_attention = [name for name in before if ".self_attn." in name]
+    assert of_attention and of_attention == [name for name in after if ".self_attn." in name]
+    for name in of_attention:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=0, msg=name)
+    assert load(tmp_path / "twice")(IDS).logits.isfinite().all()

@@ -80,8 +80,8 @@ class LayerFiles:
 
     def said_shapes(self) -> list[dict[str, Any]]:
         """Each layer's shape, as code in a checkpoint takes it."""
-        dense = self._model.architecture.dense_shapes
-        return [say_shape(dense[i], self._plan[i], self._pairs(self._final, i)) for i in self._layers]
+        of_class = self._model.architecture.class_shape
+        return [say_shape(of_class(i), self._plan[i], self._pairs(self._final, i)) for i in self._layers]
 
     def _pairs(self, kind: str, index: int) -> Tensor | None:
         """The rotary pairs that a layer has kept."""

@@ -46,7 +46,7 @@ from distprune.methods.curvature.curves import (
     truncations,
     truncations_bytes,
 )
-from distprune.methods.curvature.even_profile import even_profile
+from distprune.methods.curvature.even_profile import attention_profile, even_profile
 from distprune.methods.curvature.menus import Reach
 from distprune.methods.curvature.mixture_curves import (
     expert_moments,
@@ -125,9 +125,7 @@ class Curvature(Method):
     def profile(self, layer: DecoderLayer, statistics: LayerStatistics) -> Profile:
         profile: dict[str, Tensor] = {}
         if layer.attention:
-            profile |= attention_curves(layer.attention, statistics, self.damping)
-        if layer.attention and self.factored:
-            profile |= truncations(layer.attention, statistics, self.damping)
+            profile |= self._attention_profile(layer.attention, statistics)
         if isinstance(layer.ffn, Experts):
             profile |= mixture_curves(layer.ffn, statistics, self.damping)
         elif layer.ffn:
@@ -136,6 +134,12 @@ class Curvature(Method):
             order = profile["neuron_order"]
             profile |= branch_savings(layer.ffn, statistics, order, self.damping, self.branch_damping)
         return profile
+
+    def _attention_profile(self, attention: Attention, statistics: LayerStatistics) -> Profile:
+        if attention.shape.is_factored:
+            return attention_profile(attention.shape)
+        factors = truncations(attention, statistics, self.damping) if self.factored else {}
+        return {**attention_curves(attention, statistics, self.damping), **factors}
 
     def overview_moments(self, shape: LayerShape) -> Sequence[Moment]:
         return power_moments(shape.ffn) if isinstance(shape.ffn, ExpertsShape) else ()
