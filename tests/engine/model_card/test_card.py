@@ -152,7 +152,7 @@ def test_a_card_made_again_is_the_same_until_it_has_results(pruned, with_card, t
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("{", "is no evaluation"), ("[3]", "is no evaluation"), ("[]", "is no evaluation")],
+    [("{", "Invalid JSON"), ("[3]", "0: "), ("[]", "holds no model")],
 )
 def test_a_file_that_is_no_evaluation_of_it_is_refused(pruned, tmp_path, content, reason):
     before = card(pruned).content
