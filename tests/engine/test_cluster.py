@@ -95,6 +95,7 @@ def test_a_range_of_workers_is_for_clusters_that_grow():
     assert plan([CPU_NODE], workers="8:200", layers=5) == WorkerPlan(5, "cpu", 1, 0, least=5)
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_the_fewest_workers_and_takes_those_that_join(run, new_workers, monkeypatch):
     """Of 3 workers the cluster has room for 2 at first; when the run has begun, room for the third is freed."""
     free = ray.available_resources()["CPU"]

@@ -37,6 +37,7 @@ class Keeper:
         return os.getpid(), len(served), self.told
 
 
+@pytest.mark.slow
 def test_a_worker_whose_arguments_are_large_starts_again_when_it_is_lost(
     ray_cluster, dense_path, tmp_path, monkeypatch
 ):
