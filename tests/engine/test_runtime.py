@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import dataclass, replace
 
+import pytest
 import ray
 
 from distprune.config import PruneConfig
