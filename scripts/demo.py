@@ -42,9 +42,9 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         calibration = Path(scratch) / "calibration.arrow"
         console.print(f"Writing the calibration set: {samples} samples of 128 tokens by the model itself ...")
-        distprune.calibrate(str(model), calibration, samples=samples, sequence_length=128, seed=0)
+        distprune.calibrate(str(gguf), calibration, samples=samples, sequence_length=128, seed=0)
         record = distprune.prune(
-            str(model),
+            str(gguf),
             output,
             method="curvature",
             sparsity=0.2,
@@ -56,7 +56,7 @@ def main() -> None:
         )
     console.print(memory_line(record), highlight=False)
     show_comparison(model, output, held_out_text(model, samples * 3 // 8), record)
-    console.print(f"\nThe pruned model is in {output}. What was taken from where: distprune inspect {output}")
+    console.print(f"\nThe pruned model is in {output}, and {output}/report.html shows what was removed where.")
 
 
 def affordable_samples(model: Path) -> int:
