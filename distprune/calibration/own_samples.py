@@ -39,7 +39,7 @@ def generate_own_samples(
     tokenizer = load_tokenizer(model_path, trust_remote_code)
     opening = opening_token(tokenizer, str(model_path))
     model = load_model(model_path, device, dtype, trust_remote_code)
-    # One number decides one token: a sample depends on its own numbers and not, but for rounding, on its batch.
+    # One number decides one token: a sample depends on its own numbers and, except for rounding, not on its batch.
     uniform = torch.from_numpy(np.random.default_rng(seed).random((count, sequence_length)))
     samples, done = [], 0
     for batch in uniform.split(batch_size):

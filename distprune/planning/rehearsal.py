@@ -6,7 +6,7 @@ them is known, since every further one takes as much as the third.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from distprune.config import PruneConfig
 from distprune.engine.worker.check_tasks import CheckLayer, CheckOuter
@@ -32,21 +32,7 @@ from distprune.engine.worker.end_to_end_tasks import (
     OpenStudent,
     StepOptimizer,
 )
-from distprune.engine.worker.expert_pass_tasks import (
-    BackwardExperts,
-    BackwardJoined,
-    ForwardExperts,
-    ForwardExpertsAgain,
-    ForwardJoined,
-    GradientAtExperts,
-    ProfileExperts,
-    ProfileMixture,
-    ProfileMixtureAgain,
-    RouteTokens,
-    RouteTokensAgain,
-    Seen,
-)
-from distprune.engine.worker.expert_tasks import JoinExperts, PruneAround, PruneExperts
+from distprune.engine.worker.expert_pass_tasks import numbers_of_chunks
 from distprune.engine.worker.layer_worker import LayerWorker
 from distprune.engine.worker.pass_tasks import (
     Advance,
@@ -62,19 +48,21 @@ from distprune.engine.worker.pass_tasks import (
 )
 from distprune.engine.worker.prune_task import Prune
 from distprune.engine.worker.task import Task
-from distprune.layers.chunked_pass import Routed
-from distprune.layers.expert_chunks import in_chunks
 from distprune.layers.loss import TOKENS_AT_ONCE
 from distprune.layers.parts import DecoderLayer
-from distprune.layers.shapes import ExpertsShape, LayerShape
+from distprune.layers.shapes import LayerShape
 from distprune.methods import make_method
 from distprune.planning.as_with_values import AsWithValues
 from distprune.planning.counting import Counting, Counts
 from distprune.planning.imagined_gpu import IMAGINED_GPU
+from distprune.planning.rehearsal_in_chunks import (
+    Do,
+    backward_in_chunks,
+    forward_in_chunks,
+    prune_in_chunks,
+)
 from distprune.planning.valueless_checkpoint import ValuelessCheckpoint
 from distprune.planning.valueless_parts import ValuelessParts
-from distprune.statistics import Moment
-from distprune.statistics.layer_statistics import counted
 
 
 @dataclass(frozen=True)
@@ -263,7 +251,9 @@ class Rehearsal:
         def forward(index: int) -> tuple[Takes, Any]:
             advancing = {Advance: self._twice(lambda batches: Advance(index, self.states(batches)))}
             if self.worker.chunks(index) is not None:
-                taken, given = self._forward_in_chunks(index)
+                taken, given = self._passed_in_chunks(
+                    index, lambda states, do: forward_in_chunks(self.worker, index, states, do)
+                )
                 return taken | advancing, given
             closed = self.base and self.base._forward(index)
             taken, given = self._passed(OpenForward(index), lambda n, b: Sweep(index, n, self.states(b)), closed)
@@ -282,7 +272,9 @@ class Rehearsal:
             if not self.worker.has_gradient_pass:
                 return {}, self._forward(index)[1]
             if self.worker.chunks(index) is not None:
-                return self._backward_in_chunks(index)
+                return self._passed_in_chunks(
+                    index, lambda states, do: backward_in_chunks(self.worker, index, states, do)
+                )
             closed = self.base and self.base._backward(index)
             passing = lambda n, b: Backward(index, n, self.states(b), self.states(b, gradient))  # noqa: E731
             return self._passed(OpenBackward(index), passing, closed)
@@ -307,65 +299,28 @@ class Rehearsal:
             done, results = do(CloseLayer(index, len(pieces)))
         return taken | {CloseLayer: same(done)}, results
 
-    def _passed_in_chunks(
-        self, index: int, run: Callable[[int, Callable[[Task], Any]], tuple[Any, Any]]
-    ) -> tuple[Takes, Any]:
-        """The same of a layer whose experts come a chunk at a time: ``run`` does the tasks, and gives the profile but
-        for that of single chunks, of which the first chunk's stands for all."""
-        done: list[dict[type[Task], Done]] = []
+    def _passed_in_chunks(self, index: int, run: Callable[[Tensor, Do], tuple[Any, Any]]) -> tuple[Takes, Any]:
+        """The same of a layer whose experts come a chunk at a time: ``run`` does the tasks, and gives the profile of
+        what is no chunk's, and the first chunk's, which stands for all."""
+        taken, (of_layer, of_chunk) = self._noted(lambda batches, do: run(self.states(batches), do))
+        chunks = numbers_of_chunks(self.worker, index)
+        of_all = {name: torch.cat([part] * len(chunks))[: chunks[-1].stop] for name, part in of_chunk.items()}
+        return taken, ({**of_layer, **of_all}, {})
+
+    def _noted(self, run: Callable[[int, Do], Any]) -> tuple[Takes, Any]:
+        """What tasks take that are done one after another, on two numbers of micro-batches, and what comes of them."""
+        taken: list[dict[type[Task], Done]] = []
         for batches in (2, 3):
-            taken: dict[type[Task], Done] = {}
+            done: dict[type[Task], Done] = {}
             with self._counting() as do:
 
-                def noted(task: Task, taken: dict[type[Task], Done] = taken, do: Any = do) -> Any:
-                    taken[type(task)], results = do(task)
+                def noted(task: Task, done: dict[type[Task], Done] = done, do: Any = do) -> Any:
+                    done[type(task)], results = do(task)
                     return results
 
-                of_layer, of_chunk = run(batches, noted)
-            done.append(taken)
-        chunks = self._chunks(index)
-        profile = {
-            **of_layer, **{name: torch.cat([part] * len(chunks))[: chunks[-1].stop] for name, part in of_chunk.items()}
-        }  # fmt: skip
-        return {kind: Rehearsed(done[0][kind], done[1][kind], self._sizes) for kind in done[0]}, (profile, {})
-
-    def _chunks(self, index: int) -> list[range]:
-        """Of a dense layer's experts."""
-        return self.worker.chunks(index).numbers(self.model.architecture.dense_shape(index).ffn.count)
-
-    def _forward_in_chunks(self, index: int) -> tuple[Takes, Any]:
-        def run(batches: int, do: Callable[[Task], Any]) -> tuple[Any, Any]:
-            states = self.states(batches)
-            routed, before = do(RouteTokens(index, states))
-            outputs, overview = do(ForwardExperts(index, 0, routed))
-            all_overview = overview_of_all(overview, self._overview(index))
-            all_outputs = of_every_chunk(outputs, routed, self._chunks(index))
-            _, after = do(ForwardJoined(index, states, routed, all_outputs))
-            if self.worker.has_gradient_pass:
-                return {}, {}
-            of_chunk = do(ProfileExperts(index, 0, routed, [before, all_overview]))
-            return do(ProfileMixture(index, [before, all_overview, after])), of_chunk
-
-        return self._passed_in_chunks(index, run)
-
-    def _backward_in_chunks(self, index: int) -> tuple[Takes, Any]:
-        def run(batches: int, do: Callable[[Task], Any]) -> tuple[Any, Any]:
-            states, gradient = self.states(batches), self.states(batches, self.worker.runner.gradient_dtype)
-            routed, _ = do(RouteTokensAgain(index, states))
-            outputs, overview = do(ForwardExpertsAgain(index, 0, routed))
-            all_overview, chunks = overview_of_all(overview, self._overview(index)), self._chunks(index)
-            all_outputs = of_every_chunk(outputs, routed, chunks)
-            at_experts, totals, after = do(GradientAtExperts(index, states, gradient, routed, all_outputs))
-            seen = [after, all_overview]
-            of_experts, of_chunk = do(BackwardExperts(index, 0, routed, at_experts, seen))
-            of_all = of_every_chunk(of_experts, routed, chunks)
-            _, others = do(BackwardJoined(index, states, gradient, routed, totals, of_all))
-            return do(ProfileMixtureAgain(index, [*seen, others])), of_chunk
-
-        return self._passed_in_chunks(index, run)
-
-    def _overview(self, index: int) -> Sequence[Moment]:
-        return self.worker.method.overview_moments(self.model.architecture.dense_shape(index))
+                given = run(batches, noted)
+            taken.append(done)
+        return {kind: Rehearsed(taken[0][kind], taken[1][kind], self._sizes) for kind in taken[0]}, given
 
     def _prune(self, index: int) -> Takes:
         def prune(index: int) -> Takes:
@@ -376,31 +331,11 @@ class Rehearsal:
                 return Prune(index, self.states(batches), planned, profile, carried, propagates)
 
             if self.worker.chunks(index) is not None:
-                return self._prune_in_chunks(task)
+                return self._noted(lambda batches, do: prune_in_chunks(self.worker, task(batches), do))[0]
             return {Prune: self._twice(task)}
 
         key, index = self._like("prune", index, self.kind, self.carries, self.rough_shape)
         return self._once(key, lambda: prune(index))
-
-    def _prune_in_chunks(self, task: Callable[[int], Prune]) -> Takes:
-        """The tasks in the place of one; the first chunk stands for all."""
-        done: list[dict[type[Task], Done]] = []
-        for batches in (2, 3):
-            whole, taken = task(batches), dict[type[Task], Done]()
-            planned = whole.planned
-            with self._counting() as do:
-                taken[PruneAround], (finished, state, routed, _) = do(PruneAround(**vars(whole)))
-                if isinstance(planned.ffn, ExpertsShape):
-                    of_chunk = PruneExperts(whole.index, planned, whole.profile, whole.propagates, 0, routed)
-                    taken[PruneExperts], (_, outputs, _) = do(of_chunk)
-                if whole.propagates and isinstance(planned.ffn, ExpertsShape):
-                    states, pairs = self.states(batches), finished.rotary_pairs
-                    chunks = in_chunks(planned.ffn.count, self.config.experts_at_once)
-                    all_outputs = of_every_chunk(outputs, routed, chunks)
-                    joining = JoinExperts(whole.index, states, planned, state, pairs, routed, all_outputs)
-                    taken[JoinExperts], _ = do(joining)
-            done.append(taken)
-        return {kind: Rehearsed(done[0][kind], done[1][kind], self._sizes) for kind in done[0]}
 
     def _twice(self, task: Callable[[int], Task]) -> Rehearsed:
         done = []
@@ -505,24 +440,6 @@ class CloseAfterForward(CloseLayer):
 def same(done: Done) -> Rehearsed:
     """What a task takes that gets no samples."""
     return Rehearsed(done, done)
-
-
-def overview_of_all(overview: Seen, moments: Sequence[Moment]) -> Seen:
-    """What is known of all experts first, of what is known of a chunk's: of each as much as of the first."""
-    if not overview:
-        return {}
-    average, tokens = overview[str(moments[0])], overview[counted(moments[0].site)]
-    return {str(moment): average for moment in moments} | {counted(moment.site): tokens for moment in moments}
-
-
-def of_every_chunk(given: Sequence[Any], routed: Sequence[Routed], chunks: Sequence[range]) -> list[list[Any]]:
-    """What each chunk of experts gives of every micro-batch, (its tokens, ...), of what the first one has given."""
-
-    def as_long(of_batch: Any, rows: int) -> Any:
-        return tree_map(lambda tensor: tensor.new_empty(rows, *tensor.shape[1:]), of_batch)
-
-    batches = [*zip(given, routed, strict=True)]
-    return [[as_long(of_batch, len(batch.rows(own)[0])) for of_batch, batch in batches] for own in chunks]
 
 
 def values_of(result: Any) -> Any:

@@ -42,7 +42,7 @@ def eliminate(
         damping: > 0, relative to the mean of the Gram matrix's diagonal. Where that is zero, H is the identity.
         width: columns a unit has, in a row.
         largest_batch: ≥ 1, units that go at once at most.
-        smallest_batch: ≥ 1, units that go at once at least, but for the last batch.
+        smallest_batch: ≥ 1, units that go at once at least, except for the last batch.
 
     Returns:
         The indices of the units that stay, (keep,), ascending, and their updated columns, (out, keep · width), of the

@@ -246,7 +246,7 @@ class ProfileExperts(ChunkTask):
 
 @dataclass(frozen=True)
 class ProfileMixture(MixtureTask):
-    """The profile but for what is made of single chunks.
+    """The profile, except for what is made of single chunks.
 
     Attributes:
         seen: all.

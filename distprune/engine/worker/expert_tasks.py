@@ -105,7 +105,7 @@ class PruningAround(LayerPruning):
     def _leave_experts(
         self, variation: DecoderLayer, moments: Sequence[Moment] | None, change: ChangeExperts
     ) -> tuple[DecoderLayer, LayerStatistics]:
-        """As :meth:`LayerToPrune.change_experts` says, but for the change."""
+        """As :meth:`LayerToPrune.change_experts` says, without the change."""
         assert isinstance(variation.ffn, Experts) and isinstance(self.planned.ffn, ExpertsShape)
         asked = all_moments(self.worker, self.layer.shape, self.planned, moments)
         shared = [moment for moment in asked if not is_of_experts(moment)] if moments is not None else []
@@ -257,7 +257,7 @@ class PruneExperts(Task):
 
 def unseen(variation: DecoderLayer, moments: Sequence[Moment]) -> LayerStatistics:
     """Stands for :attr:`LayerToPrune.observe` where all that is to be observed so was observed before."""
-    raise AssertionError("a method observes a layer that it has pruned but for its experts")
+    raise AssertionError("a method observes a layer of which it has pruned all except the experts")
 
 
 # ---------------------------------------------------------------- the output
@@ -269,7 +269,7 @@ class JoinExperts(Task):
 
     Attributes:
         index, hidden_states, planned: as of :class:`Prune`.
-        state: the pruned layer's tensors but for its experts', by their names in the module.
+        state: the pruned layer's tensors except its experts', by their names in the module.
         rotary_pairs: see :class:`Finished`.
         routed: what its experts are called with.
         outputs: of every chunk, what :class:`PruneExperts` has given.
