@@ -16,7 +16,7 @@ from distprune.storage import HUB_SCHEME, Location
 # What decides where and how fast a run goes, and never what it makes.
 PLACEMENT = (
     *("output", "overwrite", "restart", "workers", "gpus_per_worker", "address", "weights", "writes"),
-    *("push_to_hub", "private"),
+    *("push_to_hub", "hub_ignore", "private"),
 )
 
 #: How a worker comes by the weights; see :mod:`distprune.engine.worker.weights`.
@@ -173,6 +173,10 @@ class PruneConfig(BaseModel):
         default=None,
         description="repository on the Hugging Face hub that the result is uploaded to, or NAMESPACE/ for one of the "
         "suggested name",
+    )
+    hub_ignore: list[str] = Field(
+        default_factory=list,
+        description="patterns of files that are not uploaded to the hub; the run's log never is",
     )
     private: bool = Field(default=True, description="make the repository on the hub private")
     overwrite: bool = Field(default=False, description="replace an existing output folder, and a checkpoint on the hub")

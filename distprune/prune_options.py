@@ -51,6 +51,7 @@ class PruneOptions(TypedDict, total=False):
     writes: Literal["auto", "driver"]
     max_shard_size: int
     push_to_hub: str | None
+    hub_ignore: list[str]
     private: bool
     overwrite: bool
     restart: bool

@@ -54,6 +54,7 @@ VALUES = {
     "writes": "driver",
     "max_shard_size": 1000,
     "push_to_hub": "org/name",
+    "hub_ignore": ["*.html"],
     "private": False,
     "overwrite": True,
     "restart": True,

@@ -143,6 +143,10 @@ PushToHub = Annotated[
         metavar="REPOSITORY", help="upload the result to the Hugging Face hub; NAMESPACE/ names it by the model's name"
     ),
 ]
+HubIgnore = Annotated[
+    Optional[list[str]],
+    typer.Option(metavar="PATTERN", help="files to keep out of the upload, besides the run's log; repeatable"),
+]
 Private = Annotated[
     Optional[bool], typer.Option("--private/--public", help="who sees a repository that has to be made [private]")
 ]

@@ -54,6 +54,7 @@ def prune(
     writes: opt.Writes = None,
     max_shard_size: opt.MaxShardSize = None,
     push_to_hub: opt.PushToHub = None,
+    hub_ignore: opt.HubIgnore = None,
     private: opt.Private = None,
     overwrite: opt.Overwrite = None,
     restart: opt.Restart = None,

@@ -22,6 +22,7 @@ from distprune.checkpoint import (
     publish,
 )
 from distprune.config import DistillConfig, PruneConfig
+from distprune.engine.run.calibration_size import too_few_tokens
 from distprune.engine.run.expert_tokens import seldom_used, tokens_by_layer
 from distprune.engine.run.hub_output import goes_to_hub, prune_to_hub
 from distprune.engine.run.journal import fingerprint
@@ -229,9 +230,10 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
             with work.timed("gradient pass"):
                 profiles = GradientPass(context, tokens).run()
         expert_tokens = tokens_by_layer(profiles)
-        for note in seldom_used(expert_tokens):
-            progress.note(note)
         plan = job.method.plan(job.target, profiles, config.align)
+        notes = [*seldom_used(expert_tokens), *too_few_tokens(plan, tokens.size, job.architecture.hidden_size)]
+        for note in notes:
+            progress.note(note)
         if plan.predicted_loss is not None:
             progress.note(forecast(plan.predicted_loss, plan.gap))
         files = LayerFiles(job, plan, work.writer, work.journal, progress)
@@ -262,7 +264,7 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
         layers=layer_records(
             job.architecture, plan, files.reports(), files.distillations(), expert_tokens, cost_curves(job, profiles)
         ),
-        notes=[*job.notes, *seldom_used(expert_tokens)],
+        notes=[*job.notes, *notes],
         left_alone=job.left_alone.parts,
         left_alone_share=job.left_alone.share,
         commit=job.hub.commit if job.hub else None,

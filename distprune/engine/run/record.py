@@ -24,6 +24,8 @@ CONFIG_FILE = "distprune_config.yaml"
 REPORT_FILE = "report.html"
 CALIBRATION_FILE = "calibration.arrow"
 LOG_FILE = "distprune_log.jsonl"
+#: Stays where the run was: it names nodes and paths, and nothing that opens or describes the model needs it.
+NOT_FOR_THE_HUB = (LOG_FILE,)
 OWN_FILES = (RECORD_FILE, CONFIG_FILE, CALIBRATION_FILE, LOG_FILE, REPORT_FILE)
 
 
