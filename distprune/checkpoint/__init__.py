@@ -34,6 +34,7 @@ from distprune.checkpoint.upload import (
 from distprune.checkpoint.writer import ShardWriter
 
 __all__ = [
+    "INDISPENSABLE",
     "MODEL_CARD",
     "ORIGINAL_CARD",
     "Checkpoint",

@@ -14,6 +14,6 @@ def too_few_tokens(plan: Plan, tokens: int, hidden_size: int) -> list[str]:
         return []
     return [
         f"The calibration set has {tokens:,} tokens, and the model's hidden size is {hidden_size:,}: with fewer tokens "
-        "than that, what is removed seems to cost nothing, so the plan and its predicted loss mean little. Calibrate on "
-        f"at least {hidden_size:,} tokens, better on many times as many: raise --samples or --sequence-length."
+        "than that, what is removed seems to cost nothing, so the plan and its predicted loss mean little. Calibrate "
+        f"on at least {hidden_size:,} tokens, better on many times as many: raise --samples or --sequence-length."
     ]
