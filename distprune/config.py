@@ -226,18 +226,27 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> PruneConfig:
         raise InputError(origin + _explain(problem)) from None
 
 
+# On the command line.
+HOW_GIVEN = {
+    "model": ": the first argument, a folder, hub id or .gguf file",
+    "output": ": --output FOLDER, where the pruned checkpoint is to be",
+}
+
+
 def _explain(problem: Mapping[str, Any]) -> str:
     group = DistillConfig if problem["loc"][0] == "distill" else PruneConfig
     option, known = ".".join(map(str, problem["loc"])), ", ".join(group.model_fields)
     match problem["type"]:
         case "missing":
-            return f"option '{option}' must be given."
+            return f"option '{option}' must be given{HOW_GIVEN.get(option, '')}."
         case "extra_forbidden" | "invalid_key":
             return f"'{option}' is not an option. Options: {known}."
     if problem["loc"][0] == "propagation":
         return f"option 'propagation' is {problem['input']!r}: give a number of layers from 1, or 'full'."
     if problem["loc"][0] == "workers":
         return f"option 'workers' is {problem['input']!r}: give a number from 1, or 'MIN:MAX'."
+    if problem["loc"][0] == "sparsity" and problem["type"] == "less_than" and problem["input"] < 100:
+        return f"option 'sparsity' is {problem['input']!r}: {problem['msg']}. Write 30% as 0.3."
     return f"option '{option}' is {problem['input']!r}: {problem['msg']}."
 
 

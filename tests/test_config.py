@@ -131,6 +131,7 @@ def test_distillation_is_a_switch_or_options_overridden_one_by_one(yaml_file, in
         ("sparsity: lots", "option 'sparsity' is 'lots': .*number"),
         ("sparsity:", "option 'sparsity' is None: .*number"),
         ("sparsity: 1.2", "option 'sparsity' is 1.2: .*less than 1"),
+        ("sparsity: 30", r"option 'sparsity' is 30: .*less than 1\. Write 30% as 0\.3\."),
         ("sparsity: -0.1", "option 'sparsity' is -0.1: .*greater than or equal to 0"),
         ("sparsity: .nan", "option 'sparsity' is nan: "),
         ("target: speed", "option 'target' is 'speed': .*'kv-cache' or 'bytes'"),

@@ -169,7 +169,9 @@ def check_taken(destination: str, names: set[str], overwrite: bool) -> None:
     if scheme_of(destination) == HUB and CONFIG_FILE not in names:
         return  # a repository that was made beforehand, with a model card perhaps, of which nothing is replaced
     if not overwrite:
-        raise InputError(f"{destination} exists. Choose another destination, or allow overwriting it.")
+        raise InputError(
+            f"{destination} exists. Choose another destination, or allow overwriting it with --overwrite (in YAML, overwrite: true)."
+        )
     if CONFIG_FILE not in names:
         raise InputError(
             f"{destination} is not overwritten: it holds files but no config.json, so it is not a checkpoint. "

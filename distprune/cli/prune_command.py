@@ -68,9 +68,10 @@ def prune(
     """Prune a model on Ray. Every option can also be set in the YAML file, with underscores for hyphens."""
     given = dict(locals())
     config, option, log_format = given.pop("config"), given.pop("option"), given.pop("log_format")
+    from distprune.config import load_config
     from distprune.engine.telemetry.harmless import harmless
     from distprune.engine.telemetry.log import json_lines
-    from distprune.reporting import memory_line, parameter_table
+    from distprune.reporting import memory_line, parameter_table, place_line
 
     if option:
         given["options"] = parse_options(option)
@@ -87,3 +88,4 @@ def prune(
     with harmless("standard output"):
         output_console.print(parameter_table(record))
         output_console.print(memory_line(record), highlight=False)
+        output_console.print(place_line(load_config(config, given).output), highlight=False, markup=False)

@@ -1,0 +1,20 @@
+"""A warning of transformers that tells users of pruned checkpoints nothing."""
+
+from __future__ import annotations
+
+import logging
+
+LOGGER = "transformers.integrations.heterogeneity.configuration_utils"
+WARNING = "Reading global config value for per-layer attribute"
+
+
+def without_per_layer_warning() -> None:
+    """Keep transformers from warning whenever it reads a configuration whose layers differ, as it reads all fields.
+
+    Pruned checkpoints are made to be read so, whoever opens them, and all other warnings still come.
+    """
+    logging.getLogger(LOGGER).addFilter(is_another_warning)
+
+
+def is_another_warning(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(WARNING)
