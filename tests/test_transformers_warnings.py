@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
+from distprune.transformers_warnings import LOGGER
+
 OPEN = {
     "checkpoint": "from distprune.checkpoint import Checkpoint; Checkpoint.open(folder)",
     "load": "import distprune; distprune.load(folder)",
     "transformers alone": "import transformers; transformers.AutoConfig.from_pretrained(folder)",
 }
-OTHERS = (
-    "import logging; logging.getLogger('transformers.integrations.heterogeneity.configuration_utils').warning('no')"
-)
+OTHERS = f"import logging; logging.getLogger({LOGGER!r}).warning('no')"
 
 
 @pytest.mark.parametrize("way", OPEN)

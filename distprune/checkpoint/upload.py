@@ -170,7 +170,8 @@ def check_taken(destination: str, names: set[str], overwrite: bool) -> None:
         return  # a repository that was made beforehand, with a model card perhaps, of which nothing is replaced
     if not overwrite:
         raise InputError(
-            f"{destination} exists. Choose another destination, or allow overwriting it with --overwrite (in YAML, overwrite: true)."
+            f"{destination} exists. Choose another destination, or allow overwriting it with --overwrite (in YAML, "
+            "overwrite: true)."
         )
     if CONFIG_FILE not in names:
         raise InputError(
