@@ -26,6 +26,8 @@ SILENCE = 60.0
 SPARED_LINES = 13
 # As wide as the longest name of a stage, so that nothing moves when that begins.
 NAME = len("Copying embedding and head")
+# As wide as most of what workers do, so that little moves when they go on to something else.
+DOES = len("finish statistics, layer 100")
 # Columns of a line that are not the bar's, and the bar's at most.
 BESIDE_BAR, LONGEST_BAR = 57, 40
 
@@ -103,14 +105,13 @@ class DrawnProgress(Spectator):
         super().__init__(console, now)
         self._stage, self._began, self._ended = None, now(), False
         self._spinner = Spinner("dots", style="progress.spinner")
-        right = Column(justify="right", no_wrap=True)
         self._bars = Bars(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description}", table_column=Column(min_width=NAME, no_wrap=True)),
             BarColumn(bar_width=max(1, min(LONGEST_BAR, console.width - BESIDE_BAR))),
-            TextColumn("{task.completed}/{task.total}", style="progress.download", table_column=right),
-            TimeSpent(table_column=right.copy()),
-            TextColumn("{task.fields[left]}", table_column=right.copy()),
+            TextColumn("{task.completed}/{task.total}", style="progress.download", justify="right"),
+            TimeSpent(table_column=Column(justify="right", no_wrap=True)),
+            TextColumn("{task.fields[left]}", justify="right"),
             console=console,
         )
 
@@ -141,7 +142,8 @@ class DrawnProgress(Spectator):
         return self._spinner
 
     def _workers(self) -> Table:
-        table = Table("worker", "does", Column("for", justify="right"), box=None, padding=(0, 2), header_style="dim")
+        does, since = Column("does", min_width=DOES), Column("for", justify="right")
+        table = Table("worker", does, since, box=None, padding=(0, 2), header_style="dim")
         room, now = max(1, self._console.height - SPARED_LINES), self._now()
         registry = sorted(self._registry.values(), key=lambda doing: doing.name.number)
         for doing in registry[:room]:

@@ -91,11 +91,13 @@ def memory_line(record: RunRecord) -> str:
         f"{peak.resident / GIB:.2f} GiB" + (f" (+{peak.device / GIB:.2f} GiB on the GPU)" if peak.device else "")
         for peak in record.peak_memory_workers
     )
-    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record.seconds.items())
+    took = {name: f"{seconds:.1f} s" for name, seconds in record.seconds.items()}
+    stages = ", ".join(f"{name} {seconds}" for name, seconds in took.items() if seconds != "0.0 s")
     driver = record.peak_memory_driver.resident / GIB
     return (
         f"forward passes in {record.dtype} on {record.device}\n"
-        f"peak memory: driver {driver:.2f} GiB, workers {workers}\ntime: {stages}"
+        f"peak memory: driver {driver:.2f} GiB, workers {workers}\n"
+        f"time: {sum(record.seconds.values()):.1f} s ({stages})"
     )
 
 
