@@ -167,7 +167,7 @@ class TerminalProgress(DrawnProgress):
         return self
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=False)
 
     def __exit__(self, *error) -> None:
         super().__exit__(*error)

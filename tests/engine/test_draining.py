@@ -151,7 +151,7 @@ def test_a_worker_that_ray_gives_up_starting_ends_the_run_with_one_message():
     machines = Machines(["a"], {})
     machines.ready = lambda worker: Result(0.0, Vanished("the actor was cancelled"))
     pool = WorkerPool(machines, 1)
-    with pytest.raises(WorkersLost, match="could not be started.*ray status.*the actor was cancelled"):
+    with pytest.raises(WorkersLost, match=r"could not be started.*ray status.*the actor was cancelled"):
         pool.are_up(1, None)
 
 

@@ -154,6 +154,13 @@ def test_no_line_is_wider_than_the_terminal(width):
     assert "Copying embedding and head" in line and "0/1126" in line and "25:01:01 left" in line
 
 
+def test_a_note_on_a_terminal_breaks_between_words():
+    file = io.StringIO()
+    with console_progress(Console(file=file, force_terminal=True, width=20, soft_wrap=True)) as progress:
+        progress.note("The calibration set has few tokens")
+    assert "The calibration set\nhas few tokens" in "\n".join(line.strip() for line in file.getvalue().splitlines())
+
+
 def test_words_are_for_tasks_that_there_are():
     assert WORDS.keys() <= {task.kind() for task in subclasses(Task)}
     assert in_words(Assignment("close_layer", 3)) == "finish statistics, layer 3"
