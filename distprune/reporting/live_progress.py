@@ -105,10 +105,13 @@ class DrawnProgress(Spectator):
         super().__init__(console, now)
         self._stage, self._began, self._ended = None, now(), False
         self._spinner = Spinner("dots", style="progress.spinner")
+        bar_width = max(1, min(LONGEST_BAR, console.width - BESIDE_BAR))
         self._bars = Bars(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description}", table_column=Column(min_width=NAME, no_wrap=True)),
-            BarColumn(bar_width=max(1, min(LONGEST_BAR, console.width - BESIDE_BAR))),
+            BarColumn(
+                max(1, min(LONGEST_BAR, console.width - BESIDE_BAR)), complete_style="blue", finished_style="green"
+            ),
             TextColumn("{task.completed}/{task.total}", style="progress.download", justify="right"),
             TimeSpent(table_column=Column(justify="right", no_wrap=True)),
             TextColumn("{task.fields[left]}", justify="right"),
