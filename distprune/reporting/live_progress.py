@@ -109,9 +109,7 @@ class DrawnProgress(Spectator):
         self._bars = Bars(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description}", table_column=Column(min_width=NAME, no_wrap=True)),
-            BarColumn(
-                max(1, min(LONGEST_BAR, console.width - BESIDE_BAR)), complete_style="blue", finished_style="green"
-            ),
+            BarColumn(bar_width, complete_style="blue", finished_style="green"),
             TextColumn("{task.completed}/{task.total}", style="progress.download", justify="right"),
             TimeSpent(table_column=Column(justify="right", no_wrap=True)),
             TextColumn("{task.fields[left]}", justify="right"),
