@@ -11,7 +11,8 @@ WARNING = "Reading global config value for per-layer attribute"
 def without_per_layer_warning() -> None:
     """Keep transformers from warning whenever it reads a configuration whose layers differ, as it reads all fields.
 
-    Pruned checkpoints are made to be read so, whoever opens them, and all other warnings still come.
+    Pruned checkpoints are made to be read so, and all other warnings still come. It is said when distprune is imported,
+    because many parts of it, and of transformers, read configurations.
     """
     logging.getLogger(LOGGER).addFilter(is_another_warning)
 

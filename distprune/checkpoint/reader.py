@@ -39,7 +39,6 @@ from distprune.checkpoint.remote import fetch_model, fingerprint_of
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
 from distprune.errors import InputError
 from distprune.storage import is_remote, location
-from distprune.transformers_warnings import without_per_layer_warning
 
 LISTED = 5
 HEADERS_AT_ONCE = 8
@@ -174,7 +173,6 @@ def read_config(path: Path, trust_remote_code: bool) -> tuple[PretrainedConfig, 
 
     InputError: it is broken, of an unknown architecture, or of a model that is quantized in a form that is not read.
     """
-    without_per_layer_warning()
     file = path / CONFIG_FILE
     scheme = find_scheme(file, read_json(file))
     try:

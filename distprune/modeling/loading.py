@@ -9,7 +9,6 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from distprune.modeling import modeling_pruned
-from distprune.transformers_warnings import without_per_layer_warning
 
 MODULE = modeling_pruned.__name__.rpartition(".")[2]
 
@@ -21,7 +20,6 @@ def load(model: str | PathLike, **options: Any) -> PreTrainedModel:
         model: a folder, or a name on the Hugging Face Hub.
         options: of ``from_pretrained``, such as ``dtype`` or ``device_map``.
     """
-    without_per_layer_warning()
     of_hub = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
     config = options.pop("config", None) or AutoConfig.from_pretrained(model, **of_hub)
     return class_of(config).from_pretrained(model, config=config, **options)

@@ -139,7 +139,7 @@ class DrawnProgress(Spectator):
 
     def _start(self) -> RenderableType:
         """What is seen until the first stage begins."""
-        self._spinner.update(text=f"Starting Ray and its workers   {clock(self._now() - self._began)}")
+        self._spinner.update(text=f"Starting workers   {clock(self._now() - self._began)}")
         return self._spinner
 
     def _workers(self) -> Table:

@@ -138,7 +138,7 @@ def test_until_the_first_stage_the_terminal_says_what_it_waits_for():
     now = [0.0]
     progress = TerminalProgress(Console(file=io.StringIO(), force_terminal=True, width=100, height=40), lambda: now[0])
     now[0] = 9.0
-    assert picture(progress)[0].endswith("Starting Ray and its workers   0:09")
+    assert picture(progress)[0].endswith("Starting workers   0:09")
     progress.stage("Dense pass", 2)
     assert not any("Starting" in line for line in picture(progress))
 
