@@ -51,7 +51,7 @@ from distprune.engine.scheduler.run_dtype import settle_dtype
 from distprune.engine.scheduler.runtime import RayRuntime
 from distprune.engine.stages.assembling import Assemble, stored_bytes
 from distprune.engine.stages.checking import Check, OwnSamples
-from distprune.engine.stages.context import RunContext, mixtures_of
+from distprune.engine.stages.context import RunContext, layers_aiming, mixtures_of
 from distprune.engine.stages.dense_pass import DensePass
 from distprune.engine.stages.end_to_end import EndToEndDistillation
 from distprune.engine.stages.gradient_pass import GradientPass
@@ -218,6 +218,7 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
             config.micro_batch,
             experts_at_once=config.experts_at_once,
             mixtures=mixtures_of(job.architecture.dense_shapes),
+            aiming=layers_aiming(job.method, job.architecture.dense_shapes, config.experts_at_once is not None),
         )
         work.once(CHECK, Check(context, one_of_each_kind(job.architecture)).run)
         if config.calibration is None:

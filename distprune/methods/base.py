@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -85,6 +85,8 @@ class LayerToPrune:
         statistics: the moments that :meth:`Method.pruning_moments` named.
         profile: what :meth:`Method.profile` said of the dense layer.
         observe: runs a variation of the layer on what reaches it, and collects moments inside it.
+        sees_errors: whether moments of ATTENTION_ERROR and FFN_ERROR are among those that it can collect, see
+            :meth:`Method.aims_at_dense`.
     """
 
     index: int
@@ -93,6 +95,7 @@ class LayerToPrune:
     statistics: LayerStatistics
     profile: Profile
     observe: Observe
+    sees_errors: bool = field(default=False, kw_only=True)
 
     def change_experts(
         self, variation: DecoderLayer, moments: Sequence[Moment] | None, change: ChangeExperts
@@ -248,6 +251,13 @@ class Method(BaseModel):
         for, it need not run the layer again.
         """
         return ()
+
+    def aims_at_dense(self, shape: LayerShape) -> bool:
+        """Whether pruning a layer of this dense shape asks for how far it is from the dense model's hidden states.
+
+        These are kept until then. Experts that come a chunk at a time are pruned without them.
+        """
+        return False
 
     def prune(self, given: LayerToPrune) -> DecoderLayer:
         """The layer in its planned shape, on its device: what is new in float32, what stays as it was."""

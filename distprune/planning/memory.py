@@ -207,12 +207,14 @@ def mixtures(scenario: Scenario) -> list[LayerShape]:
 
 
 def _disk(scenario: Scenario) -> int:
-    """Every block's input and the pruned layers; or all parts, and the shards that they become; or hidden states of
-    every layer and of the model's end, with the gradients of some layers. Profiles lie there to the end."""
+    """The pruned layers, and every block's input or, where pruning aims at them, hidden states of all layers and of the
+    model's end; or all parts, and the shards that they become; or hidden states of all of these, with the gradients of
+    some layers. Profiles lie there to the end."""
     states = scenario.hidden_states(scenario.calibration)
     hidden_size = scenario.architecture.hidden_size
     profiles = sum(scenario.method.profile_bytes(hidden_size, shape) for shape in scenario.architecture.dense_shapes)
-    pruning = scenario.bytes_after + scenario.blocks * states
+    waiting = scenario.layers + 1 if scenario.aiming else scenario.blocks
+    pruning = scenario.bytes_after + waiting * states
     assembling = 2 * scenario.bytes_after + 2 * scenario.outer_bytes
     gradients = (scenario.layers + 1) * states + GRADIENTS_KEPT * scenario.gradients if scenario.needs_gradients else 0
     return profiles + max(pruning, assembling, gradients)

@@ -328,7 +328,10 @@ class Rehearsal:
             planned, propagates = self.shapes[index], self._block_length > 1
 
             def task(batches: int) -> Prune:
-                return Prune(index, self.states(batches), planned, profile, carried, propagates)
+                states = self.states(batches)
+                aims = self.worker.method.aims_at_dense(self.model.architecture.dense_shape(index))
+                dense = {"dense_input": states, "dense_output": states} if aims else {}
+                return Prune(index, states, planned, profile, carried, propagates, **dense)
 
             if self.worker.chunks(index) is not None:
                 return self._noted(lambda batches, do: prune_in_chunks(self.worker, task(batches), do))[0]

@@ -230,6 +230,7 @@ class SimulatedRun:
             micro_batch=scenario.batch,
             experts_at_once=scenario.config.experts_at_once,
             mixtures=mixtures_of(scenario.architecture.dense_shapes),
+            aiming=scenario.aiming,
         )
         self.tokens = rows(scenario.calibration)
 

@@ -308,9 +308,11 @@ def space_needed(config: PruneConfig, model: DenseModel, method: Method) -> int:
     weights = sum(info.nbytes for info in model.checkpoint.tensors.values())
     profiles = sum(method.profile_bytes(hidden_size, shape) for shape in architecture.dense_shapes)
     states = tokens * hidden_size * expected_itemsize(config, stored_dtype(model))
-    # Of every layer and of the model's end, with the gradients of some; or of every block, and of one layer more.
+    # Of every layer and of the model's end, with the gradients of some; or of every layer or block, and one more.
     passing = (layers + 1 + GRADIENTS_KEPT) * states if needs_gradients(method, architecture) else 0
-    pruning = (-(-layers // config.block_length(layers)) + 1) * states + weights
+    is_aiming = any(map(method.aims_at_dense, architecture.dense_shapes))
+    waiting = layers if is_aiming else -(-layers // config.block_length(layers))
+    pruning = (waiting + 1) * states + weights
     # Parts and the shards that are made of them lie side by side for a moment.
     assembling = weights + min(weights, merged_at_once(config) * config.max_shard_size)
     return profiles + max(passing, pruning, assembling)

@@ -109,11 +109,11 @@ class GradientPass(Relay):
     def _clear(self) -> None:
         """Remove what the stations that are done have taken, unless one before them is not, since it would come again.
 
-        Pruning needs the hidden states at the input of every block.
+        Pruning needs some of the hidden states, such as those at the input of every block.
         """
         while self._cleared < self.stations and self.journal.has(self._entries[self._cleared]):
             index = self._layer(self._cleared)
             self.journal.remove(entry_of(GRADIENT, index))
-            if index == self.layers or not self.context.begins_block(index):
+            if not self.context.pruned_with(index):
                 self.journal.remove(entry_of(DENSE, index))
             self._cleared += 1

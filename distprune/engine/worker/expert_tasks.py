@@ -7,7 +7,7 @@ pruned on its own tokens; and where the next layer needs it, what all of them gi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from distprune.checks import check_solution, solving
 from distprune.engine.worker.layer_pruning import LayerPruning
 from distprune.engine.worker.layer_worker import Finished, LayerWorker, Piece, moved
 from distprune.engine.worker.open_layers import is_of_experts
+from distprune.engine.worker.prune_task import Prune
 from distprune.engine.worker.report import Report, Stopwatch, convergence_warnings
 from distprune.engine.worker.task import Task
 from distprune.layers.chunked_pass import ChunkedPass, ExpertPasses, Routed
@@ -51,6 +52,11 @@ class PruneAround(Task):
     profile: Profile
     carried: Mapping[str, Tensor]
     propagates: bool
+
+    @classmethod
+    def of(cls, whole: Prune) -> PruneAround:
+        """The first of the tasks that take the place of one that prunes a whole layer."""
+        return cls(**{own.name: getattr(whole, own.name) for own in fields(cls)})
 
     def run(self, worker: LayerWorker) -> tuple[Finished, dict[str, Tensor], list[Routed], Report]:
         clock = Stopwatch()
