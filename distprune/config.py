@@ -131,6 +131,12 @@ class PruneConfig(BaseModel):
         default="full",
         description="layers pruned on each other's outputs in a row; 1 takes the dense model's activations",
     )
+    rounds: int = Field(
+        default=1,
+        ge=1,
+        description="how often the model is planned and pruned; from the second time on, by what is measured on the "
+        "model that the time before has pruned",
+    )
     micro_batch: int = Field(default=16, ge=1, description="calibration samples in one forward pass")
     experts_at_once: int | None = Field(
         default=None,

@@ -38,6 +38,7 @@ class PruneOptions(TypedDict, total=False):
     seed: int
     distill: DistillOptions | bool | None
     propagation: int | Literal["full"]
+    rounds: int
     micro_batch: int
     experts_at_once: int | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]

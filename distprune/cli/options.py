@@ -64,6 +64,11 @@ Propagation = Annotated[
     ),
 ]
 
+Rounds = Annotated[
+    Optional[int],
+    typer.Option(help="times the model is planned and pruned, each after the first by what the pruned model shows [1]"),
+]
+
 # ------------------------------------------------------------------ calibration
 
 Field = Annotated[Optional[str], typer.Option(help="field that holds a record's text or messages")]

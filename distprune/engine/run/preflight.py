@@ -142,6 +142,11 @@ def check_job(config: PruneConfig) -> Job:
         check_can_be_split(config, texts)
     if needs_gradients(method, model.architecture):
         check_has_targets(config)
+    elif config.rounds > 1:
+        raise InputError(
+            f"--rounds {config.rounds}: method {method.name} goes by no gradients, so a further round would find what "
+            "the first has found. Leave it out, or choose a method that does, such as curvature."
+        )
     # The one check that may read weights, so after the others.
     is_untied = differ_though_tied(model.architecture.model, stored, model.names)
     if is_untied:
@@ -172,6 +177,8 @@ def check_takes_chunks(config: PruneConfig, method: Method, model: DenseModel) -
             f"{option}: method {method.name} needs all experts of a layer at once. Leave it out, or choose one of the "
             f"methods {able}."
         )
+    if config.rounds > 1:
+        raise InputError(f"{option}: further rounds need all experts of a layer at once. Leave one of them out.")
     if config.distill:
         raise InputError(f"{option}: distillation needs all experts of a layer at once. Leave one of them out.")
 

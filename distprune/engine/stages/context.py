@@ -39,6 +39,7 @@ class RunContext(FirstStages):
         experts_at_once: how many of a mixture's experts are in memory at a time; None where all are.
         mixtures: of the layers that have one, how many experts it has.
         aiming: the layers that are pruned towards the dense model's hidden states around them.
+        rounds: how often the model is planned and pruned.
     """
 
     journal: Journal
@@ -47,6 +48,7 @@ class RunContext(FirstStages):
     experts_at_once: int | None = None
     mixtures: Mapping[int, int] = field(default_factory=dict)
     aiming: Collection[int] = ()
+    rounds: int = 1
 
     @property
     def in_one_piece(self) -> bool:
@@ -78,6 +80,11 @@ class RunContext(FirstStages):
         the model's end."""
         begins = [index] if index < self.layers and (self.begins_block(index) or index in self.aiming) else []
         return begins + [index - 1] * (index - 1 in self.aiming)
+
+    def keeps_dense(self, index: int) -> bool:
+        """Whether the dense model's hidden states at the input of layer ``index``, or at the model's end, are needed
+        after the passes through it: for pruning, or since further rounds begin and end with them."""
+        return bool(self.pruned_with(index)) or (self.rounds > 1 and index in (0, self.layers))
 
     def ends_block(self, index: int) -> bool:
         """Whether no layer is pruned on the output of this one."""

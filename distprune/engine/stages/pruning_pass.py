@@ -33,9 +33,18 @@ class PruningPass:
         plan: the shape of every layer.
         profiles: what the passes before have left of every layer.
         sink: gets each pruned layer.
+        is_last: whether no further round prunes the dense model again.
     """
 
-    def __init__(self, context: RunContext, plan: Sequence[LayerShape], profiles: Sequence[Profile], sink: PrunedSink):
+    def __init__(
+        self,
+        context: RunContext,
+        plan: Sequence[LayerShape],
+        profiles: Sequence[Profile],
+        sink: PrunedSink,
+        is_last: bool = True,
+    ):
+        self.is_last = is_last
         self.context, self.plan, self.profiles, self.sink = context, plan, profiles, sink
         self.pool, self.journal = context.pool, context.journal
         self._done: set[int] = set()
@@ -92,10 +101,15 @@ class PruningPass:
         if output is not None:
             save_states(self.journal, PRUNED, index + 1, [output])
         self.sink(index, finished, report)
-        for kind in (PRUNED, MOMENTS):
-            self.journal.remove(entry_of(kind, index))
+        self.journal.remove(entry_of(PRUNED, index))
         self._done.add(index)
+        if self.is_last:
+            self._forget_dense(index)
+        self.context.progress.advance()
+
+    def _forget_dense(self, index: int) -> None:
+        """Remove what no layer needs any more of what the passes through the dense model have left."""
+        self.journal.remove(entry_of(MOMENTS, index))
         for place in (index, index + 1):
             if self._done.issuperset(self.context.pruned_with(place)):
                 self.journal.remove(entry_of(DENSE, place))
-        self.context.progress.advance()
