@@ -290,7 +290,7 @@ def prune_as_planned(
     kind = PRUNED if is_last else kind_of_round("layer", number)
     files = LayerFiles(job, plan, work.writer, work.journal, context.progress, kind)
     if not is_measured(context, number + 1):
-        with work.timed("prune"):
+        with work.timed("prune" if number == 1 else "prune again"):
             PruningPass(context, plan, profiles, files.keep_pruned, is_last).run(files.pruned())
     return files
 

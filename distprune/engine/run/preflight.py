@@ -320,6 +320,8 @@ def space_needed(config: PruneConfig, model: DenseModel, method: Method) -> int:
     is_aiming = any(map(method.aims_at_dense, architecture.dense_shapes))
     waiting = layers if is_aiming else -(-layers // config.block_length(layers))
     pruning = (waiting + 1) * states + weights
+    if config.rounds > 1:
+        passing += pruning
     # Parts and the shards that are made of them lie side by side for a moment.
     assembling = weights + min(weights, merged_at_once(config) * config.max_shard_size)
     return profiles + max(passing, pruning, assembling)
