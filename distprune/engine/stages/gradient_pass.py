@@ -43,7 +43,7 @@ class GradientPass(Relay):
         super().__init__(context.pool, 1 + context.layers, context.micro_batch, in_one_piece=context.in_one_piece)
         self.context, self.tokens, self.layers = context, tokens, context.layers
         self.journal, self.progress = context.journal, context.progress
-        self._states = DENSE
+        self._states, self._gradients = DENSE, GRADIENT
         self._name_entries(LOSS, PROFILE)
 
     def _name_entries(self, loss: str, profile: str) -> None:
@@ -64,7 +64,7 @@ class GradientPass(Relay):
         if done == 0:
             self.begin(HEAD, HostTensor(self.tokens, torch.int32))
         elif done < self.stations:
-            self.begin(done, load_states(self.journal, GRADIENT, self._layer(done)))
+            self.begin(done, load_states(self.journal, self._gradients, self._layer(done)))
         self.carry_through()
         return [self.journal.stored_tensors(entry_of(self._profile, index)) for index in range(self.layers)]
 
@@ -93,7 +93,7 @@ class GradientPass(Relay):
         return CloseLoss() if station == HEAD else CloseLayer(self._layer(station), pieces)
 
     def reached(self, station: int, pieces: list[HostTensor]) -> None:
-        save_states(self.journal, GRADIENT, self._layer(station), pieces)
+        save_states(self.journal, self._gradients, self._layer(station), pieces)
 
     def closed(self, station: int, *results: Any) -> None:
         if station == HEAD:
@@ -122,7 +122,7 @@ class GradientPass(Relay):
         """
         while self._cleared < self.stations and self.journal.has(self._entries[self._cleared]):
             index = self._layer(self._cleared)
-            self.journal.remove(entry_of(GRADIENT, index))
+            self.journal.remove(entry_of(self._gradients, index))
             if not self._is_kept(index):
                 self.journal.remove(entry_of(self._states, index))
             self._cleared += 1

@@ -64,7 +64,7 @@ class PrunedBackward(GradientPass):
     def __init__(self, context: RunContext, tokens: np.ndarray, pruned: PrunedLayers, number: int):
         super().__init__(context, tokens)
         self._pruned, self._number = pruned, number
-        self._states = kind_of_round("states", number)
+        self._states, self._gradients = kind_of_round("states", number), kind_of_round("gradient", number)
         self._name_entries(kind_of_round("divergence", number), kind_of_round("profile", number))
 
     def opening(self, station: int) -> Task:
