@@ -41,6 +41,7 @@ VALUES = {
         "seed": 1,
     },
     "propagation": 2,
+    "rounds": 2,
     "micro_batch": 5,
     "experts_at_once": 4,
     "dtype": "float16",
