@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from kinds_of_methods import OF_ALL_MODELS
+from kinds_of_methods import ALL_LAYERS, OF_ALL_MODELS
 from tiny_families import FAMILIES, HIDDEN, tiny_model
 from tiny_mixtures import mixture_model
 from transformers import PreTrainedModel
@@ -18,8 +18,6 @@ from distprune.methods import METHODS, LayerToPrune
 from distprune.statistics import LayerStatistics, sites_of
 
 LAYOUTS = ("free", "heterogeneous", "stock")
-#: So that no layer is to stay whole.
-OPTIONS = {"llm-pruner": {"first_layers": 0, "last_layers": 0}, "slimgpt": {"first_layer": 1.0}}
 
 
 @pytest.mark.filterwarnings("ignore::distprune.errors.ConvergenceWarning")
@@ -67,7 +65,7 @@ def prune_by_each_method(real: PreTrainedModel, methods: Iterable[str], sparsity
         return statistics
 
     for name in methods:
-        method = METHODS[name](**OPTIONS.get(name, {}))
+        method = METHODS[name](**ALL_LAYERS.get(name, {}))
         profiles = []
         for index, layer in enumerate(layers):
             moments = [*method.dense_moments(layer.shape), *method.gradient_moments(layer.shape)]
@@ -91,6 +89,6 @@ def prune_by_each_method(real: PreTrainedModel, methods: Iterable[str], sparsity
 
 def test_the_page_says_which_methods_offer_which_layout():
     offered = {layout: {name for name in METHODS if layout in METHODS[name].layouts} for layout in LAYOUTS}
-    assert offered["free"] == set(METHODS) and len(METHODS) == 11
+    assert offered["free"] == set(METHODS) and len(METHODS) == 12
     assert offered["heterogeneous"] == set(METHODS) - {"olica"}
     assert offered["stock"] == {"curvature", "magnitude", "mean-router-weight", "reap", "wanda-sp"}
