@@ -33,6 +33,7 @@ BUILT_IN = {
     "reap": "distprune.methods.reap:Reap",
     "slimgpt": "distprune.methods.slimgpt:SlimGPT",
     "wanda-sp": "distprune.methods.wanda_sp:WandaSp",
+    "z-pruner": "distprune.methods.z_pruner:ZPruner",
 }
 
 

@@ -82,13 +82,13 @@ def prune_by_each_method(real: PreTrainedModel, methods: Iterable[str], sparsity
             for index, (layer, planned) in enumerate(zip(layers, plan, strict=True)):
                 statistics = observe(layer, index, method.pruning_moments(layer.shape, planned))
                 again = lambda variation, moments, index=index: observe(variation, index, moments)  # noqa: E731
-                pruned = method.prune(LayerToPrune(index, layer, planned, statistics, profiles[index], again))
+                pruned = method.prune(LayerToPrune(index, layer, planned, statistics, profiles[index], again, sparsity))
                 assert pruned.shape == planned, name
                 assert runner.run(pruned, index, hidden_states).isfinite().all(), name
 
 
 def test_the_page_says_which_methods_offer_which_layout():
     offered = {layout: {name for name in METHODS if layout in METHODS[name].layouts} for layout in LAYOUTS}
-    assert offered["free"] == set(METHODS) and len(METHODS) == 12
+    assert offered["free"] == set(METHODS) and len(METHODS) == 13
     assert offered["heterogeneous"] == set(METHODS) - {"olica"}
-    assert offered["stock"] == {"curvature", "magnitude", "mean-router-weight", "reap", "wanda-sp"}
+    assert offered["stock"] == {"curvature", "magnitude", "mean-router-weight", "reap", "wanda-sp", "z-pruner"}

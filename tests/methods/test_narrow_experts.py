@@ -18,7 +18,7 @@ from distprune.methods.units import keep_neurons
 
 KEPT = 20
 #: Those that move no weight of what stays, and those that do.
-CHOOSING = ("flap", "heapr", "llm-pruner", "magnitude", "mini-llm", "olica", "wanda-sp")
+CHOOSING = ("flap", "heapr", "llm-pruner", "magnitude", "mini-llm", "olica", "wanda-sp", "z-pruner")
 REFITTING = ("oops", "slimgpt")
 pytestmark = pytest.mark.filterwarnings("ignore::distprune.errors.ConvergenceWarning")
 

@@ -63,4 +63,5 @@ class LayerPruning:
     def given(self, **known: object) -> LayerToPrune:
         """What the method is given; ``known`` are the statistics and the profile."""
         layer = self.layer.to(self.worker.solve_device)
-        return LayerToPrune(self.index, layer, self.planned, observe=self.observe, **known)
+        sparsity = self.worker.config.sparsity
+        return LayerToPrune(self.index, layer, self.planned, observe=self.observe, sparsity=sparsity, **known)
