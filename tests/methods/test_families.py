@@ -15,6 +15,7 @@ from distprune.budgets import Target, layout_of
 from distprune.layers.architecture import Architecture
 from distprune.layers.runner import LayerRunner
 from distprune.methods import METHODS, LayerToPrune
+from distprune.methods.z_pruner import ZPruner
 from distprune.statistics import LayerStatistics, sites_of
 
 LAYOUTS = ("free", "heterogeneous", "stock")
@@ -44,7 +45,7 @@ def test_each_method_prunes_mixtures_of_experts(family):
     prune_by_each_method(model, METHODS, 0.2, 4)
 
 
-def prune_by_each_method(real: PreTrainedModel, methods: Iterable[str], sparsity: float, align: int) -> None:
+def prune_by_each_method(real: PreTrainedModel, names: Iterable[str], sparsity: float, align: int) -> None:
     model = Architecture(real.config)
     state = {name: tensor.detach() for name, tensor in real.state_dict().items()}
     runner = LayerRunner(model, torch.device("cpu"), torch.float32, micro_batch=4)
@@ -64,9 +65,9 @@ def prune_by_each_method(real: PreTrainedModel, methods: Iterable[str], sparsity
             runner.observe(layer, index, hidden_states, statistics.update, sites)
         return statistics
 
-    for name in methods:
-        method = METHODS[name](**ALL_LAYERS.get(name, {}))
-        profiles = []
+    methods = [METHODS[name](**ALL_LAYERS.get(name, {})) for name in names]
+    for method in (*methods, ZPruner(mode="unstructured")):
+        name, profiles = method.name, []
         for index, layer in enumerate(layers):
             moments = [*method.dense_moments(layer.shape), *method.gradient_moments(layer.shape)]
             moments += method.overview_moments(layer.shape)
@@ -77,7 +78,7 @@ def prune_by_each_method(real: PreTrainedModel, methods: Iterable[str], sparsity
                 method = METHODS[name](compensation=False)
             method.check_target(target, align)
             plan = method.plan(target, profiles, align)
-            assert plan != target.dense_shapes
+            assert (plan == target.dense_shapes) == method.zeroes
             assert layout == "free" or layout_of(model, plan) in ("stock", layout)
             for index, (layer, planned) in enumerate(zip(layers, plan, strict=True)):
                 statistics = observe(layer, index, method.pruning_moments(layer.shape, planned))
