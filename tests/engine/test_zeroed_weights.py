@@ -30,17 +30,17 @@ def linears(folder) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])
-def test_the_asked_fraction_is_zero_and_nothing_else_has_changed(prune_here, dense_path, tmp_path, pattern):
+def test_the_asked_fraction_is_zero_and_nothing_else_has_changed(prune_here, llama, tmp_path, pattern):
     options = UNSTRUCTURED | {"options": {"mode": "unstructured", "pattern": pattern}}
     record = prune_here(tmp_path / "pruned", **options)
-    before, after = linears(dense_path), linears(tmp_path / "pruned")
+    before, after = linears(llama), linears(tmp_path / "pruned")
     assert before.keys() == after.keys()
     for name, weight in after.items():
         assert (weight == 0).float().mean() == pytest.approx(0.5, abs=1 / weight.numel())
         assert torch.equal(weight, before[name] * (weight != 0))
         if pattern:
             assert (weight.unflatten(1, (-1, 4)) != 0).sum(dim=2).max() == 2
-    dense, pruned = stored(dense_path), stored(tmp_path / "pruned")
+    dense, pruned = stored(llama), stored(tmp_path / "pruned")
     assert {name: tensor.shape for name, tensor in dense.items()} == {name: t.shape for name, t in pruned.items()}
     assert record.layout == "stock" and record.zeroed == 0.5
     assert record.decoder_parameters_after == record.decoder_parameters_before
@@ -67,19 +67,21 @@ def test_units_are_removed_and_nothing_is_said_of_zeros(prune_here, tmp_path):
     assert "removed by structured pruning" in (tmp_path / "pruned" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss"])
-def test_in_chunks_of_experts_the_same_weights_become_zero(model_type, save_mixture, prune_here, tmp_path):
+#: A run in chunks sees the experts' inputs behind attention with its zeros, another one behind the dense attention. Of
+#: DeepSeek-V3's attention nothing is zeroed.
+@pytest.mark.parametrize(("model_type", "apart"), [("deepseek_v3", 0.01), ("gpt_oss", 0.15)])
+def test_in_chunks_of_experts_as_many_weights_become_zero(model_type, apart, save_mixture, prune_here, tmp_path):
     model, options = save_mixture(model_type), UNSTRUCTURED | {"propagation": "full"}
     prune_here(tmp_path / "whole", model, **options)
     prune_here(tmp_path / "chunked", model, **options, experts_at_once=EXPERTS // 2)
     dense, whole, chunked = map(stored, (model, tmp_path / "whole", tmp_path / "chunked"))
     assert dense.keys() == whole.keys() == chunked.keys()
-    zeroed = 0
     for name, tensor in whole.items():
-        differ = (tensor == 0) != (chunked[name] == 0)
-        assert differ.float().mean() < 0.01, name  # scores that sums in another order have brought past each other
-        zeroed += int(((tensor == 0) & (dense[name] != 0)).sum())
-    assert zeroed > 0
+        assert torch.equal(chunked[name], dense[name] * (chunked[name] != 0)), name
+        assert (chunked[name] == 0).sum() == (tensor == 0).sum(), name
+        assert ((tensor == 0) != (chunked[name] == 0)).float().mean() < apart, name
+        if ".experts." in name and name.endswith(("proj.weight", "down_proj", "gate_up_proj")):
+            assert (tensor == 0).float().mean() == pytest.approx(0.5, abs=0.01), name
 
 
 def test_distillation_is_refused_before_anything_is_written(prune_here, tmp_path):
