@@ -277,6 +277,7 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
         version=__version__,
         bytes_before=stored_bytes(job.checkpoint),
         bytes_after=size,
+        zeroed=config.sparsity if job.method.zeroes else None,
     )
 
 

@@ -85,6 +85,7 @@ class LayerToPrune:
         statistics: the moments that :meth:`Method.pruning_moments` named.
         profile: what :meth:`Method.profile` said of the dense layer.
         observe: runs a variation of the layer on what reaches it, and collects moments inside it.
+        sparsity: what the run asks for; of use where weights are zeroed, since the planned shape then says nothing.
         sees_errors: whether moments of ATTENTION_ERROR and FFN_ERROR are among those that it can collect, see
             :meth:`Method.aims_at_dense`.
     """
@@ -95,6 +96,7 @@ class LayerToPrune:
     statistics: LayerStatistics
     profile: Profile
     observe: Observe
+    sparsity: float
     sees_errors: bool = field(default=False, kw_only=True)
 
     def change_experts(
@@ -150,6 +152,15 @@ class Method(BaseModel):
     #: which :meth:`expert_profiler` does, and its ``prune`` gets at them by :meth:`LayerToPrune.change_experts`.
     takes_chunks: ClassVar[bool] = False
 
+    @property
+    def zeroes(self) -> bool:
+        """Whether it sets weights to zero in matrices that keep their size, instead of removing parameters.
+
+        Then plans leave every shape as it is, and the sparsity is the fraction of the weights of attention and
+        feed-forward networks that become zero.
+        """
+        return False
+
     # ---------------------------------------------------------------- the dense pass
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
@@ -197,8 +208,8 @@ class Method(BaseModel):
         Raises:
             InputError: it can't.
         """
+        self.check_resource(target)
         can_go = what_can_go(target)
-        self._check_offered("--target", target.resource, "targets", can_go)
         self._check_offered("--layout", target.layout, "layouts", can_go)
         if target.sparsity and not can_go.intersection(self.removes):
             others = self._others(lambda method: can_go.intersection(method.removes))
@@ -211,6 +222,14 @@ class Method(BaseModel):
                 f"--layout stock: the layers of this {family(target)} model differ, and pruning leaves them so. Give "
                 "--layout heterogeneous or free."
             )
+
+    def check_resource(self, target: Target) -> None:
+        """See that the method can plan for what the target is of.
+
+        Raises:
+            InputError: it can't.
+        """
+        self._check_offered("--target", target.resource, "targets", what_can_go(target))
 
     def _check_offered(self, option: str, value: str, offers: str, can_go: set[str]) -> None:
         if value not in getattr(self, offers):

@@ -141,7 +141,9 @@ def towards_dense(this, planned: LayerShape, own: Tensor, **options) -> DecoderL
         return statistics
 
     assert method.aims_at_dense(this.layer.shape) == (options["dense_aim"] > 0)
-    given = LayerToPrune(0, this.layer, planned, LayerStatistics(()), this.profile(method), observe, sees_errors=True)
+    given = LayerToPrune(
+        0, this.layer, planned, LayerStatistics(()), this.profile(method), observe, sparsity=0.3, sees_errors=True
+    )
     return method.prune(given)
 
 

@@ -139,6 +139,7 @@ def check_job(config: PruneConfig) -> Job:
         tokenizer = load_tokenizer(model_path, config.trust_remote_code)
         check_calibration(open_calibration(path), tokenizer, model_path, model.architecture)
     if config.distill:
+        check_keeps_zeros(method)
         check_can_be_split(config, texts)
     if needs_gradients(method, model.architecture):
         check_has_targets(config)
@@ -157,8 +158,34 @@ def check_job(config: PruneConfig) -> Job:
     there = folder_size(partial_directory(config.output))
     check_free_space(config.output, space_needed(config, model, method) - there)
     left = left_alone(model)
-    notes = (*stored.notes, *((UNTIED,) if is_untied else ()), *((str(left),) if left.parts else ()))
+    notes = (
+        *stored.notes,
+        *((UNTIED,) if is_untied else ()),
+        *((str(left),) if left.parts else ()),
+        *((zeroed_note(method, config.sparsity),) if method.zeroes else ()),
+    )
     return Job(config, model_path, hub, model, method, target, left, notes)
+
+
+def check_keeps_zeros(method: Method) -> None:
+    """See that distillation would not fill weights that the method has set to zero.
+
+    Raises:
+        InputError: it would.
+    """
+    if method.zeroes:
+        raise InputError(
+            f"--distill: method {method.name} with these options sets weights to zero, and distillation would train "
+            "them away from it. Leave out --distill, or let the method remove units."
+        )
+
+
+def zeroed_note(method: Method, sparsity: float) -> str:
+    """What a run says of itself whose method zeroes weights."""
+    return (
+        f"Method {method.name} sets {sparsity:.1%} of the weights of attention and feed-forward networks to zero and "
+        "removes none: all matrices keep their size, and the checkpoint is as large as the original."
+    )
 
 
 def check_takes_chunks(config: PruneConfig, method: Method, model: DenseModel) -> None:

@@ -86,6 +86,8 @@ class RunRecord:
         calibration: what the run was calibrated on.
         version: of distprune.
         bytes_before, bytes_after: of all tensors on disk; None where an earlier version has made the record.
+        zeroed: the fraction of the weights of attention and feed-forward networks that the method has set to zero; None
+            of methods that remove parameters.
     """
 
     model: str
@@ -115,6 +117,17 @@ class RunRecord:
     version: str | None = None
     bytes_before: int | None = None
     bytes_after: int | None = None
+    zeroed: float | None = None
+
+    def sparsity_reached(self, count_embeddings: bool) -> float:
+        """What became of the sparsity asked for: the fraction removed, or zeroed.
+
+        Args:
+            count_embeddings: whether that of all parameters was asked for, and not that of the decoder layers.
+        """
+        if self.zeroed is not None:
+            return self.zeroed
+        return self.total_sparsity if count_embeddings else self.decoder_sparsity
 
     @property
     def decoder_sparsity(self) -> float:

@@ -99,7 +99,13 @@ class PruningAround(LayerPruning):
     def given(self, **known: object) -> LayerToPrune:
         layer = self.layer.to(self.worker.solve_device)
         return LayerInChunks(
-            self.index, layer, self.planned, observe=self.observe, changing=self._leave_experts, **known
+            self.index,
+            layer,
+            self.planned,
+            observe=self.observe,
+            sparsity=self.worker.config.sparsity,
+            changing=self._leave_experts,
+            **known,
         )
 
     def route(self, layer: DecoderLayer, shared: Sequence[Moment] = ()) -> LayerStatistics:
@@ -243,7 +249,8 @@ class PruneExperts(Task):
 
         dense = worker.architecture.dense_shape(self.index)
         profile = moved(self.profile, worker.solve_device)
-        given = LayerInChunks(self.index, layer, self.planned, LayerStatistics(()), profile, unseen, change_chunk)
+        known = LayerStatistics(()), profile, unseen, worker.config.sparsity
+        given = LayerInChunks(self.index, layer, self.planned, *known, change_chunk)
         try:
             pruned = worker.method.prune(given)
             change_chunk(pruned, (), lambda experts, *_: experts)  # nothing was to be changed in them

@@ -78,5 +78,12 @@ class LayerPruning:
     def given(self, **known: object) -> LayerToPrune:
         """What the method is given; ``known`` are the statistics and the profile."""
         layer = self.layer.to(self.worker.solve_device)
-        sees_errors = self.dense_output is not None
-        return LayerToPrune(self.index, layer, self.planned, observe=self.observe, sees_errors=sees_errors, **known)
+        return LayerToPrune(
+            self.index,
+            layer,
+            self.planned,
+            observe=self.observe,
+            sparsity=self.worker.config.sparsity,
+            sees_errors=self.dense_output is not None,
+            **known,
+        )
