@@ -97,7 +97,7 @@ LOGITS = {"objective": "logits", "batch": 2, "epochs": 3}
         pytest.param(3, {"method": "olica"}, marks=pytest.mark.slow),
         pytest.param(3, {"method": "llm-pruner"}, marks=pytest.mark.slow),
         pytest.param(3, {"method": "olica", "distill": LOGITS}, marks=pytest.mark.slow),
-        pytest.param(3, {"method": "curvature", "rounds": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {"method": "curvature", "rounds": 2}, marks=pytest.mark.slow),
     ],
     ids=["two layers", "three layers", "gradients", "end to end", "rounds"],
 )
