@@ -26,6 +26,7 @@ def prune(
     option: opt.MethodOptions = None,
     sparsity: opt.Sparsity = None,
     target: opt.Target = None,
+    latency_table: opt.LatencyTable = None,
     count_embeddings: opt.CountEmbeddings = None,
     layout: opt.Layout = None,
     align: opt.Align = None,
