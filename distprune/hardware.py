@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -89,15 +88,3 @@ def _gpu_without(dtype: torch.dtype, device: torch.device) -> str | None:
         if torch.cuda.get_device_capability(index) < BFLOAT16_CAPABILITY:
             return f"the {torch.cuda.get_device_name(index)} of {platform.node()}"
     return None
-
-
-def device_name(device: torch.device) -> str:
-    """What the GPU's or this machine's processor is called."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

@@ -71,6 +71,7 @@ def prune(
     from distprune.engine.telemetry.harmless import harmless
     from distprune.engine.telemetry.log import json_lines
     from distprune.reporting import memory_line, parameter_table
+    from distprune.reporting.latency_tables import prediction_table
 
     if option:
         given["options"] = parse_options(option)
@@ -86,4 +87,6 @@ def prune(
         return
     with harmless("standard output"):
         output_console.print(parameter_table(record))
+        if record.latency is not None:
+            output_console.print(prediction_table(record.latency))
         output_console.print(memory_line(record), highlight=False)

@@ -3,7 +3,7 @@
 from distprune.latency.isotonic import monotone
 from distprune.latency.latency_table import Grid, KindLatencies, LatencyTable, Workload
 from distprune.latency.matching import latency_table_for
-from distprune.latency.prediction import LatencyPrediction, WorkloadLatency, predict
+from distprune.latency.prediction import LatencyPrediction, WorkloadLatency, dense_latencies, predict
 
 __all__ = [
     "Grid",
@@ -12,6 +12,7 @@ __all__ = [
     "LatencyTable",
     "Workload",
     "WorkloadLatency",
+    "dense_latencies",
     "latency_table_for",
     "monotone",
     "predict",

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from distprune.errors import InputError
-from distprune.hardware import device_name, name_of
+from distprune.hardware import name_of
+from distprune.latency.device_names import device_name
 from distprune.latency.latency_table import KindLatencies, LatencyTable, Workload
 from distprune.latency.matching import refuse_mixtures
 from distprune.latency.measured_shapes import measured_grids
