@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from upath import UPath
 
 from distprune.calibration.whole_model import checked_device, checked_dtype
 from distprune.checkpoint import Checkpoint, resolve_model, write_text
@@ -20,7 +19,7 @@ from distprune.storage import make_folder
 
 def measure_model(
     model: str,
-    output: Path | UPath,
+    output: Path,
     options: LatencyOptions,
     *,
     device: str,

@@ -7,6 +7,7 @@ from math import lcm
 import numpy as np
 import pytest
 import torch
+from latency_tables import made_up_table
 from tiny_architectures import BIASES, tiny
 
 from distprune.budgets import RESOURCES, Target, is_heterogeneous, is_stock
@@ -32,6 +33,10 @@ ALL_FAMILIES = pytest.mark.parametrize("family", FAMILIES)
 def model_of(family: str) -> Architecture:
     sizes = {"vocab_size": 50, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS}
     return tiny(**sizes | {"num_attention_heads": 8, "head_dim": 32} | FAMILIES[family])
+
+
+def target_of(model: Architecture, sparsity: float, resource: str, layout: str = "free") -> Target:
+    return Target(model, sparsity, resource=resource, layout=layout, latencies=made_up_table(model))
 
 
 def rising(*size: int, generator: torch.Generator) -> torch.Tensor:
@@ -114,7 +119,7 @@ def without_groups(shape: LayerShape, gone: int) -> LayerShape:
 @pytest.mark.parametrize("resource", RESOURCES)
 @pytest.mark.parametrize("sparsity", [0.05, 0.25, 0.6])
 def test_a_plan_meets_its_target_within_one_step(family, resource, sparsity):
-    target = Target(model_of(family), sparsity, resource=resource)
+    target = target_of(model_of(family), sparsity, resource)
     # Neurons being cheap, there are some to give back, but where attention takes most.
     cheap = [profile | {"ffn_costs": profile["ffn_costs"] / 30} for profile in profiles_of(target.model)]
     plan = planned(target, [with_branches(profile, 0.5) for profile in cheap])
@@ -270,10 +275,10 @@ def test_the_same_profiles_give_the_same_plan():
 
 
 @ALL_FAMILIES
-@pytest.mark.parametrize("resource", ["parameters", "flops", "bytes"])
+@pytest.mark.parametrize("resource", ["parameters", "flops", "bytes", "latency"])
 @pytest.mark.parametrize("sparsity", [0.05, 0.2, 0.35])
 def test_a_stock_plan_is_one_that_the_original_architecture_can_have(family, resource, sparsity):
-    target = Target(model_of(family), sparsity, resource=resource, layout="stock")
+    target = target_of(model_of(family), sparsity, resource, "stock")
     plan = planned(target)
     assert is_stock(target.model, plan)
     if plan[0].ffn.width == FFN:  # even a whole FFN leaves some, but not enough for more groups
@@ -319,10 +324,10 @@ def test_more_than_the_layers_hold_is_refused():
 
 
 @ALL_FAMILIES
-@pytest.mark.parametrize("resource", ["parameters", "flops", "bytes"])
+@pytest.mark.parametrize("resource", ["parameters", "flops", "bytes", "latency"])
 @pytest.mark.parametrize("sparsity", [0.05, 0.15, 0.3])
 def test_a_heterogeneous_plan_takes_groups_and_neurons_alone(family, resource, sparsity):
-    target = Target(model_of(family), sparsity, resource=resource, layout="heterogeneous")
+    target = target_of(model_of(family), sparsity, resource, "heterogeneous")
     plan = planned(target, [with_branches(profile, 0.9) for profile in profiles_of(target.model)])
     assert is_heterogeneous(target.model, plan)
     assert len(set(plan)) > 1
