@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +68,7 @@ class Grid(Strict):
         """The grid of an array (workloads, values of the first axis, ..)."""
         return cls(axes=dict(axes), seconds=seconds.tolist())
 
-    @cached_property
+    @property
     def array(self) -> Seconds:
         """The seconds, (workloads, values of the first axis, ..)."""
         return np.asarray(self.seconds, dtype=np.float64)

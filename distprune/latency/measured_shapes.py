@@ -39,7 +39,7 @@ class MeasuredGrid:
     less: list[LayerShape | None]
 
     def filled(self, seconds: Mapping[LayerShape, Seconds]) -> Grid:
-        """The grid, from what a layer of each shape has taken; no wider part takes less."""
+        """The grid, from what a layer of each shape has taken; no wider part takes less, and no higher rank."""
         taken = [
             seconds[shape] - (0 if less is None else seconds[less])
             for shape, less in zip(self.shapes, self.less, strict=True)
@@ -48,8 +48,14 @@ class MeasuredGrid:
         for piece in product(*(of_the_same_modules(name, nodes) for name, nodes in self.axes.items())):
             part = array[(slice(None), *piece)]
             if part.size:
-                array[(slice(None), *piece)] = monotone(part, range(1, part.ndim))
+                array[(slice(None), *piece)] = monotone(part, self._rising)
         return Grid.of(self.axes, array)
+
+    @property
+    def _rising(self) -> list[int]:
+        """The axes along which seconds rise: all, but of what a rank adds that of the rank alone."""
+        is_of_rank = self.name in self.axes
+        return [1 + place for place, axis in enumerate(self.axes) if axis == self.name or not is_of_rank]
 
 
 def of_the_same_modules(axis: str, nodes: list[int]) -> list[slice]:

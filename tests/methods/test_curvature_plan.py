@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from latency_tables import made_up_table
+from random_profiles import profile_of
 from tiny_architectures import BIASES, tiny
 
 from distprune.budgets import RESOURCES, Target, is_heterogeneous, is_stock
@@ -37,40 +38,6 @@ def model_of(family: str) -> Architecture:
 
 def target_of(model: Architecture, sparsity: float, resource: str, layout: str = "free") -> Target:
     return Target(model, sparsity, resource=resource, layout=layout, latencies=made_up_table(model))
-
-
-def rising(*size: int, generator: torch.Generator) -> torch.Tensor:
-    """From zero on, convex: what goes first is missed least."""
-    steps = torch.rand(*size, generator=generator, dtype=torch.float64).sort(dim=-1).values
-    return torch.cat([steps.new_zeros(*size[:-1], 1), steps.cumsum(-1)], dim=-1)
-
-
-def rank_costs(out: int, generator: torch.Generator) -> torch.Tensor:
-    """Falling, from rank zero to the greatest that saves anything."""
-    most = (out * HIDDEN - 1) // (out + HIDDEN)
-    return rising(out, generator=generator).flip(0)[: most + 1] / 16
-
-
-def profile_of(shape: LayerShape, seed: int) -> Profile:
-    """Random costs, everything of a layer mattering more or less than in the other layers."""
-    generator = torch.Generator().manual_seed(seed)
-    attention, steps = shape.attention, 32
-    groups, pairs = attention.kv_heads, attention.query_key_dim // 2
-    scale = 2.0**seed
-    queries = attention.query_heads * attention.query_key_dim
-    outputs = {"query": queries, "key": groups * attention.query_key_dim, "output": HIDDEN}
-    return {
-        "group_order": torch.randperm(groups, generator=generator),
-        "group_costs": scale * rising(groups, generator=generator),
-        "value_rotation": torch.eye(attention.value_dim).repeat(groups, 1, 1),
-        "value_costs": scale * rising(groups, attention.value_dim, generator=generator).flip(1) / 16,
-        "pair_order": torch.stack([torch.randperm(pairs, generator=generator) for _ in range(groups)]),
-        "pair_costs": scale * rising(groups, pairs, generator=generator) / 16,
-        **{f"{name}_costs": scale * rank_costs(out, generator) for name, out in outputs.items()},
-        "neuron_order": torch.randperm(FFN, generator=generator),
-        "ffn_widths": torch.arange(steps, -1, -1) * (FFN // steps),
-        "ffn_costs": scale * rising(steps, generator=generator),
-    }
 
 
 def with_branches(profile: Profile, worth: float) -> Profile:
