@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from distprune.latency import LatencyPrediction, LatencyTable, WorkloadLatency, dense_latencies
+from distprune.reporting.run_tables import at_full_width
 
 
 def prediction_table(prediction: LatencyPrediction) -> Table:
@@ -16,7 +17,7 @@ def prediction_table(prediction: LatencyPrediction) -> Table:
     for workload in prediction.workloads:
         before, after = workload.milliseconds_per_token
         table.add_row(str(workload), milliseconds(before), milliseconds(after), f"{workload.saved:.1%}")
-    return table
+    return at_full_width(table)
 
 
 def workload_table(latencies: LatencyTable) -> Table:
@@ -25,7 +26,7 @@ def workload_table(latencies: LatencyTable) -> Table:
     measured: Sequence[WorkloadLatency] = dense_latencies(latencies)
     for workload, latency in zip(latencies.workloads, measured, strict=True):
         table.add_row(str(latency), milliseconds(latency.milliseconds_per_token[0]), f"{workload.weight:g}")
-    return table
+    return at_full_width(table)
 
 
 def empty_table(title: str, columns: Sequence[str]) -> Table:

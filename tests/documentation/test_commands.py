@@ -118,6 +118,7 @@ def no_work(monkeypatch) -> None:
         "distprune.calibration.build_calibration",
         "distprune.comparison.comparing.connected",
         "distprune.evaluation.evaluate_models",
+        "distprune.latency.model_latency.measure_model",
         "distprune.engine.status",
         "distprune.engine.load_record",
         "distprune.export.gguf_file.export",
