@@ -273,7 +273,8 @@ def test_measure_latency_writes_a_table_that_a_run_can_plan_with(distprune, dens
     ]
     assert result.stdout.count("ms a token") == 4 and f"{file}: latencies on {table.conditions}" in result.stdout
     planned = distprune(
-        *("plan", dense_path, "--target", "latency", "--latency-table", file, "--sparsity", 0.3, "--device", "cpu")
+        *("plan", dense_path, "--target", "latency", "--latency-table", file, "--sparsity", 0.3),
+        *("--device", "cpu", "--sequence-length", 16),
     )
     assert planned.exit_code == 0, planned.output
 
