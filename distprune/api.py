@@ -326,7 +326,7 @@ def measure_latency(
     prompt: int = 128,
     new: int = 32,
     prefill_weight: float = 1.0,
-    rounds: int = 15,
+    rounds: int = 40,
     threads: int = 1,
     device: str = "auto",
     dtype: str = "auto",

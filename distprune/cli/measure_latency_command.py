@@ -19,7 +19,7 @@ def measure_latency(
     prompt: Annotated[int, typer.Option(help="tokens in each prompt")] = 128,
     new: Annotated[int, typer.Option(help="tokens to generate after it; 0 leaves decoding out")] = 32,
     prefill_weight: Annotated[float, typer.Option(help="how often reading the prompt counts; 0 leaves it out")] = 1.0,
-    rounds: Annotated[int, typer.Option(help="measurements of each shape")] = 15,
+    rounds: Annotated[int, typer.Option(help="measurements of each shape")] = 40,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help=DTYPES)] = "auto",

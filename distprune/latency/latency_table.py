@@ -106,6 +106,10 @@ class KindLatencies(Strict):
     def grids(self) -> list[Grid]:
         return [grid for grid in vars(self).values() if isinstance(grid, Grid)]
 
+    def seconds(self, shape: LayerShape) -> Seconds:
+        """What a layer of a shape takes, of each workload."""
+        return self.rest.at({}) + self.attention_seconds(shape.attention) + self.ffn_seconds(shape.ffn)
+
     def attention_seconds(self, shape: AttentionShape | None) -> Seconds:
         """What attention of a shape adds to the rest, of each workload."""
         return self._added("attention", ATTENTION_RANKS, shape)
@@ -156,8 +160,7 @@ class LatencyTable(Strict):
 
     def layer_seconds(self, index: int, shape: LayerShape) -> Seconds:
         """What a layer of a shape takes, of each workload."""
-        kind = self.kind(index)
-        return kind.rest.at({}) + kind.attention_seconds(shape.attention) + kind.ffn_seconds(shape.ffn)
+        return self.kind(index).seconds(shape)
 
     # ---------------------------------------------------------------- weighted sums over the workloads
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from distprune.latency.isotonic import monotone
-from distprune.latency.latency_table import NARROWED, Grid, Seconds
+from distprune.latency.latency_table import NARROWED, Grid, KindLatencies, Seconds
 from distprune.layers.architecture import Architecture
 from distprune.layers.shapes import AttentionShape, FeedForwardShape, LayerShape, Removable
 
@@ -54,8 +54,12 @@ class MeasuredGrid:
     @property
     def _rising(self) -> list[int]:
         """The axes along which seconds rise: all, but of what a rank adds that of the rank alone."""
-        is_of_rank = self.name in self.axes
-        return [1 + place for place, axis in enumerate(self.axes) if axis == self.name or not is_of_rank]
+        return [1 + place for place, axis in enumerate(self.axes) if axis == self.name or not self.is_of_rank]
+
+    @property
+    def is_of_rank(self) -> bool:
+        """Whether it is of what a rank adds to a part."""
+        return self.name in self.axes
 
 
 def of_the_same_modules(axis: str, nodes: list[int]) -> list[slice]:
@@ -72,6 +76,16 @@ def measured_grids(model: Architecture, index: int) -> list[MeasuredGrid]:
     if isinstance(dense.ffn, FeedForwardShape) and (removable.ffn or removable.neurons):
         grids += ffn_grids(dense.ffn, bare, removable, model.hidden_size)
     return grids
+
+
+def filled_grids(dense: LayerShape, grids: list[MeasuredGrid], seconds: Mapping[LayerShape, Seconds]) -> KindLatencies:
+    """The latencies of layers, from what one of them has taken in each shape of the grids."""
+    parts = {grid.name: grid.filled(seconds) for grid in grids if not grid.is_of_rank}
+    kind = KindLatencies(shape=dense.to_json(), **parts)
+    of_ranks = [grid for grid in grids if grid.is_of_rank]
+    # Ranks are added to what the grids say, so it is from that, and not from one measurement, that they differ.
+    without = {shape: kind.seconds(shape) for grid in of_ranks for shape in grid.less if shape is not None}
+    return kind.model_copy(update={grid.name: grid.filled({**seconds, **without}) for grid in of_ranks})
 
 
 def without_parts(model: Architecture, index: int) -> LayerShape:

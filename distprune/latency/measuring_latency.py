@@ -13,7 +13,7 @@ from distprune.hardware import name_of
 from distprune.latency.device_names import device_name
 from distprune.latency.latency_table import KindLatencies, LatencyTable, Workload
 from distprune.latency.matching import refuse_mixtures
-from distprune.latency.measured_shapes import measured_grids
+from distprune.latency.measured_shapes import filled_grids, measured_grids
 from distprune.latency.random_layers import random_layer
 from distprune.latency.timing_layers import Timer
 from distprune.layers.architecture import Architecture
@@ -41,7 +41,7 @@ class LatencyOptions:
     prompt: int = 128
     new: int = 32
     prefill_weight: float = 1.0
-    rounds: int = 15
+    rounds: int = 40
     threads: int = 1
 
     def workloads(self) -> list[Workload]:
@@ -123,10 +123,7 @@ def measure_kind(model: Architecture, workloads: list[Workload], timer: Timer) -
     grids = measured_grids(model, timer.index)
     shapes = dict.fromkeys(shape for grid in grids for shape in (*grid.shapes, *grid.less) if shape is not None)
     modules = {shape: random_layer(model, timer.index, shape, timer.device, timer.dtype) for shape in shapes}
-    seconds = timer.seconds(modules, workloads)
-    return KindLatencies(
-        shape=model.dense_shape(timer.index).to_json(), **{grid.name: grid.filled(seconds) for grid in grids}
-    )
+    return filled_grids(model.dense_shape(timer.index), grids, timer.seconds(modules, workloads))
 
 
 def kinds_of_layers(model: Architecture) -> tuple[list[int], list[int]]:

@@ -121,3 +121,16 @@ def test_a_prediction_says_what_each_workload_takes():
     assert prefill.milliseconds_per_token == pytest.approx((1e-4 * dense / 128, 1e-4 * left / 128))
     assert prefill.saved == pytest.approx(1 - left / dense)
     assert str(decode) == "decode, batch 1, 144 tokens before the new one"
+
+
+def test_noise_in_what_a_rank_is_added_to_is_not_taken_for_what_the_rank_costs():
+    """The dense attention's own measurement, out of all, is too short, so that the regression corrects it."""
+    dense = MODEL.dense_shape(0)
+
+    def with_an_outlier(model, index, shape):
+        return by_parameters(model, index, shape) * (0.3 if shape == replace(dense, ffn=None) else 1)
+
+    table, calm = made_up_table(MODEL, with_an_outlier), made_up_table(MODEL)
+    assert (table.layer_seconds(0, dense) != calm.layer_seconds(0, dense)).all()
+    factored = dense.with_attention(query_rank=8)
+    assert table.layer_seconds(0, factored) == pytest.approx(calm.layer_seconds(0, factored))

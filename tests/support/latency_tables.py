@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from distprune.budgets import layer_parameters
-from distprune.latency import KindLatencies, LatencyTable, Workload
-from distprune.latency.measured_shapes import measured_grids
+from distprune.latency import LatencyTable, Workload
+from distprune.latency.measured_shapes import filled_grids, measured_grids
 from distprune.latency.measuring_latency import kinds_of_layers
 from distprune.layers.architecture import Architecture
 from distprune.layers.shapes import LayerShape
@@ -44,8 +44,7 @@ def made_up_table(model: Architecture, seconds: Seconds = by_parameters, **chang
         grids = measured_grids(model, index)
         shapes = {shape for grid in grids for shape in (*grid.shapes, *grid.less) if shape}
         taken = {shape: seconds(model, index, shape) for shape in shapes}
-        filled = {grid.name: grid.filled(taken) for grid in grids}
-        kinds.append(KindLatencies(shape=model.dense_shape(index).to_json(), **filled))
+        kinds.append(filled_grids(model.dense_shape(index), grids, taken))
     described = {"device": "a test's device", "dtype": "float32", "threads": 1, "torch": "2.10.0"}
     return LatencyTable(
         model_type=model.config.model_type,
