@@ -322,7 +322,7 @@ def measure_latency(
     model: str,
     output: str | Path,
     *,
-    batches: Sequence[int] = (1,),
+    batch: Sequence[int] = (1,),
     prompt: int = 128,
     new: int = 32,
     prefill_weight: float = 1.0,
@@ -341,7 +341,7 @@ def measure_latency(
     Args:
         model: local Hugging Face folder, hub id or .gguf file.
         output: the JSON file to write.
-        batches: requests at a time; what is budgeted is the mean over them.
+        batch: batch sizes, requests at a time; what is budgeted is the mean over them.
         prompt: tokens of a request's prompt.
         new: tokens that are made after it; with 0, decoding is left out.
         prefill_weight: how often the reading of the prompt counts; with 0, it is left out.
@@ -361,7 +361,7 @@ def measure_latency(
     return measure_model(
         model,
         location(output),
-        LatencyOptions(tuple(batches), prompt, new, prefill_weight, rounds, threads),
+        LatencyOptions(tuple(batch), prompt, new, prefill_weight, rounds, threads),
         device=device,
         dtype=dtype,
         revision=revision,

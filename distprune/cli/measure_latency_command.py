@@ -37,7 +37,7 @@ def measure_latency(
         table = api.measure_latency(
             model,
             output,
-            batches=batches,
+            batch=batches,
             prompt=prompt,
             new=new,
             prefill_weight=prefill_weight,
