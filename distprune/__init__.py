@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from distprune.api import calibrate, card, compare, evaluate, inspect, measure_latency, plan, prune, report, status
 from distprune.errors import InputError, RunFailed
+from distprune.transformers_warnings import without_per_layer_warning
 from distprune.version import __version__
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ __all__ = [
     "status",
     "suggested_name",
 ]
+
+without_per_layer_warning()
 
 if not TYPE_CHECKING:  # type checkers would take any name for one that is there
 

@@ -16,7 +16,7 @@ from distprune.storage import HUB_SCHEME, Location
 # What decides where and how fast a run goes, and never what it makes.
 PLACEMENT = (
     *("output", "overwrite", "restart", "workers", "gpus_per_worker", "address", "weights", "writes"),
-    *("push_to_hub", "private"),
+    *("push_to_hub", "hub_ignore", "private"),
 )
 
 #: How a worker comes by the weights; see :mod:`distprune.engine.worker.weights`.
@@ -134,6 +134,12 @@ class PruneConfig(BaseModel):
         default="full",
         description="layers pruned on each other's outputs in a row; 1 takes the dense model's activations",
     )
+    rounds: int = Field(
+        default=1,
+        ge=1,
+        description="how often the model is planned and pruned; from the second time on, by what is measured on the "
+        "model that the time before has pruned",
+    )
     micro_batch: int = Field(default=16, ge=1, description="calibration samples in one forward pass")
     experts_at_once: int | None = Field(
         default=None,
@@ -176,6 +182,10 @@ class PruneConfig(BaseModel):
         default=None,
         description="repository on the Hugging Face hub that the result is uploaded to, or NAMESPACE/ for one of the "
         "suggested name",
+    )
+    hub_ignore: list[str] = Field(
+        default_factory=list,
+        description="patterns of files that are not uploaded to the hub; the run's log never is",
     )
     private: bool = Field(default=True, description="make the repository on the hub private")
     overwrite: bool = Field(default=False, description="replace an existing output folder, and a checkpoint on the hub")
@@ -228,18 +238,27 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> PruneConfig:
         raise InputError(origin + _explain(problem)) from None
 
 
+# On the command line.
+HOW_GIVEN = {
+    "model": ": the first argument, a folder, hub id or .gguf file",
+    "output": ": --output FOLDER, where the pruned checkpoint is to be",
+}
+
+
 def _explain(problem: Mapping[str, Any]) -> str:
     group = DistillConfig if problem["loc"][0] == "distill" else PruneConfig
     option, known = ".".join(map(str, problem["loc"])), ", ".join(group.model_fields)
     match problem["type"]:
         case "missing":
-            return f"option '{option}' must be given."
+            return f"option '{option}' must be given{HOW_GIVEN.get(option, '')}."
         case "extra_forbidden" | "invalid_key":
             return f"'{option}' is not an option. Options: {known}."
     if problem["loc"][0] == "propagation":
         return f"option 'propagation' is {problem['input']!r}: give a number of layers from 1, or 'full'."
     if problem["loc"][0] == "workers":
         return f"option 'workers' is {problem['input']!r}: give a number from 1, or 'MIN:MAX'."
+    if problem["loc"][0] == "sparsity" and problem["type"] == "less_than" and problem["input"] < 100:
+        return f"option 'sparsity' is {problem['input']!r}: {problem['msg']}. Write 30% as 0.3."
     return f"option '{option}' is {problem['input']!r}: {problem['msg']}."
 
 

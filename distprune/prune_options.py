@@ -39,6 +39,7 @@ class PruneOptions(TypedDict, total=False):
     seed: int
     distill: DistillOptions | bool | None
     propagation: int | Literal["full"]
+    rounds: int
     micro_batch: int
     experts_at_once: int | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
@@ -52,6 +53,7 @@ class PruneOptions(TypedDict, total=False):
     writes: Literal["auto", "driver"]
     max_shard_size: int
     push_to_hub: str | None
+    hub_ignore: list[str]
     private: bool
     overwrite: bool
     restart: bool

@@ -24,10 +24,17 @@ from distprune.checkpoint.side_files import MODEL_CARD, ORIGINAL_CARD, copy_side
 from distprune.checkpoint.sources import is_hub_id, refuse_revision, resolve_model
 from distprune.checkpoint.storage_failures import failures_explained
 from distprune.checkpoint.tensors import TensorFiles, TensorSource, is_finite
-from distprune.checkpoint.upload import check_destination, read_published, upload_folder
+from distprune.checkpoint.upload import (
+    INDISPENSABLE,
+    check_destination,
+    check_hub_ignore,
+    read_published,
+    upload_folder,
+)
 from distprune.checkpoint.writer import ShardWriter
 
 __all__ = [
+    "INDISPENSABLE",
     "MODEL_CARD",
     "ORIGINAL_CARD",
     "Checkpoint",
@@ -41,6 +48,7 @@ __all__ = [
     "WrittenFile",
     "check_destination",
     "check_free_space",
+    "check_hub_ignore",
     "check_may_write",
     "copy_side_files",
     "describe",

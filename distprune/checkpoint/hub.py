@@ -99,9 +99,10 @@ def download(
     repository: str, revision: str | None = None, cache_dir: Path | None = None, *, weights: bool = True
 ) -> Path:
     """The snapshot folder of a repository, with its weights or with all the rest of a checkpoint alone."""
-    at_revision = f" at revision {revision}" if revision else ""
+    # Without a revision it may have been meant for a path.
+    what = f"{repository} at revision {revision}" if revision else f"{repository} is no file or folder here, and"
     ignored = [*LEFT_OUT, *EXTRAS, *([] if weights else WEIGHTS)]
-    with asked_for(f"{repository}{at_revision}"):
+    with asked_for(what):
         folder = snapshot_download(repository, revision=revision, cache_dir=cache_dir, ignore_patterns=ignored)
     return Path(folder)
 

@@ -20,7 +20,7 @@ ADAPTER_FILES = (ADAPTER_CONFIG_FILE, "adapter_model*")
 def require_checkpoint(folder: Path) -> None:
     """Raise InputError unless `folder` holds a config.json and safetensors weights."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder. Give a Hugging Face checkpoint folder.")
+        raise InputError(f"{folder} is not a folder. Give a Hugging Face checkpoint folder, or a .gguf file.")
     refuse_lone_adapter(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(

@@ -56,7 +56,7 @@ def prepare_output(output: Path | UPath, overwrite: bool) -> None:
     if output.is_symlink() or not output.is_dir():
         raise InputError(f"{output} exists and is not a folder. Choose another output.")
     if not overwrite:
-        raise InputError(f"{output} exists. Choose another output, or allow overwriting it.")
+        raise InputError(f"{output} exists. Choose another output, or allow overwriting it with --overwrite.")
     if any(output.iterdir()) and not (output / CONFIG_FILE).is_file():
         raise InputError(
             f"{output} is not overwritten: it holds files but no config.json, so it is not a checkpoint. "
@@ -150,7 +150,7 @@ def prepare_objects(output: UPath, overwrite: bool) -> None:
         return
     is_checkpoint = (output / CONFIG_FILE).is_file()
     if is_checkpoint and not overwrite:
-        raise InputError(f"{output} exists. Choose another output, or allow overwriting it.")
+        raise InputError(f"{output} exists. Choose another output, or allow overwriting it with --overwrite.")
     if there and not is_checkpoint:
         raise InputError(
             f"{output} is not written to: it holds objects but no config.json, so it is not a checkpoint. "

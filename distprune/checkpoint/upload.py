@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from distprune.checkpoint.disk import check_free_space
 from distprune.checkpoint.hub_access import check_may_write
@@ -31,11 +31,15 @@ HUB = "hf"
 WITH_BUCKETS = ("s3", "s3a", "gs", "gcs")
 # What goes of an older checkpoint on the hub before a newer one comes; a licence stays.
 STALE_ON_HUB = ["*.safetensors", "*.safetensors.index.json", "modeling_*.py", "configuration_*.py", CONFIG_FILE]
+# Without these nothing opens: one or several files of weights, and the configuration.
+INDISPENSABLE = (CONFIG_FILE, "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json")
 # In the metadata of a model card that distprune wrote.
 OWN_TAG = "\n- distprune\n"
 
 
-def upload_folder(folder: Path, destination: str, *, overwrite: bool = False, private: bool = True) -> None:
+def upload_folder(
+    folder: Path, destination: str, *, overwrite: bool = False, private: bool = True, hub_ignore: Sequence[str] = ()
+) -> None:
     """Copy a checkpoint folder to a destination.
 
     Args:
@@ -44,6 +48,7 @@ def upload_folder(folder: Path, destination: str, *, overwrite: bool = False, pr
             such as ``s3://BUCKET/FOLDER``.
         overwrite: replace a checkpoint that is there.
         private: a repository on the hub that has to be made is private.
+        hub_ignore: patterns of files that the hub does not get, as huggingface_hub's ``ignore_patterns``.
 
     Raises:
         InputError: the destination is no such thing, or is taken.
@@ -55,7 +60,7 @@ def upload_folder(folder: Path, destination: str, *, overwrite: bool = False, pr
             case "file":
                 to_folder(folder, local_path(destination), overwrite)
             case "hf":
-                to_hub(folder, destination, private)
+                to_hub(folder, destination, private, hub_ignore)
             case _:
                 to_storage(folder, destination)
 
@@ -103,6 +108,22 @@ def read_published(destination: str, name: str) -> bytes | None:
         return (location(destination) / name).read_bytes()
 
 
+def check_hub_ignore(patterns: Sequence[str], needed: Sequence[str] = INDISPENSABLE) -> None:
+    """See that patterns keep no file out of an upload that is needed there.
+
+    Raises:
+        InputError: one does.
+    """
+    for pattern in patterns:
+        kept = set(filter_repo_objects(needed, ignore_patterns=[pattern]))
+        for name in needed:
+            if name not in kept:
+                raise InputError(
+                    f"hub_ignore: '{pattern}' would keep {name} out of the upload, which is needed there. Give a "
+                    "narrower pattern."
+                )
+
+
 # ------------------------------------------------------------------ where it goes
 
 
@@ -148,7 +169,10 @@ def check_taken(destination: str, names: set[str], overwrite: bool) -> None:
     if scheme_of(destination) == HUB and CONFIG_FILE not in names:
         return  # a repository that was made beforehand, with a model card perhaps, of which nothing is replaced
     if not overwrite:
-        raise InputError(f"{destination} exists. Choose another destination, or allow overwriting it.")
+        raise InputError(
+            f"{destination} exists. Choose another destination, or allow overwriting it with --overwrite (in YAML, "
+            "overwrite: true)."
+        )
     if CONFIG_FILE not in names:
         raise InputError(
             f"{destination} is not overwritten: it holds files but no config.json, so it is not a checkpoint. "
@@ -206,7 +230,7 @@ def to_storage(folder: Path, destination: str) -> None:
     (place / UNFINISHED).unlink()
 
 
-def to_hub(folder: Path, destination: str, private: bool) -> None:
+def to_hub(folder: Path, destination: str, private: bool, ignore: Sequence[str]) -> None:
     """The hub's client makes one commit or, of a large folder, several, and skips what an earlier attempt has brought.
 
     So config.json has a commit of its own, the last; of an older checkpoint it goes in the first. A model card that
@@ -218,7 +242,7 @@ def to_hub(folder: Path, destination: str, private: bool) -> None:
     hub.upload_folder(
         repo_id=repository,
         folder_path=folder,
-        ignore_patterns=[CONFIG_FILE, *([MODEL_CARD] if has_card_of_its_own(destination) else [])],
+        ignore_patterns=[CONFIG_FILE, *ignore, *([MODEL_CARD] if has_card_of_its_own(destination) else [])],
         delete_patterns=STALE_ON_HUB,
         commit_message=message,
     )

@@ -69,6 +69,11 @@ Propagation = Annotated[
     ),
 ]
 
+Rounds = Annotated[
+    Optional[int],
+    typer.Option(help="times the model is planned and pruned, each after the first by what the pruned model shows [1]"),
+]
+
 # ------------------------------------------------------------------ calibration
 
 Field = Annotated[Optional[str], typer.Option(help="field that holds a record's text or messages")]
@@ -147,6 +152,10 @@ PushToHub = Annotated[
     typer.Option(
         metavar="REPOSITORY", help="upload the result to the Hugging Face hub; NAMESPACE/ names it by the model's name"
     ),
+]
+HubIgnore = Annotated[
+    Optional[list[str]],
+    typer.Option(metavar="PATTERN", help="files to keep out of the upload, besides the run's log; repeatable"),
 ]
 Private = Annotated[
     Optional[bool], typer.Option("--private/--public", help="who sees a repository that has to be made [private]")

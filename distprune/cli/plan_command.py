@@ -50,6 +50,7 @@ def plan(
     distill_train: opt.DistillTrain = None,
     distill_look_ahead: opt.DistillLookAhead = None,
     propagation: opt.Propagation = None,
+    rounds: opt.Rounds = None,
     micro_batch: opt.MicroBatch = None,
     experts_at_once: opt.ExpertsAtOnce = None,
     dtype: opt.Dtype = None,

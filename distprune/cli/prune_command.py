@@ -42,6 +42,7 @@ def prune(
     distill_train: opt.DistillTrain = None,
     distill_look_ahead: opt.DistillLookAhead = None,
     propagation: opt.Propagation = None,
+    rounds: opt.Rounds = None,
     micro_batch: opt.MicroBatch = None,
     experts_at_once: opt.ExpertsAtOnce = None,
     dtype: opt.Dtype = None,
@@ -55,6 +56,7 @@ def prune(
     writes: opt.Writes = None,
     max_shard_size: opt.MaxShardSize = None,
     push_to_hub: opt.PushToHub = None,
+    hub_ignore: opt.HubIgnore = None,
     private: opt.Private = None,
     overwrite: opt.Overwrite = None,
     restart: opt.Restart = None,
@@ -68,9 +70,10 @@ def prune(
     """Prune a model on Ray. Every option can also be set in the YAML file, with underscores for hyphens."""
     given = dict(locals())
     config, option, log_format = given.pop("config"), given.pop("option"), given.pop("log_format")
+    from distprune.config import load_config
     from distprune.engine.telemetry.harmless import harmless
     from distprune.engine.telemetry.log import json_lines
-    from distprune.reporting import memory_line, parameter_table
+    from distprune.reporting import memory_line, parameter_table, place_line
     from distprune.reporting.latency_tables import prediction_table
 
     if option:
@@ -90,3 +93,4 @@ def prune(
         if record.latency is not None:
             output_console.print(prediction_table(record.latency))
         output_console.print(memory_line(record), highlight=False)
+        output_console.print(place_line(load_config(config, given).output), highlight=False, markup=False)

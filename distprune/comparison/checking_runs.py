@@ -64,6 +64,6 @@ def check_own_samples(dense: Job, output: Path) -> None:
     """See that the model can write its own calibration set, and that there is a place for it."""
     config, model_path = dense.config, dense.model_path
     if output.exists() and not config.overwrite:
-        raise InputError(f"{output} exists. Give it as --calibration, choose another --keep or allow overwriting it.")
+        raise InputError(f"{output} exists. Give it as --calibration, choose another --keep, or give --overwrite.")
     check_sequence_length(config.sequence_length, load_config(model_path, config.trust_remote_code), model_path)
     opening_token(load_tokenizer(model_path, config.trust_remote_code), str(model_path))

@@ -142,7 +142,7 @@ def measure(
     return ComparisonRow(
         method=name,
         sparsity_asked=config.sparsity,
-        sparsity_reached=record.total_sparsity if config.count_embeddings else record.decoder_sparsity,
+        sparsity_reached=record.sparsity_reached(config.count_embeddings),
         decoder_parameters=record.decoder_parameters_after,
         total_parameters=record.total_parameters_after,
         perplexity=perplexity_of(config.output, evaluation, config, evaluating),

@@ -22,10 +22,11 @@ from distprune.checkpoint import (
     publish,
 )
 from distprune.config import DistillConfig, PruneConfig
+from distprune.engine.run.calibration_size import too_few_tokens
 from distprune.engine.run.expert_tokens import seldom_used, tokens_by_layer
 from distprune.engine.run.hub_output import goes_to_hub, prune_to_hub
 from distprune.engine.run.journal import fingerprint
-from distprune.engine.run.layer_files import LayerFiles
+from distprune.engine.run.layer_files import PRUNED, LayerFiles
 from distprune.engine.run.model_card import write_card
 from distprune.engine.run.preflight import Job, check_job
 from distprune.engine.run.record import (
@@ -50,11 +51,12 @@ from distprune.engine.scheduler.run_dtype import settle_dtype
 from distprune.engine.scheduler.runtime import RayRuntime
 from distprune.engine.stages.assembling import Assemble, stored_bytes
 from distprune.engine.stages.checking import Check, OwnSamples
-from distprune.engine.stages.context import RunContext, mixtures_of
+from distprune.engine.stages.context import RunContext, layers_aiming, mixtures_of
 from distprune.engine.stages.dense_pass import DensePass
 from distprune.engine.stages.end_to_end import EndToEndDistillation
 from distprune.engine.stages.gradient_pass import GradientPass
 from distprune.engine.stages.layerwise_distillation import LayerwiseDistillation
+from distprune.engine.stages.pruned_passes import is_measured, kind_of_round, measure_again
 from distprune.engine.stages.pruning_pass import PruningPass
 from distprune.engine.telemetry.harmless import Unfailing
 from distprune.engine.telemetry.log import RunLog, json_file
@@ -66,7 +68,7 @@ from distprune.errors import InputError, InterruptedWhenDone, Unreachable
 from distprune.hardware import AUTO
 from distprune.latency import predict
 from distprune.layers.architecture import Architecture
-from distprune.methods import CostCurve, Profile
+from distprune.methods import CostCurve, Plan, Profile
 from distprune.storage import copy, kept_locally, staged
 from distprune.version import __version__
 
@@ -218,6 +220,8 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
             config.micro_batch,
             experts_at_once=config.experts_at_once,
             mixtures=mixtures_of(job.architecture.dense_shapes),
+            aiming=layers_aiming(job.method, job.architecture.dense_shapes, config.experts_at_once is not None),
+            rounds=config.rounds,
         )
         work.once(CHECK, Check(context, one_of_each_kind(job.architecture)).run)
         if config.calibration is None:
@@ -230,14 +234,17 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
             with work.timed("gradient pass"):
                 profiles = GradientPass(context, tokens).run()
         expert_tokens = tokens_by_layer(profiles)
-        for note in seldom_used(expert_tokens):
-            progress.note(note)
         plan = job.method.plan(job.target, profiles, config.align)
-        if plan.predicted_loss is not None:
-            progress.note(forecast(plan.predicted_loss, plan.gap))
-        files = LayerFiles(job, plan, work.writer, work.journal, progress)
-        with work.timed("prune"):
-            PruningPass(context, plan, profiles, files.keep_pruned).run(files.pruned())
+        notes = [*seldom_used(expert_tokens), *too_few_tokens(plan, tokens.size, job.architecture.hidden_size)]
+        for note in notes:
+            progress.note(note)
+        files = prune_as_planned(context, job, plan, profiles, work)
+        for number in range(2, config.rounds + 1):
+            with work.timed("measure again"):
+                profiles = measure_again(context, tokens, files.read, number)
+            files.drop_pruned()
+            plan = job.method.plan(job.target, profiles, config.align)
+            files = prune_as_planned(context, job, plan, profiles, work, number)
         if config.distill:
             with work.timed("distill"):
                 distill(context, config.distill, tokens, files)
@@ -263,7 +270,7 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
         layers=layer_records(
             job.architecture, plan, files.reports(), files.distillations(), expert_tokens, cost_curves(job, profiles)
         ),
-        notes=[*job.notes, *seldom_used(expert_tokens)],
+        notes=[*job.notes, *notes],
         left_alone=job.left_alone.parts,
         left_alone_share=job.left_alone.share,
         commit=job.hub.commit if job.hub else None,
@@ -272,7 +279,23 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
         bytes_before=stored_bytes(job.checkpoint),
         bytes_after=size,
         latency=predict(job.target.latencies, plan) if job.target.latencies else None,
+        zeroed=config.sparsity if job.method.zeroes else None,
     )
+
+
+def prune_as_planned(
+    context: RunContext, job: Job, plan: Plan, profiles: Sequence[Profile], work: WorkFolder, number: int = 1
+) -> LayerFiles:
+    """The pruning pass of a round, unless the next one has measured what it needs to know of it."""
+    if plan.predicted_loss is not None:
+        context.progress.note(forecast(plan.predicted_loss, plan.gap))
+    is_last = number == job.config.rounds
+    kind = PRUNED if is_last else kind_of_round("layer", number)
+    files = LayerFiles(job, plan, work.writer, work.journal, context.progress, kind)
+    if not is_measured(context, number + 1):
+        with work.timed("prune" if number == 1 else "prune again"):
+            PruningPass(context, plan, profiles, files.keep_pruned, is_last).run(files.pruned())
+    return files
 
 
 def cost_curves(job: Job, profiles: Sequence[Profile]) -> list[Mapping[str, CostCurve]]:

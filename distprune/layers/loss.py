@@ -71,6 +71,40 @@ class LossHead:
 
         return self._through(hidden_states, loss_of)
 
+    def sampled(self, hidden_states: Tensor, dense: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Of the loss of predicting tokens that are drawn from the dense model's predictions.
+
+        Its gradients' second moment is, on average, the curvature of the divergence from these predictions (the Fisher
+        information, where both models predict alike).
+
+        Args:
+            hidden_states: at the pruned model's last layer's output, (samples, length, d).
+            dense: at the dense model's.
+            first: the number of the first sample, by which each draws its own tokens.
+
+        Returns:
+            The gradient, as :meth:`gradient` gives it, and each sample's divergence, as :meth:`divergence` does.
+        """
+        generators = [torch.Generator().manual_seed(first + sample) for sample in range(len(hidden_states))]
+        divergences = torch.zeros(len(hidden_states), dtype=torch.float64)
+
+        def loss_of(places: slice, sample: int) -> Loss:
+            with torch.no_grad():
+                wanted = self._logits(self._placed(dense[sample, places])).log_softmax(dim=1)
+                drawn = draw(wanted, generators[sample])
+
+            def loss(logits: Tensor) -> Tensor:
+                predicted = logits.log_softmax(dim=1)
+                with torch.no_grad():
+                    apart = F.kl_div(predicted, wanted, reduction="sum", log_target=True)
+                    divergences[sample] += apart.double().cpu()
+                return F.nll_loss(predicted, drawn, reduction="none")
+
+            return loss
+
+        gradient, _ = self._through(hidden_states, loss_of)
+        return gradient, divergences
+
     def _through(self, hidden_states: Tensor, loss_of: Callable[[slice, int], Loss]) -> tuple[Tensor, Tensor]:
         """Losses and their gradients, some tokens of a sample at a time."""
         samples, length, _ = hidden_states.shape
@@ -95,3 +129,11 @@ class LossHead:
     def _placed(self, hidden_states: Tensor) -> Tensor:
         # A copy, since what was made in inference mode has no gradients.
         return hidden_states.detach().to(self.runner.device, self.runner.gradient_dtype, copy=True)
+
+
+def draw(log_probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """A token for each row of log-probabilities, (tokens, vocabulary); the same on every device, rounding aside."""
+    cumulative = log_probabilities.double().exp().cumsum(dim=1)
+    uniform = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64).to(cumulative.device)
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return drawn.squeeze(1).clamp(max=cumulative.shape[1] - 1)

@@ -28,6 +28,8 @@ from distprune.layers.sites import (
     FFN_OUTPUT,
     GATE,
     KEYS,
+    LAYER_INPUT,
+    LAYER_OUTPUT,
     NEURONS,
     QUERIES,
     SHARED_GATE,
@@ -216,14 +218,14 @@ def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def places(module: nn.Module, family: Family, shape: LayerShape) -> dict[Site, Place]:
     """Where a layer's sites are in its module, in the order in which its parts come to them."""
-    found: dict[Site, Place] = {}
+    found = {LAYER_INPUT: Place(module, "input")}
     if shape.attention is not None:
         found |= _attention_places(getattr(module, family.attention), family, shape.attention)
     if isinstance(shape.ffn, ExpertsShape):
         found |= _mixture_places(mixture_of(module, family), family)
     elif shape.ffn is not None:
         found |= _ffn_places(module if family.ffn is None else getattr(module, family.ffn), family, shape.ffn.width)
-    return found
+    return found | {LAYER_OUTPUT: Place(module, "output")}
 
 
 def _attention_places(attention: nn.Module, family: Family, shape: AttentionShape) -> dict[Site, Place]:

@@ -11,7 +11,7 @@ class Site:
     """A place in a layer, at which an activation is (tokens, width).
 
     Attributes:
-        part: "attention" or "ffn".
+        part: "attention" or "ffn", or "layer" for the layer as a whole.
         place: which activation of the part.
         is_gradient: whether it is the loss's gradient there, and not the activation itself.
         expert: which expert of a mixture it is of, at the tokens that were routed to it.
@@ -52,6 +52,14 @@ GATE = Site("ffn", "gate")
 UP = Site("ffn", "up")
 NEURONS = Site("ffn", "neurons")
 FFN_OUTPUT = Site("ffn", "output")
+
+#: The hidden states at the layer's input and at its output, (tokens, d).
+LAYER_INPUT = Site("layer", "input")
+LAYER_OUTPUT = Site("layer", "output")
+#: What the dense model's hidden states after the part, on its own input, are more than the layer's, (tokens, d). No
+#: module has them: whoever runs a layer beside the dense model does.
+ATTENTION_ERROR = Site("attention", "error")
+FFN_ERROR = Site("ffn", "error")
 
 #: Of each expert, at the tokens that were routed to it: its input, (tokens, d); what its gate and up projection give,
 #: (tokens, f); its neurons and its output, both times the router's weight, (tokens, f) and (tokens, d); and that

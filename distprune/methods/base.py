@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -85,6 +85,9 @@ class LayerToPrune:
         statistics: the moments that :meth:`Method.pruning_moments` named.
         profile: what :meth:`Method.profile` said of the dense layer.
         observe: runs a variation of the layer on what reaches it, and collects moments inside it.
+        sparsity: what the run asks for; of use where weights are zeroed, since the planned shape then says nothing.
+        sees_errors: whether moments of ATTENTION_ERROR and FFN_ERROR are among those that it can collect, see
+            :meth:`Method.aims_at_dense`.
     """
 
     index: int
@@ -93,6 +96,8 @@ class LayerToPrune:
     statistics: LayerStatistics
     profile: Profile
     observe: Observe
+    sparsity: float
+    sees_errors: bool = field(default=False, kw_only=True)
 
     def change_experts(
         self, variation: DecoderLayer, moments: Sequence[Moment] | None, change: ChangeExperts
@@ -147,6 +152,15 @@ class Method(BaseModel):
     #: which :meth:`expert_profiler` does, and its ``prune`` gets at them by :meth:`LayerToPrune.change_experts`.
     takes_chunks: ClassVar[bool] = False
 
+    @property
+    def zeroes(self) -> bool:
+        """Whether it sets weights to zero in matrices that keep their size, instead of removing parameters.
+
+        Then plans leave every shape as it is, and the sparsity is the fraction of the weights of attention and
+        feed-forward networks that become zero.
+        """
+        return False
+
     # ---------------------------------------------------------------- the dense pass
 
     def dense_moments(self, shape: LayerShape) -> Sequence[Moment]:
@@ -194,8 +208,8 @@ class Method(BaseModel):
         Raises:
             InputError: it can't.
         """
+        self.check_resource(target)
         can_go = what_can_go(target)
-        self._check_offered("--target", target.resource, "targets", can_go)
         self._check_offered("--layout", target.layout, "layouts", can_go)
         if target.sparsity and not can_go.intersection(self.removes):
             others = self._others(lambda method: can_go.intersection(method.removes))
@@ -208,6 +222,14 @@ class Method(BaseModel):
                 f"--layout stock: the layers of this {family(target)} model differ, and pruning leaves them so. Give "
                 "--layout heterogeneous or free."
             )
+
+    def check_resource(self, target: Target) -> None:
+        """See that the method can plan for what the target is of.
+
+        Raises:
+            InputError: it can't.
+        """
+        self._check_offered("--target", target.resource, "targets", what_can_go(target))
 
     def _check_offered(self, option: str, value: str, offers: str, can_go: set[str]) -> None:
         if value not in getattr(self, offers):
@@ -248,6 +270,13 @@ class Method(BaseModel):
         for, it need not run the layer again.
         """
         return ()
+
+    def aims_at_dense(self, shape: LayerShape) -> bool:
+        """Whether pruning a layer of this dense shape asks for how far it is from the dense model's hidden states.
+
+        These are kept until then. Experts that come a chunk at a time are pruned without them.
+        """
+        return False
 
     def prune(self, given: LayerToPrune) -> DecoderLayer:
         """The layer in its planned shape, on its device: what is new in float32, what stays as it was."""

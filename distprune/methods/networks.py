@@ -111,19 +111,30 @@ def prune_each(
     It is given a layer that has the one network, to which planned shape, statistics and profile belong, and is not
     called for one that is to stay as it is.
     """
+    if given.layer.ffn is None or given.planned.ffn == given.layer.ffn.shape:
+        return replace(given.layer, attention=attention)
+
+    def pruned(own: LayerToPrune) -> FeedForward:
+        return own.layer.ffn if own.planned.ffn == own.layer.ffn.shape else prune(own)
+
+    return change_each(given, attention, pruned)
+
+
+def change_each(
+    given: LayerToPrune, attention: Attention | None, change_network: Callable[[LayerToPrune], FeedForward]
+) -> DecoderLayer:
+    """The same, where ``change_network`` is called for every network, also for one that keeps its shape."""
     ffn, planned, layer = given.layer.ffn, given.planned.ffn, replace(given.layer, attention=attention)
-    if ffn is None or planned == ffn.shape:
+    if ffn is None:
         return layer
     if isinstance(ffn, FeedForward):
-        return replace(layer, ffn=prune(given))
+        return replace(layer, ffn=change_network(given))
     assert isinstance(planned, ExpertsShape)
 
-    def pruned(
+    def changed_network(
         network: FeedForward, width: int, statistics: LayerStatistics, places: Places, profile: Profile
     ) -> FeedForward:
-        if width == network.shape.width:
-            return network
-        return prune(
+        return change_network(
             replace(
                 given,
                 layer=replace(given.layer, ffn=network),
@@ -139,7 +150,7 @@ def prune_each(
         def changed(place: int) -> FeedForward:
             number = own[place]
             profile = {name: tensor[number] for name, tensor in profiles.items()}
-            return pruned(experts.expert(place), planned.width, statistics, places_of_expert(number), profile)
+            return changed_network(experts.expert(place), planned.width, statistics, places_of_expert(number), profile)
 
         return with_each(experts, for_each(len(own), changed, experts.down))
 
@@ -147,7 +158,7 @@ def prune_each(
     if ffn.shared is None:
         return layer
     profile = profile_under(OF_SHARED, given.profile)
-    shared = pruned(ffn.shared, planned.shared.width, given.statistics, SHARED, profile)
+    shared = changed_network(ffn.shared, planned.shared.width, given.statistics, SHARED, profile)
     return replace(layer, ffn=replace(layer.ffn, shared=shared))
 
 

@@ -27,11 +27,13 @@ BUILT_IN = {
     "llm-pruner": "distprune.methods.llm_pruner:LLMPruner",
     "magnitude": "distprune.methods.magnitude:Magnitude",
     "mean-router-weight": "distprune.methods.mean_router_weight:MeanRouterWeight",
+    "mini-llm": "distprune.methods.mini_llm:MiniLLM",
     "olica": "distprune.methods.olica:Olica",
     "oops": "distprune.methods.oops:Oops",
     "reap": "distprune.methods.reap:Reap",
     "slimgpt": "distprune.methods.slimgpt:SlimGPT",
     "wanda-sp": "distprune.methods.wanda_sp:WandaSp",
+    "z-pruner": "distprune.methods.z_pruner:ZPruner",
 }
 
 

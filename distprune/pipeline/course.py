@@ -58,9 +58,11 @@ def result_of(course: Course, result: ResultPlan, done: Mapping[str, Mapping[str
     config = result.prune.config
     summary = ResultSummary(percent(config.sparsity), str(config.output), config.sparsity)
     if pruned := done.get(result.prune.name):
+        removed = pruned["total_sparsity" if config.count_embeddings else "decoder_sparsity"]
+        zeroed = pruned.get("zeroed")
         summary = replace(
             summary,
-            sparsity_reached=pruned["total_sparsity" if config.count_embeddings else "decoder_sparsity"],
+            sparsity_reached=removed if zeroed is None else zeroed,
             decoder_parameters=pruned["decoder_parameters"],
             total_parameters=pruned["total_parameters"],
             total_parameters_times_dense=pruned["total_parameters"] / pruned["total_parameters_dense"],

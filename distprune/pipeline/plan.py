@@ -129,4 +129,12 @@ def plan_publishing(config: PipelineConfig, name: str, folder: Path, prune: Prun
         destination, private = template.format(percent=name), config.publish.private
         mark = hashlib.sha256(destination.encode()).hexdigest()[:8]
         inputs = {"checkpoint": prune.fingerprint, "destination": destination, "private": private}
-        yield Publish(f"publish-{name}-{mark}", folder, destination, config.publish.overwrite, private, inputs)
+        yield Publish(
+            f"publish-{name}-{mark}",
+            folder,
+            destination,
+            config.publish.overwrite,
+            private,
+            config.publish.hub_ignore,
+            inputs,
+        )

@@ -70,6 +70,7 @@ def result_of(record: RunRecord) -> dict[str, Any]:
         "fingerprint": record.fingerprint,
         "decoder_sparsity": record.decoder_sparsity,
         "total_sparsity": record.total_sparsity,
+        "zeroed": record.zeroed,
         "decoder_parameters": record.decoder_parameters_after,
         "total_parameters": record.total_parameters_after,
         "decoder_parameters_dense": record.decoder_parameters_before,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distprune.checkpoint import check_destination, read_published, upload_folder
+from distprune.checkpoint import INDISPENSABLE, check_destination, check_hub_ignore, read_published, upload_folder
 from distprune.engine import load_record
-from distprune.engine.run.record import RECORD_FILE
+from distprune.engine.run.record import NOT_FOR_THE_HUB, RECORD_FILE
 from distprune.pipeline.step import Step, Surroundings
 
 
@@ -23,11 +23,18 @@ class Publish(Step):
     destination: str
     overwrite: bool
     private: bool
+    hub_ignore: Sequence[str]
     inputs: Mapping[str, Any]
 
     def run(self, surroundings: Surroundings) -> dict[str, Any]:
         if not self.is_published():
-            upload_folder(self.folder, self.destination, overwrite=self.overwrite, private=self.private)
+            upload_folder(
+                self.folder,
+                self.destination,
+                overwrite=self.overwrite,
+                private=self.private,
+                hub_ignore=[*NOT_FOR_THE_HUB, *self.hub_ignore],
+            )
         return {"fingerprint": load_record(self.folder).fingerprint, "destination": self.destination}
 
     def is_there(self, result: Mapping[str, Any]) -> bool:
@@ -43,6 +50,7 @@ class Publish(Step):
         Raises:
             InputError: it could not.
         """
+        check_hub_ignore(self.hub_ignore, [*INDISPENSABLE, RECORD_FILE])
         check_destination(self.destination, overwrite=self.overwrite)
 
 

@@ -39,6 +39,7 @@ ELSEWHERE = {
     "overwrite": "--restart",
     "restart": "--restart",
     "push_to_hub": "publish.to",
+    "hub_ignore": "publish.hub_ignore",
     "private": "publish.private",
 }
 
@@ -158,6 +159,9 @@ class PublishConfig(Section):
     )
     which: Literal["smallest", "best", "all"] = Field(
         "smallest", description="of those that pass: the most pruned one, that of the lowest perplexity, or all"
+    )
+    hub_ignore: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
+        (), description="patterns of files that the hub does not get; a run's log it never gets"
     )
     private: bool = Field(True, description="make repositories on the hub private")
     overwrite: bool = Field(False, description="replace a checkpoint that was published there before")

@@ -39,7 +39,7 @@ class AsWithValues(TorchFunctionMode):
             return attention(*args, **(kwargs or {}))
         if function is torch._grouped_mm:  # of bfloat16 alone torch tells the shape, and of none the operations
             return args[0] @ args[1][0]
-        if function is torch.equal:  # which asks whether tokens that are routed again go where they went
+        if function is torch.equal:  # asks whether tokens go where they went, or layers add what their parts give
             return True
         if function is torch.bincount:
             return even_counts(*args, **(kwargs or {}))

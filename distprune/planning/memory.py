@@ -17,6 +17,7 @@ from distprune.engine.worker.expert_pass_tasks import MixtureTask
 from distprune.engine.worker.expert_tasks import JoinExperts, PruneAround, PruneExperts
 from distprune.engine.worker.pass_tasks import Advance, Backward, Embed, LossGradient, Sweep
 from distprune.engine.worker.prune_task import Prune
+from distprune.engine.worker.round_tasks import SampledGradient
 from distprune.engine.worker.task import Task
 from distprune.layers.shapes import ExpertsShape, LayerShape
 from distprune.planning.rehearsal import Rehearsed
@@ -113,7 +114,10 @@ def task_peaks(scenario: Scenario) -> dict[str, TaskPeak]:
 
 
 #: Tasks that get all samples, or pieces as large as the run's go.
-ON_ALL_SAMPLES = (Embed, Prune, PruneAround, PruneExperts, JoinExperts, MixtureTask, Sweep, Backward, LossGradient)
+ON_ALL_SAMPLES = (
+    *(Embed, Prune, PruneAround, PruneExperts, JoinExperts, MixtureTask),
+    *(Sweep, Backward, LossGradient, SampledGradient),
+)
 
 
 def _rehearsed(scenario: Scenario) -> Iterator[tuple[type[Task], Rehearsed]]:
@@ -124,11 +128,13 @@ def _rehearsed(scenario: Scenario) -> Iterator[tuple[type[Task], Rehearsed]]:
         is_run = {Advance: scenario.config.distill is not None}
         yield from ((task, takes) for task, takes in rehearsal.layer(index).items() if is_run.get(task, True))
         yield from rehearsal.learning(index).items()
+        for through_pruned in rehearsal.further_round(index).values():
+            yield from through_pruned.items()
 
 
 def _samples(scenario: Scenario, task: type[Task]) -> float:
     """Those that one task gets at most: a piece of the relays', all, or all that is learnt from."""
-    if issubclass(task, (Sweep, Backward, LossGradient)) and scenario.config.experts_at_once is None:
+    if issubclass(task, (Sweep, Backward, LossGradient, SampledGradient)) and scenario.config.experts_at_once is None:
         batches = -(-scenario.calibration.samples // scenario.batch)
         pieces = min(batches, PIECES_PER_WORKER * scenario.placement.workers)
         return min(scenario.calibration.samples, scenario.batch * -(-batches // pieces))
@@ -207,12 +213,15 @@ def mixtures(scenario: Scenario) -> list[LayerShape]:
 
 
 def _disk(scenario: Scenario) -> int:
-    """Every block's input and the pruned layers; or all parts, and the shards that they become; or hidden states of
-    every layer and of the model's end, with the gradients of some layers. Profiles lie there to the end."""
+    """The pruned layers, and every block's input or, where pruning aims at them, hidden states of all layers and of the
+    model's end; or all parts, and the shards that they become; or hidden states of all of these, with the gradients of
+    some layers, and in a further round what pruning has left and needs. Profiles lie there to the end."""
     states = scenario.hidden_states(scenario.calibration)
     hidden_size = scenario.architecture.hidden_size
     profiles = sum(scenario.method.profile_bytes(hidden_size, shape) for shape in scenario.architecture.dense_shapes)
-    pruning = scenario.bytes_after + scenario.blocks * states
+    waiting = scenario.layers + 1 if scenario.aiming else scenario.blocks
+    pruning = scenario.bytes_after + waiting * states
     assembling = 2 * scenario.bytes_after + 2 * scenario.outer_bytes
     gradients = (scenario.layers + 1) * states + GRADIENTS_KEPT * scenario.gradients if scenario.needs_gradients else 0
-    return profiles + max(pruning, assembling, gradients)
+    again = gradients + scenario.bytes_after + waiting * states if scenario.config.rounds > 1 else 0
+    return profiles + max(pruning, assembling, gradients, again)

@@ -47,6 +47,7 @@ from distprune.engine.worker.pass_tasks import (
     Sweep,
 )
 from distprune.engine.worker.prune_task import Prune
+from distprune.engine.worker.round_tasks import OpenPlaceOfPruned, OpenPruned, SampledGradient
 from distprune.engine.worker.task import Task
 from distprune.layers.loss import TOKENS_AT_ONCE
 from distprune.layers.parts import DecoderLayer
@@ -143,6 +144,14 @@ class Rehearsal:
             return {}
         key, index = self._like("learning", index, self.kind, self.rough_shape)
         return self._once(key, lambda: self._learning(index))
+
+    def further_round(self, index: int) -> Mapping[type[Task], Takes]:
+        """What the passes through a pruned layer take that a further round goes by, by what each of them begins with;
+        nothing where there is one round."""
+        if self.config.rounds == 1:
+            return {}
+        key, index = self._like("further round", index, self.kind, self.rough_shape)
+        return self._once(key, lambda: self._further_round(index))
 
     def ends(self) -> Takes:
         """What comes before the first layer and after the last."""
@@ -328,7 +337,10 @@ class Rehearsal:
             planned, propagates = self.shapes[index], self._block_length > 1
 
             def task(batches: int) -> Prune:
-                return Prune(index, self.states(batches), planned, profile, carried, propagates)
+                states = self.states(batches)
+                aims = self.worker.method.aims_at_dense(self.model.architecture.dense_shape(index))
+                dense = {"dense_input": states, "dense_output": states} if aims else {}
+                return Prune(index, states, planned, profile, carried, propagates, **dense)
 
             if self.worker.chunks(index) is not None:
                 return self._noted(lambda batches, do: prune_in_chunks(self.worker, task(batches), do))[0]
@@ -351,11 +363,10 @@ class Rehearsal:
             return None
         return torch.arange(attention.query_key_dim // 2).expand(attention.kv_heads, -1)
 
-    def _learning(self, index: int) -> Takes:
-        """What it takes a pruned layer to learn."""
-        options, shape = self.config.distill, self.shapes[index]
-        dtypes = self.model.stored_dtypes(index)
-        student = self.model.architecture.names(index).layer_from_state(
+    def _pruned(self, index: int) -> DecoderLayer:
+        """What pruning leaves of a layer."""
+        shape, dtypes = self.shapes[index], self.model.stored_dtypes(index)
+        return self.model.architecture.names(index).layer_from_state(
             {
                 name: torch.empty(dims, dtype=dtypes.get(name, self.worker.runner.dtype))
                 for name, dims in self.model.architecture.layer_tensors(index, shape).items()
@@ -363,6 +374,17 @@ class Rehearsal:
             shape,
             self._pairs(index, shape),
         )
+
+    def _further_round(self, index: int) -> Mapping[type[Task], Takes]:
+        pruned, gradient = self._pruned(index), self.worker.runner.gradient_dtype
+        forward, _ = self._passed(OpenPruned(index, pruned), lambda n, b: Sweep(index, n, self.states(b)), None)
+        passing = lambda n, b: Backward(index, n, self.states(b), self.states(b, gradient))  # noqa: E731
+        backward, _ = self._passed(OpenPlaceOfPruned(index, pruned), passing, self._backward(index))
+        return {OpenPruned: forward, OpenPlaceOfPruned: backward}
+
+    def _learning(self, index: int) -> Takes:
+        """What it takes a pruned layer to learn."""
+        options, student = self.config.distill, self._pruned(index)
         if options.objective == "logits":
             return self._end_to_end(index, student)
         sizes = options.batch + 1, 2 * options.batch + 2
@@ -412,6 +434,11 @@ class Rehearsal:
                     *(do(self._loss_gradient(runs))[0] for runs in (2, 3)),
                     (2 * TOKENS_AT_ONCE / self.length, 3 * TOKENS_AT_ONCE / self.length),
                 )
+                if self.config.rounds > 1:
+                    taken[SampledGradient] = Rehearsed(
+                        *(do(self._sampled_gradient(runs))[0] for runs in (2, 3)),
+                        (2 * TOKENS_AT_ONCE / self.length, 3 * TOKENS_AT_ONCE / self.length),
+                    )
                 taken[CloseLoss] = same(do(CloseLoss())[0])
         if self.config.distill is not None and self.config.distill.objective == "logits":
             with self._counting() as do:
@@ -424,9 +451,16 @@ class Rehearsal:
 
     def _loss_gradient(self, runs: int) -> LossGradient:
         """The task for a sample of so many runs of tokens whose logits exist at once."""
-        hidden_size, dtype = self.model.architecture.hidden_size, self.worker.runner.dtype
-        states = torch.empty(1, runs * TOKENS_AT_ONCE, hidden_size, dtype=dtype)
+        states = self._end_of_sample(runs)
         return LossGradient(states, torch.empty(states.shape[:2], dtype=torch.int32))
+
+    def _sampled_gradient(self, runs: int) -> SampledGradient:
+        """The same of a further round."""
+        return SampledGradient(self._end_of_sample(runs), self._end_of_sample(runs), 0)
+
+    def _end_of_sample(self, runs: int) -> Tensor:
+        hidden_size, dtype = self.model.architecture.hidden_size, self.worker.runner.dtype
+        return torch.empty(1, runs * TOKENS_AT_ONCE, hidden_size, dtype=dtype)
 
 
 class ForwardOfStudent(Forward):

@@ -66,7 +66,7 @@ def backward_in_chunks(worker: LayerWorker, index: int, states: Tensor, do: Do) 
 
 def prune_in_chunks(worker: LayerWorker, whole: Prune, do: Do) -> None:
     """The tasks in the place of one that prunes a whole layer."""
-    finished, state, routed, _ = do(PruneAround(**vars(whole)))
+    finished, state, routed, _ = do(PruneAround.of(whole))
     planned, chunks = whole.planned, worker.chunks(whole.index)
     if not isinstance(planned.ffn, ExpertsShape) or chunks is None:
         return

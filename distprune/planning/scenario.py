@@ -14,6 +14,7 @@ from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.engine.run.preflight import dense_model, needs_gradients, stored_dtype, stored_sizes
+from distprune.engine.stages.context import layers_aiming
 from distprune.engine.worker.dense_model import DenseModel
 from distprune.errors import InputError
 from distprune.layers.architecture import Architecture
@@ -123,6 +124,12 @@ class Scenario:
                 self.distilled_on and self.distilled_on.length,
             )
         return self.rehearsals[key]
+
+    @cached_property
+    def aiming(self) -> list[int]:
+        """The layers that are pruned towards the dense model's hidden states."""
+        in_chunks = self.config.experts_at_once is not None
+        return layers_aiming(self.method, self.architecture.dense_shapes, in_chunks)
 
     @property
     def needs_gradients(self) -> bool:

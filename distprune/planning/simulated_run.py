@@ -21,6 +21,7 @@ from distprune.engine.stages.dense_pass import DensePass
 from distprune.engine.stages.end_to_end import Step
 from distprune.engine.stages.gradient_pass import GradientPass
 from distprune.engine.stages.layerwise_distillation import LayerwiseDistillation
+from distprune.engine.stages.pruned_passes import measure_again
 from distprune.engine.stages.pruning_pass import PruningPass
 from distprune.engine.telemetry.progress import Progress
 from distprune.engine.worker.distill_task import Distill
@@ -144,6 +145,9 @@ class PlannedRuntime(SimulatedRuntime):
         rehearsal, kind = self.scenario.rehearsal, type(task)
         if task.layer is None:
             return rehearsal.ends().get(kind)
+        further = rehearsal.further_round(task.layer).get(worker.opened, {})
+        if kind in further:
+            return further[kind]
         if kind is CloseLayer and worker.opened is OpenForward and self.scenario.needs_gradients:
             kind = CloseAfterForward
         if kind is Forward and worker.opened is OpenStudent:
@@ -230,6 +234,8 @@ class SimulatedRun:
             micro_batch=scenario.batch,
             experts_at_once=scenario.config.experts_at_once,
             mixtures=mixtures_of(scenario.architecture.dense_shapes),
+            aiming=scenario.aiming,
+            rounds=scenario.config.rounds,
         )
         self.tokens = rows(scenario.calibration)
 
@@ -245,8 +251,14 @@ class SimulatedRun:
         if scenario.needs_gradients:
             with self._stage("gradient pass"):
                 profiles = GradientPass(self.context, self.tokens).run()
+        rounds = scenario.config.rounds
         with self._stage("prune"):
-            PruningPass(self.context, scenario.shapes, profiles, self._keep).run(())
+            PruningPass(self.context, scenario.shapes, profiles, self._keep, is_last=rounds == 1).run(())
+        for number in range(2, rounds + 1):
+            with self._stage("measure again"):
+                profiles = measure_again(self.context, self.tokens, lambda _: {}, number)
+            with self._stage("prune again"):
+                PruningPass(self.context, scenario.shapes, profiles, self._keep, is_last=rounds == number).run(())
         if scenario.config.distill:
             with self._stage("distill"):
                 self._distill_end_to_end() if scenario.is_end_to_end else self._distill()

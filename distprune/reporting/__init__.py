@@ -3,7 +3,14 @@
 from distprune.reporting.evaluation_tables import evaluation_lines
 from distprune.reporting.live_progress import console_progress
 from distprune.reporting.notebook_progress import chosen_progress
-from distprune.reporting.run_tables import comparison_table, layer_table, memory_line, parameter_table, status_lines
+from distprune.reporting.run_tables import (
+    comparison_table,
+    layer_table,
+    memory_line,
+    parameter_table,
+    place_line,
+    status_lines,
+)
 
 __all__ = [
     "chosen_progress",
@@ -13,5 +20,6 @@ __all__ = [
     "layer_table",
     "memory_line",
     "parameter_table",
+    "place_line",
     "status_lines",
 ]

@@ -9,18 +9,27 @@ from time import monotonic
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.spinner import Spinner
+from rich.table import Column, Table
+from rich.text import Text
 
 from distprune.engine.telemetry.progress import Assignment, Progress, WorkerName
+from distprune.reporting.assignment_words import in_words
 from distprune.reporting.pace import Pace
 
 JOINING, IDLE, LOST = "joining", "idle", "lost, joining again"
 # A plain line is due when so many seconds have passed without one.
 SILENCE = 60.0
 # Lines of a terminal that are not for workers.
-SPARED_LINES = 12
+SPARED_LINES = 13
+# As wide as the longest name of a stage, so that nothing moves when that begins.
+NAME = len("Copying embedding and head")
+# As wide as most of what workers do, so that little moves when they go on to something else.
+DOES = len("finish statistics, layer 100")
+# Columns of a line that are not the bar's, and the bar's at most.
+BESIDE_BAR, LONGEST_BAR = 57, 40
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Spectator(Progress):
 
     def began(self, worker: WorkerName, assignment: Assignment) -> None:
         self._pace.began(worker.number, assignment.layer)
-        self._does(worker, str(assignment))
+        self._does(worker, in_words(assignment))
 
     def ended(self, worker: WorkerName, assignment: Assignment, seconds: float) -> None:
         self._pace.ended(worker.number)
@@ -62,7 +71,7 @@ class Spectator(Progress):
 
     def lost(self, worker: WorkerName, assignment: Assignment | None) -> None:
         self._pace.gone(worker.number)
-        self.note(f"{worker} is lost" + (f" in '{assignment}', which another takes" if assignment else ""))
+        self.note(f"{worker} is lost" + (f" in '{in_words(assignment)}', which another takes" if assignment else ""))
 
     def draining(self, worker: WorkerName, seconds: float | None) -> None:
         when = "soon" if seconds is None else f"in {max(0, seconds):.0f} s"
@@ -70,7 +79,7 @@ class Spectator(Progress):
 
     def gave_up(self, worker: WorkerName, assignment: Assignment | None) -> None:
         self._pace.gone(worker.number)
-        what = f"'{assignment}'" if assignment else "its call"
+        what = f"'{in_words(assignment)}'" if assignment else "its call"
         self.note(f"{worker} can't end {what} before its node goes; another worker takes it")
 
     def left(self, worker: WorkerName) -> None:
@@ -81,24 +90,36 @@ class Spectator(Progress):
         self._registry[worker.number] = Doing(worker, what, self._now())
 
 
+class TimeSpent(ProgressColumn):
+    """How long a stage took, or has taken so far."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.finished_time if task.finished else task.elapsed
+        return Text(clock(seconds or 0.0), style="progress.elapsed")
+
+
 class DrawnProgress(Spectator):
     """A bar for each stage, and below a line for each worker."""
 
     def __init__(self, console: Console, now: Callable[[], float] = monotonic):
         super().__init__(console, now)
-        self._stage = None
+        self._stage, self._began, self._ended = None, now(), False
+        self._spinner = Spinner("dots", style="progress.spinner")
+        bar_width = max(1, min(LONGEST_BAR, console.width - BESIDE_BAR))
         self._bars = Bars(
-            SpinnerColumn(),
-            TextColumn("{task.description:<24}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}", table_column=Column(min_width=NAME, no_wrap=True)),
+            BarColumn(bar_width, complete_style="blue", finished_style="green"),
+            TextColumn("{task.completed}/{task.total}", style="progress.download", justify="right"),
+            TimeSpent(table_column=Column(justify="right", no_wrap=True)),
+            TextColumn("{task.fields[left]}", justify="right"),
             console=console,
         )
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
         super().stage(name, total, done)
+        if self._stage is not None:
+            self._bars.update(self._stage, left="")
         self._stage = self._bars.add_task(name, total=total, completed=done, left="")
 
     def advance(self) -> None:
@@ -107,15 +128,23 @@ class DrawnProgress(Spectator):
 
     def __exit__(self, *error) -> None:
         self._registry.clear()  # what stays is the bars
+        self._ended = True
 
     def _picture(self) -> RenderableType:
-        if self._stage is not None:
-            left = self._pace.time_left()
-            self._bars.update(self._stage, left=f"{clock(left)} left" if left else "")
+        if self._stage is None:
+            return Group(*([] if self._ended else [self._start()]), self._workers())
+        left = self._pace.time_left()
+        self._bars.update(self._stage, left=f"{clock(left)} left" if left else "")
         return Group(self._bars.get_renderable(), self._workers())
 
+    def _start(self) -> RenderableType:
+        """What is seen until the first stage begins."""
+        self._spinner.update(text=f"Starting workers   {clock(self._now() - self._began)}")
+        return self._spinner
+
     def _workers(self) -> Table:
-        table = Table(box=None, padding=(0, 2), show_header=False)
+        does, since = Column("does", min_width=DOES), Column("for", justify="right")
+        table = Table("worker", does, since, box=None, padding=(0, 2), header_style="dim")
         room, now = max(1, self._console.height - SPARED_LINES), self._now()
         registry = sorted(self._registry.values(), key=lambda doing: doing.name.number)
         for doing in registry[:room]:
@@ -124,7 +153,7 @@ class DrawnProgress(Spectator):
         others = Counter(kind_of(doing) for doing in registry[room:])
         if others:
             table.add_row(f"{others.total()} more", ", ".join(f"{count} {kind}" for kind, count in others.items()))
-        return table
+        return table if registry else Table.grid()
 
 
 class TerminalProgress(DrawnProgress):
@@ -139,7 +168,7 @@ class TerminalProgress(DrawnProgress):
         return self
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=False)
 
     def __exit__(self, *error) -> None:
         super().__exit__(*error)

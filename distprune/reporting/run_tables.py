@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from distprune.comparison import ComparisonRow
 from distprune.engine import RunRecord, RunStatus
-from distprune.engine.run.record import LayerRecord
+from distprune.engine.run.record import REPORT_FILE, LayerRecord
 from distprune.layers.shapes import ExpertsShape
 
 GIB = 2**30
@@ -90,12 +91,19 @@ def memory_line(record: RunRecord) -> str:
         f"{peak.resident / GIB:.2f} GiB" + (f" (+{peak.device / GIB:.2f} GiB on the GPU)" if peak.device else "")
         for peak in record.peak_memory_workers
     )
-    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record.seconds.items())
+    took = {name: f"{seconds:.1f} s" for name, seconds in record.seconds.items()}
+    stages = ", ".join(f"{name} {seconds}" for name, seconds in took.items() if seconds != "0.0 s")
     driver = record.peak_memory_driver.resident / GIB
     return (
         f"forward passes in {record.dtype} on {record.device}\n"
-        f"peak memory: driver {driver:.2f} GiB, workers {workers}\ntime: {stages}"
+        f"peak memory: driver {driver:.2f} GiB, workers {workers}\n"
+        f"time: {sum(record.seconds.values()):.1f} s ({stages})"
     )
+
+
+def place_line(output: Path) -> str:
+    """Where the result of a run is, and the first thing to look at there."""
+    return f"The checkpoint is in {output}; its report, for a browser, is {output / REPORT_FILE}"
 
 
 def comparison_table(rows: Sequence[ComparisonRow]) -> Table:

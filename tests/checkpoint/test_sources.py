@@ -113,7 +113,7 @@ def test_a_failed_download_names_the_repository_and_the_mend(monkeypatch, error)
 def test_offline_and_not_in_the_cache_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "snapshot_download", huggingface_hub.snapshot_download)
-    with pytest.raises(InputError, match="no-such-org/no-such-model could not be fetched"):
+    with pytest.raises(InputError, match="no-such-model is no file or folder here, and could not be fetched"):
         resolve_model("no-such-org/no-such-model", cache_dir=tmp_path)
 
 

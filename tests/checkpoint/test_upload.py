@@ -215,6 +215,13 @@ def hub(tmp_path, monkeypatch) -> Hub:
     return hub
 
 
+def test_what_matches_a_pattern_does_not_go_to_the_hub(hub, checkpoint):
+    upload_folder(checkpoint, "hf://org/model", hub_ignore=["*_run.json"])
+    everything = contents(checkpoint)
+    assert "distprune_run.json" in everything
+    assert contents(hub.root / "org" / "model").keys() == everything.keys() - {"distprune_run.json"}
+
+
 def test_the_hub_gets_config_json_last_and_someone_elses_model_card_stays(hub, checkpoint, tmp_path):
     old = make(tmp_path / "old", "old", ["model-7.safetensors"])
     upload_folder(old, "hf://org/model")

@@ -33,6 +33,9 @@ def test_the_configuration_beside_a_result_makes_the_same_bytes_elsewhere(distpr
     assert "decoder layers" in result.stdout
     assert "forward passes in float32 on cpu" in result.stdout
     assert "peak memory: driver" in result.stdout
+    assert result.stdout.splitlines()[-1] == (
+        f"The checkpoint is in {output}; its report, for a browser, is {output / 'report.html'}"
+    )
     lines = result.stderr.splitlines()
     assert lines[0] == "Checking weights ..."
     assert "Pruning: 4/4" in lines

@@ -177,7 +177,9 @@ def test_unknown_names_in_the_yaml_file_are_refused(assert_refused, tmp_path):
 def test_a_command_line_without_a_model_is_refused(distprune):
     result = distprune("prune")
     assert result.exit_code == 2
-    assert result.stderr == "distprune: option 'model' must be given.\n"
+    assert result.stderr == (
+        "distprune: option 'model' must be given: the first argument, a folder, hub id or .gguf file.\n"
+    )
 
 
 def test_an_existing_output_is_refused_without_overwrite_and_replaced_with_it(

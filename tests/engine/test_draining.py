@@ -19,6 +19,7 @@ from distprune.engine.scheduler.pool import Call, Step, WorkerPool
 from distprune.engine.telemetry.log import RunLog, json_lines
 from distprune.engine.telemetry.progress import Progress, Together
 from distprune.engine.worker.task import Task
+from distprune.errors import WorkersLost
 
 # ------------------------------------------------------------------ the pool, on a clock that jumps
 
@@ -144,6 +145,14 @@ class Run:
 
     def begun_on(self, worker: str) -> list[float]:
         return [at for at, by, *_ in self.machines.begun if by == worker]
+
+
+def test_a_worker_that_ray_gives_up_starting_ends_the_run_with_one_message():
+    machines = Machines(["a"], {})
+    machines.ready = lambda worker: Result(0.0, Vanished("the actor was cancelled"))
+    pool = WorkerPool(machines, 1)
+    with pytest.raises(WorkersLost, match=r"could not be started.*ray status.*the actor was cancelled"):
+        pool.are_up(1, None)
 
 
 def test_a_worker_that_is_leaving_ends_its_call_and_gets_no_other():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def without_log(files: dict[str, bytes]) -> dict[str, bytes]:
+    """What of a result is uploaded."""
+    return {name: content for name, content in files.items() if name != "distprune_log.jsonl"}
+
+
 def weights(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: content for name, content in files.items() if name.endswith((".safetensors", ".md"))}
 
@@ -72,7 +78,8 @@ def test_what_could_not_be_uploaded_is_not_pruned_again_unless_it_is_another(pru
 
 def test_a_result_is_pushed_and_stays_here(prune_here, hub, tmp_path):
     prune_here(tmp_path / "pruned", push_to_hub=REPOSITORY)
-    assert hub.repositories[REPOSITORY] == contents(tmp_path / "pruned")
+    assert hub.repositories[REPOSITORY] == without_log(contents(tmp_path / "pruned"))
+    assert "distprune_log.jsonl" in contents(tmp_path / "pruned")
     assert hub.private[REPOSITORY]
     *before, last = hub.commits
     assert last == ["config.json"] and not any("config.json" in commit for commit in before)
@@ -97,7 +104,26 @@ def test_a_result_that_could_not_be_pushed_is_pushed_by_the_same_command_without
     hub.full = False
     prune_here(**options | {"workers": 2, "private": False})
     assert len(runs) == 1
-    assert hub.repositories[REPOSITORY] == made == contents(tmp_path / "pruned")
+    assert made == contents(tmp_path / "pruned")
+    assert hub.repositories[REPOSITORY] == without_log(made)
+
+
+def test_files_that_match_a_pattern_stay_here_and_change_nothing_else(prune_here, hub, tmp_path):
+    prune_here(tmp_path / "all", push_to_hub="org/all")
+    prune_here(tmp_path / "few", push_to_hub="org/few", hub_ignore=["distprune_*", "*.md"])
+    kept_back = {"distprune_config.yaml", "distprune_run.json", "README.md"}
+    assert hub.repositories["org/all"].keys() - hub.repositories["org/few"].keys() == kept_back
+    assert kept_back < contents(tmp_path / "few").keys()
+    assert b"hub_ignore: []" in (tmp_path / "few" / "distprune_config.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(("pattern", "file"), [("*.json", "config.json"), ("model*", "model.safetensors"), ("*", ".*")])
+def test_a_pattern_that_keeps_back_what_opens_the_model_is_refused_before_pruning(
+    prune_here, hub, runs, tmp_path, pattern, file
+):
+    with pytest.raises(InputError, match=rf"hub_ignore: '{re.escape(pattern)}' would keep {file} out of the upload"):
+        prune_here(tmp_path / "pruned", push_to_hub=REPOSITORY, hub_ignore=[pattern])
+    assert runs == []
 
 
 def test_what_is_sent_once_is_not_sent_again(prune_here, hub, tmp_path):
@@ -162,7 +188,7 @@ def test_a_repository_that_has_a_model_is_refused_before_anything_is_done(prune_
         prune_here(tmp_path / "pruned", push_to_hub=REPOSITORY)
     assert runs == []
     prune_here(tmp_path / "pruned", push_to_hub=REPOSITORY, overwrite=True)
-    assert hub.repositories[REPOSITORY] == contents(tmp_path / "pruned")
+    assert hub.repositories[REPOSITORY] == without_log(contents(tmp_path / "pruned"))
 
 
 def test_a_signal_between_the_result_and_its_upload_interrupts_the_run(hub, llama, tmp_path):

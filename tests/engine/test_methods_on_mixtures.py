@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kinds_of_methods import ALL_LAYERS
 from transformers import AutoModelForCausalLM
 
 from distprune import load
@@ -19,8 +20,6 @@ QWEN = {
     "shared_expert_intermediate_size": 24,
 }
 WHOLE = {"mean-router-weight", "reap"}
-#: So that no layer is to stay whole.
-OPTIONS = {"llm-pruner": {"first_layers": 0, "last_layers": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def qwen(save_model):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_result_opens_and_has_lost_what_the_method_removes(prune_here, qwen, tmp_path, method):
     record = prune_here(
-        tmp_path / "pruned", qwen, method=method, sparsity=0.2, options=OPTIONS.get(method, {}), distill=None
+        tmp_path / "pruned", qwen, method=method, sparsity=0.2, options=ALL_LAYERS.get(method, {}), distill=None
     )
     dense, pruned = AutoModelForCausalLM.from_pretrained(qwen), load(tmp_path / "pruned")
     before, after = (sum(p.numel() for p in model.model.layers.parameters()) for model in (dense, pruned))

@@ -144,7 +144,7 @@ def test_an_output_that_exists_or_is_no_checkpoint_is_refused_and_overwritten_wh
         ({"output": "nope://bucket/x"}, "nope://bucket/x: Unsupported filesystem"),
         (
             {"model": "memory://bucket/nothing"},
-            "memory://bucket/nothing is not a folder. Give a Hugging Face checkpoint folder.",
+            "memory://bucket/nothing is not a folder. Give a Hugging Face checkpoint folder, or a .gguf file.",
         ),
         ({"model": "memory://bucket/pruned/model"}, "one of these is, holds or lies in the model"),
         ({"model": "memory://bucket/model", "revision": "main"}, "is not on the hub, so it has no revision main"),

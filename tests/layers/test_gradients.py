@@ -93,3 +93,25 @@ def test_divergence_is_that_of_the_predictions(llama, tokens):
     gradient, found = head_of(llama).divergence(pruned, dense)
     torch.testing.assert_close(found, divergences.detach().double(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient, given.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_tokens_drawn_from_the_dense_models_predictions_have_the_divergences_gradient_on_average(llama, tokens):
+    generator = torch.Generator().manual_seed(5)
+    pruned, dense = (torch.randn(2, 3, llama.config.hidden_size, generator=generator) for _ in range(2))
+    head = head_of(llama)
+    expected, divergences = head.divergence(pruned, dense)
+    draws = [head.sampled(pruned, dense, first=2 * number) for number in range(1500)]
+    assert all(torch.equal(found, draws[0][1]) for _, found in draws)
+    torch.testing.assert_close(draws[0][1], divergences, rtol=1e-5, atol=1e-5)
+    mean = torch.stack([gradient for gradient, _ in draws]).mean(dim=0)
+    spread = torch.stack([gradient for gradient, _ in draws]).std(dim=0) / len(draws) ** 0.5
+    assert ((mean - expected).abs() <= 5 * spread + 1e-6).all() and spread.max() < 0.2 * expected.abs().max()
+
+
+def test_a_sample_draws_the_same_tokens_whichever_come_with_it(llama, tokens):
+    generator = torch.Generator().manual_seed(6)
+    pruned, dense = (torch.randn(4, 3, llama.config.hidden_size, generator=generator) for _ in range(2))
+    head = head_of(llama)
+    together, _ = head.sampled(pruned, dense, first=3)
+    apart = torch.cat([head.sampled(pruned[n : n + 1], dense[n : n + 1], first=3 + n)[0] for n in range(4)])
+    assert torch.equal(together, apart)

@@ -78,13 +78,19 @@ class Subject:
         return method.profile(layer, self.statistics(moments, layer))
 
     def prune(
-        self, method: Method, planned: LayerShape, profile: Profile | None = None, layer: DecoderLayer | None = None
+        self,
+        method: Method,
+        planned: LayerShape,
+        profile: Profile | None = None,
+        layer: DecoderLayer | None = None,
+        *,
+        sparsity: float = 0.3,
     ) -> DecoderLayer:
         """The layer as the method prunes it, of which it is seen that it has the planned shape."""
         layer = layer or self.layer
         profile = self.profile(method, layer) if profile is None else profile
         statistics = self.statistics(method.pruning_moments(layer.shape, planned), layer)
-        pruned = method.prune(LayerToPrune(0, layer, planned, statistics, profile, self.observe))
+        pruned = method.prune(LayerToPrune(0, layer, planned, statistics, profile, self.observe, sparsity))
         assert pruned.shape == planned
         return pruned
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from distprune.engine.worker.dense_states import DenseStates
 from distprune.layers.parts import DecoderLayer, Linear, LowRank, outputs_of
 from distprune.layers.shapes import LayerShape
-from distprune.layers.sites import ATTENTION_OUTPUT, FFN_OUTPUT, NEURONS, Site
-from distprune.methods import Profile, make_method
+from distprune.layers.sites import ATTENDED, ATTENTION_OUTPUT, FFN_OUTPUT, NEURONS, Site
+from distprune.methods import LayerToPrune, Profile, make_method
 from distprune.methods.even_layers import with_heads
 from distprune.methods.units import keep_rotary_pairs
-from distprune.statistics import Gram
+from distprune.statistics import Gram, LayerStatistics, Moment, sites_of
 
 #: Refits that go wherever the calibration text is served best.
 FREE = {"refit_damping": 1e-6, "branch_damping": 1e-7, "damping": 1e-6}
@@ -123,6 +124,68 @@ def test_a_layer_is_pruned_to_the_same_bits_again(subject):
     planned = changed(without_groups(this.layer.shape, 1), {"value_dim": 5, "query_key_dim": 6}, {"width": 24})
     first, again = (this.model.names(0).state_of(prune(this, planned)) for _ in range(2))
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
+# ------------------------------------------------------------------ towards the dense model
+
+
+def towards_dense(this, planned: LayerShape, own: Tensor, **options) -> DecoderLayer:
+    """The layer pruned on hidden states of its own, beside the dense model's."""
+    method, runner = make_method("curvature", FREE | options), this._runner
+    states = DenseStates(runner, this.layer, 0, this.hidden_states, this.run(this.layer))
+
+    def observe(variation: DecoderLayer, moments: Sequence[Moment]) -> LayerStatistics:
+        statistics = LayerStatistics(moments)
+        update, sites = states.observing(statistics.update, sites_of(moments))
+        runner.observe(variation, 0, own, update, sites)
+        return statistics
+
+    assert method.aims_at_dense(this.layer.shape) == (options["dense_aim"] > 0)
+    given = LayerToPrune(
+        0, this.layer, planned, LayerStatistics(()), this.profile(method), observe, sparsity=0.3, sees_errors=True
+    )
+    return method.prune(given)
+
+
+@pytest.mark.parametrize("aim", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("change", [{"width": 24}, {"width": 24, "branch_rank": 3}], ids=str)
+def test_an_ffn_aims_as_far_as_asked_at_the_dense_models_hidden_states(subject, change, aim):
+    this, own = subject(biases=False), pushed(subject(biases=False))
+    pruned = towards_dense(this, this.layer.shape.with_ffn(**change), own, dense_aim=aim)
+    without = replace(pruned, ffn=replace(pruned.ffn, down=zeroed(pruned.ffn.down)))
+    whole = this._runner.run(this.layer, 0, own)
+    wanted = whole + aim * (this.run(this.layer) - whole)
+    expected = least_squares(this, pruned, own, NEURONS, wanted - this._runner.run(without, 0, own))
+    np.testing.assert_allclose(pruned.ffn.down.weight.numpy(), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("aim", [0.0, 0.4, 1.0])
+def test_attention_aims_as_far_as_asked_at_the_dense_models_hidden_states(subject, aim):
+    this, own = subject(biases=False), pushed(subject(biases=False))
+    pruned = towards_dense(this, this.layer.shape.with_attention(value_dim=5), own, dense_aim=aim)
+    pruned, dense = replace(pruned, ffn=None), replace(this.layer, ffn=None)
+    without = replace(pruned, attention=replace(pruned.attention, output=zeroed(pruned.attention.output)))
+    whole = this._runner.run(dense, 0, own)
+    wanted = whole + aim * (this.run(dense) - whole)
+    expected = least_squares(this, pruned, own, ATTENDED, wanted - this._runner.run(without, 0, own))
+    np.testing.assert_allclose(pruned.attention.output.weight.numpy(), expected, atol=2e-3)
+
+
+def pushed(this) -> Tensor:
+    """Hidden states such as layers that were pruned before give."""
+    return this.hidden_states + 0.3 * torch.randn(this.hidden_states.shape, generator=torch.Generator().manual_seed(1))
+
+
+def zeroed(projection: Linear) -> Linear:
+    return Linear(torch.zeros_like(projection.weight))
+
+
+def least_squares(this, layer: DecoderLayer, own: Tensor, inputs: Site, wanted: Tensor) -> np.ndarray:
+    """The map from what is seen at a site to what is wanted, (out, in), in float64 on all tokens."""
+    seen: list[Tensor] = []
+    this._runner.run(layer, 0, own, observe=lambda batch: seen.append(batch[inputs].double()), sites={inputs})
+    solution, *_ = np.linalg.lstsq(torch.cat(seen).numpy(), wanted.flatten(0, 1).double().numpy(), rcond=None)
+    return solution.T
 
 
 # ------------------------------------------------------------------ what doesn't matter

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from kinds_of_methods import OF_ALL_MODELS
+from kinds_of_methods import ALL_LAYERS, OF_ALL_MODELS
 from tiny_families import FAMILIES, HIDDEN, tiny_model
 from tiny_mixtures import mixture_model
 from transformers import PreTrainedModel
@@ -15,11 +15,10 @@ from distprune.budgets import Target, layout_of
 from distprune.layers.architecture import Architecture
 from distprune.layers.runner import LayerRunner
 from distprune.methods import METHODS, LayerToPrune
+from distprune.methods.z_pruner import ZPruner
 from distprune.statistics import LayerStatistics, sites_of
 
 LAYOUTS = ("free", "heterogeneous", "stock")
-#: So that no layer is to stay whole.
-OPTIONS = {"llm-pruner": {"first_layers": 0, "last_layers": 0}, "slimgpt": {"first_layer": 1.0}}
 
 
 @pytest.mark.filterwarnings("ignore::distprune.errors.ConvergenceWarning")
@@ -46,7 +45,7 @@ def test_each_method_prunes_mixtures_of_experts(family):
     prune_by_each_method(model, METHODS, 0.2, 4)
 
 
-def prune_by_each_method(real: PreTrainedModel, methods: Iterable[str], sparsity: float, align: int) -> None:
+def prune_by_each_method(real: PreTrainedModel, names: Iterable[str], sparsity: float, align: int) -> None:
     model = Architecture(real.config)
     state = {name: tensor.detach() for name, tensor in real.state_dict().items()}
     runner = LayerRunner(model, torch.device("cpu"), torch.float32, micro_batch=4)
@@ -66,9 +65,9 @@ def prune_by_each_method(real: PreTrainedModel, methods: Iterable[str], sparsity
             runner.observe(layer, index, hidden_states, statistics.update, sites)
         return statistics
 
-    for name in methods:
-        method = METHODS[name](**OPTIONS.get(name, {}))
-        profiles = []
+    methods = [METHODS[name](**ALL_LAYERS.get(name, {})) for name in names]
+    for method in (*methods, ZPruner(mode="unstructured")):
+        name, profiles = method.name, []
         for index, layer in enumerate(layers):
             moments = [*method.dense_moments(layer.shape), *method.gradient_moments(layer.shape)]
             moments += method.overview_moments(layer.shape)
@@ -79,18 +78,18 @@ def prune_by_each_method(real: PreTrainedModel, methods: Iterable[str], sparsity
                 method = METHODS[name](compensation=False)
             method.check_target(target, align)
             plan = method.plan(target, profiles, align)
-            assert plan != target.dense_shapes
+            assert (plan == target.dense_shapes) == method.zeroes
             assert layout == "free" or layout_of(model, plan) in ("stock", layout)
             for index, (layer, planned) in enumerate(zip(layers, plan, strict=True)):
                 statistics = observe(layer, index, method.pruning_moments(layer.shape, planned))
                 again = lambda variation, moments, index=index: observe(variation, index, moments)  # noqa: E731
-                pruned = method.prune(LayerToPrune(index, layer, planned, statistics, profiles[index], again))
+                pruned = method.prune(LayerToPrune(index, layer, planned, statistics, profiles[index], again, sparsity))
                 assert pruned.shape == planned, name
                 assert runner.run(pruned, index, hidden_states).isfinite().all(), name
 
 
 def test_the_page_says_which_methods_offer_which_layout():
     offered = {layout: {name for name in METHODS if layout in METHODS[name].layouts} for layout in LAYOUTS}
-    assert offered["free"] == set(METHODS) and len(METHODS) == 11
+    assert offered["free"] == set(METHODS) and len(METHODS) == 13
     assert offered["heterogeneous"] == set(METHODS) - {"olica"}
-    assert offered["stock"] == {"curvature", "magnitude", "mean-router-weight", "reap", "wanda-sp"}
+    assert offered["stock"] == {"curvature", "magnitude", "mean-router-weight", "reap", "wanda-sp", "z-pruner"}

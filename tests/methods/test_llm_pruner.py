@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gradients import with_gradients
 from tiny_architectures import tiny
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -12,7 +13,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distprune.budgets import Target, decoder_parameters
 from distprune.errors import InputError
-from distprune.layers.runner import LayerRunner
 from distprune.layers.shapes import LayerShape
 from distprune.methods.even_layers import with_heads
 from distprune.methods.llm_pruner import LLMPruner
@@ -42,16 +42,6 @@ def importance_of_units(module: nn.Module, kv_heads: int) -> tuple[np.ndarray, n
 def importance_of_neurons(ffn: nn.Module, worth) -> np.ndarray:
     *inputs, down = [module for module in ffn.children() if isinstance(module, nn.Linear)]
     return sum(worth(projection).sum(axis=1) for projection in inputs) + worth(down).sum(axis=0)
-
-
-def with_gradients(this) -> nn.Module:
-    """A module of the layer that holds the gradients of half its output's squared norm."""
-    runner = LayerRunner(this.model, torch.device("cpu"), torch.float32, 3)
-    module = runner.build(this.layer, 0, torch.float32)
-    for parameter in module.parameters():
-        parameter.requires_grad_()
-    (runner.forward(module, 0, this.hidden_states).square().sum() / 2).backward()
-    return module
 
 
 def test_a_unit_is_worth_what_its_weights_are(any_subject):

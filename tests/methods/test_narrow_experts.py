@@ -18,7 +18,7 @@ from distprune.methods.units import keep_neurons
 
 KEPT = 20
 #: Those that move no weight of what stays, and those that do.
-CHOOSING = ("flap", "heapr", "llm-pruner", "magnitude", "olica", "wanda-sp")
+CHOOSING = ("flap", "heapr", "llm-pruner", "magnitude", "mini-llm", "olica", "wanda-sp", "z-pruner")
 REFITTING = ("oops", "slimgpt")
 pytestmark = pytest.mark.filterwarnings("ignore::distprune.errors.ConvergenceWarning")
 
@@ -159,8 +159,8 @@ def test_networks_in_the_place_of_experts_stand_in_their_order(mixture):
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
-def test_llm_pruner_weighs_each_neuron_by_the_gradients_of_all_its_weights(subject, model_type):
-    """Sums of |w·∂L/∂w|, the gradients those of transformers' own parameters."""
+def test_each_neuron_is_weighed_by_the_gradients_of_all_its_weights(subject, model_type):
+    """Sums of |w·∂L/∂w|, and of that times the inputs' rms, the gradients those of transformers' own parameters."""
     this = subject(model_type, **MIXTURES[model_type])
     runner = LayerRunner(this.model, torch.device("cpu"), torch.float32, micro_batch=8)
     module = runner.build(this.layer, 0, torch.float32).requires_grad_()
@@ -168,9 +168,17 @@ def test_llm_pruner_weighs_each_neuron_by_the_gradients_of_all_its_weights(subje
     state = this.model.names(0).state_of(this.layer)
     changes = {name: parameter.grad * parameter.detach() for name, parameter in module.named_parameters()}
     mixture = this.model.layer_from_state(0, state | changes).ffn
-    expected = mixture.inputs.abs().sum(dim=(1, 3)) + mixture.down.abs().sum(dim=1)
+    plain = mixture.inputs.abs().sum(dim=(1, 3)) + mixture.down.abs().sum(dim=1)
     profile = this.profile(METHODS["llm-pruner"]())
-    torch.testing.assert_close(profile["experts.neurons"], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(profile["experts.neurons"], plain, rtol=1e-3, atol=1e-3)
+
+    seen, profile = routed(this.model, this.layer, this.hidden_states), this.profile(METHODS["mini-llm"]())
+    for expert in range(EXPERTS):
+        x, weight = seen.to(expert)
+        of_input, of_neurons = (each.square().mean(dim=0).sqrt() for each in (x, neurons_of(this, expert, x) * weight))
+        inputs, down = mixture.inputs[expert].abs() * of_input, mixture.down[expert].abs() * of_neurons
+        scaled = inputs.sum(dim=(0, 2)) + down.sum(dim=0)
+        torch.testing.assert_close(profile["experts.neurons"][expert], scaled, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from kinds_of_methods import OF_ALL_MODELS
+from kinds_of_methods import ALL_LAYERS, OF_ALL_MODELS
 from latency_tables import made_up_table
 from tiny_architectures import tiny
 
@@ -129,8 +129,7 @@ def test_what_a_family_can_not_lose_stays_in_every_methods_plan(name, family):
         for index, shape in enumerate(dense)
     )
     sparsity = 0.15 * prunable / Target(model, 0).dense
-    options = {"llm-pruner": {"first_layers": 0, "last_layers": 0}, "slimgpt": {"first_layer": 1.0}}
-    method = METHODS[name](**options.get(name, {}))
+    method = METHODS[name](**ALL_LAYERS.get(name, {}))
     target = Target(model, sparsity)
     plan = method.even_shapes(target, 1)
     assert target.amount(plan) <= target.remaining + 2 * 3 * 96

@@ -33,6 +33,10 @@ from distprune.pipeline import contents
         ({"publish": {"to": "s3://no-such-bucket/m"}}, r"publish: s3://no-such-bucket/m: there is no bucket"),
         ({"publish": {"to": "ftps3://x/m"}}, r"publish: ftps3://x/m: Unsupported filesystem"),
         ({"publish": {"to": "hf://org"}}, r"publish: hf://org: the hub asks for a token\. Set HF_TOKEN"),
+        (
+            {"publish": {"to": "/m", "hub_ignore": "distprune_run*"}},
+            r"publish: hub_ignore: 'distprune_run\*' would keep",
+        ),
         ({"publish": {"to": "hf://a/b/c"}}, r"publish: hf://a/b/c: is no repository"),
         ({"publish": {"to": "WORK/out"}}, r"publish\.to: '.*work/out' is, holds or lies in work"),
         ({"publish": {"to": "MODEL"}}, r"publish\.to: .* is, holds or lies in model"),

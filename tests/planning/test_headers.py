@@ -70,7 +70,7 @@ def test_layers_that_are_stored_in_several_dtypes_take_the_bytes_that_they_have(
 
 def test_a_hub_that_does_not_answer_is_bad_input(hub):
     hub.closed = True
-    with pytest.raises(InputError, match=f"{REPOSITORY} could not be fetched"):
+    with pytest.raises(InputError, match=f"{REPOSITORY} is no file or folder here, and could not be fetched"):
         open_headers(REPOSITORY)
 
 

@@ -104,6 +104,19 @@ def test_hidden_states_of_all_layers_wait_for_the_gradients(plan, headers_70b):
     assert gradients.disk > 81 * 512 * 8192 * 8192 * 2 > plain.disk
 
 
+def test_a_further_round_passes_the_pruned_model_and_observes_the_dense_one(plan):
+    options = {"cluster": Cluster(cpus=2), "method": "curvature", "sparsity": 0.3}
+    once, twice = plan(**options), plan(**options, rounds=2)
+    names = [stage.name for stage in twice.stages]
+    assert names[names.index("prune") :][:3] == ["prune", "measure again", "prune again"]
+    assert "measure again" not in [stage.name for stage in once.stages]
+    again, back = stage(twice, "measure again"), stage(twice, "gradient pass")
+    # Forward through what is pruned; back through the dense layers, and through what is pruned.
+    assert 1.3 < again.half_flops / back.half_flops < 2.5
+    assert stage(twice, "prune again").half_flops == stage(twice, "prune").half_flops
+    assert twice.memory.disk > once.memory.disk
+
+
 def test_layers_distil_side_by_side(plan):
     alone, four = (plan(cluster=Cluster(cpus=count), distill=True, method="flap") for count in (1, 4))
     assert stage(four, "distill").seconds < stage(alone, "distill").seconds

@@ -47,7 +47,7 @@ def test_bars_workers_and_notes_are_drawn_a_few_times_a_second_and_bars_and_note
         progress.joined(worker)
         now[0] = 1.0
         progress.began(worker, Assignment("prune", 3))
-        assert "node-a/0" in output.drawn[-1] and "prune 3" in output.drawn[-1]
+        assert "node-a/0" in output.drawn[-1] and "prune, layer 3" in output.drawn[-1]
         before = len(output.drawn)
         for _ in range(100):
             progress.advance()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -137,3 +137,13 @@ def assert_same(found: Gradients, expected: Gradients, tolerance: float) -> None
             assert actual.shape == wanted.shape, (index, name)
             error = (actual - wanted).abs().max() / wanted.abs().max()
             assert error < tolerance, (index, name, error)
+
+
+def with_gradients(this) -> nn.Module:
+    """A module of a subject's layer that holds the gradients of half its output's squared norm."""
+    runner = LayerRunner(this.model, torch.device("cpu"), torch.float32, 3)
+    module = runner.build(this.layer, 0, torch.float32)
+    for parameter in module.parameters():
+        parameter.requires_grad_()
+    (runner.forward(module, 0, this.hidden_states).square().sum() / 2).backward()
+    return module

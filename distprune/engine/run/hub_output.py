@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from distprune.checkpoint import check_destination, check_may_write, partial_directory, upload_folder
+from distprune.checkpoint import check_destination, check_hub_ignore, check_may_write, partial_directory, upload_folder
 from distprune.config import PruneConfig
 from distprune.engine.run.journal import fingerprint
 from distprune.engine.run.model_card import suggested_name
 from distprune.engine.run.preflight import identity_of, model_identity, open_model
-from distprune.engine.run.record import RECORD_FILE, RunRecord, load_record
+from distprune.engine.run.record import NOT_FOR_THE_HUB, RECORD_FILE, RunRecord, load_record
 from distprune.errors import InputError, InterruptedWhenDone, StorageFailed
 from distprune.hardware import AUTO
 from distprune.storage import HUB_SCHEME, cache_folder, is_remote, remove_tree
@@ -41,7 +41,13 @@ def prune_to_hub(config: PruneConfig, prune: Prune) -> RunRecord:
     except InterruptedWhenDone:
         raise KeyboardInterrupt from None  # it is not done: the result is not on the hub yet
     try:
-        upload_folder(here.output, repository_of(config, record), overwrite=config.overwrite, private=config.private)
+        upload_folder(
+            here.output,
+            repository_of(config, record),
+            overwrite=config.overwrite,
+            private=config.private,
+            hub_ignore=[*NOT_FOR_THE_HUB, *config.hub_ignore],
+        )
     except (InputError, StorageFailed) as error:
         raise type(error)(f"{error} (The result is in {here.output}, and need not be made again.)") from error
     if is_on_hub(config):
@@ -60,6 +66,7 @@ def check_repository(config: PruneConfig) -> None:
     Raises:
         InputError: it could not.
     """
+    check_hub_ignore(config.hub_ignore)
     if is_on_hub(config):
         if config.push_to_hub is not None:
             raise InputError(f"--push-to-hub {config.push_to_hub}: the output is on the hub already. Give one of them.")
@@ -89,8 +96,8 @@ def repository_of(config: PruneConfig, record: RunRecord) -> str:
 def made_here(config: PruneConfig) -> PruneConfig:
     """The run that makes here what is uploaded. Its configuration, which lies beside the result, uploads nothing."""
     if is_on_hub(config):
-        return config.model_copy(update={"output": made_at(str(config.output)), "overwrite": True})
-    return config.model_copy(update={"push_to_hub": None})
+        return config.model_copy(update={"output": made_at(str(config.output)), "overwrite": True, "hub_ignore": []})
+    return config.model_copy(update={"push_to_hub": None, "hub_ignore": []})
 
 
 def made_at(repository: str) -> Path:

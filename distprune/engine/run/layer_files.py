@@ -30,9 +30,21 @@ class LayerFiles:
     """Pruned layers, each replaced by its distilled form where there is such a stage.
 
     A layer is done when its part is there; its report is written before.
+
+    Args:
+        kind: of the parts that pruned layers become: PRUNED, or that of a round before the last.
     """
 
-    def __init__(self, job: Job, plan: Sequence[LayerShape], writer: ShardWriter, journal: Journal, progress: Progress):
+    def __init__(
+        self,
+        job: Job,
+        plan: Sequence[LayerShape],
+        writer: ShardWriter,
+        journal: Journal,
+        progress: Progress,
+        kind: str = PRUNED,
+    ):
+        self._kind = kind
         self._model, self._plan = job.model, plan
         self._writer, self._journal, self._progress = writer, journal, progress
         self._layers, self._final = range(len(plan)), DISTILLED if job.config.distill else PRUNED
@@ -40,7 +52,7 @@ class LayerFiles:
     def pruned(self) -> set[int]:
         """The layers that need no pruning any more."""
         parts = self._writer.done()
-        return {i for i in self._layers if not parts.isdisjoint({entry_of(PRUNED, i), entry_of(DISTILLED, i)})}
+        return {i for i in self._layers if not parts.isdisjoint({entry_of(self._kind, i), entry_of(DISTILLED, i)})}
 
     def distilled(self) -> set[int]:
         """The layers that need no distillation any more."""
@@ -53,7 +65,7 @@ class LayerFiles:
     def keep_pruned(self, index: int, finished: Finished, report: Report) -> None:
         for warning in report.warnings:
             self._progress.note(f"layer {index}: {warning}")
-        self._keep(entry_of(PRUNED, index), index, finished, report)
+        self._keep(entry_of(self._kind, index), index, finished, report)
 
     def keep_distilled(self, index: int, finished: Finished, report: DistillationReport) -> None:
         self._keep(entry_of(DISTILLED, index), index, finished, report)
@@ -71,8 +83,13 @@ class LayerFiles:
 
     def read(self, index: int) -> DecoderLayer:
         """A pruned layer that is not yet distilled."""
-        tensors = self._writer.read(entry_of(PRUNED, index))
-        return self._model.from_disk(index, tensors, self._plan[index], self._pairs(PRUNED, index))
+        tensors = self._writer.read(entry_of(self._kind, index))
+        return self._model.from_disk(index, tensors, self._plan[index], self._pairs(self._kind, index))
+
+    def drop_pruned(self) -> None:
+        """Remove the pruned layers of a round that another one has followed."""
+        for index in self._layers:
+            self._writer.drop(entry_of(self._kind, index))
 
     def parts(self) -> list[str]:
         """The parts that the checkpoint is made of."""

@@ -142,9 +142,15 @@ def check_job(config: PruneConfig) -> Job:
         tokenizer = load_tokenizer(model_path, config.trust_remote_code)
         check_calibration(open_calibration(path), tokenizer, model_path, model.architecture)
     if config.distill:
+        check_keeps_zeros(method)
         check_can_be_split(config, texts)
     if needs_gradients(method, model.architecture):
         check_has_targets(config)
+    elif config.rounds > 1:
+        raise InputError(
+            f"--rounds {config.rounds}: method {method.name} goes by no gradients, so a further round would find what "
+            "the first has found. Leave it out, or choose a method that does, such as curvature."
+        )
     # The one check that may read weights, so after the others.
     is_untied = differ_though_tied(model.architecture.model, stored, model.names)
     if is_untied:
@@ -155,10 +161,39 @@ def check_job(config: PruneConfig) -> Job:
     there = folder_size(partial_directory(config.output))
     check_free_space(config.output, space_needed(config, model, method) - there)
     left = left_alone(model)
-    notes = (*stored.notes, *((UNTIED,) if is_untied else ()), *((str(left),) if left.parts else ()))
-    if target.latencies:
-        notes = (*notes, f"Latencies are those of {config.latency_table}: {target.latencies.conditions}.")
+    notes = (
+        *stored.notes,
+        *((UNTIED,) if is_untied else ()),
+        *((str(left),) if left.parts else ()),
+        *((zeroed_note(method, config.sparsity),) if method.zeroes else ()),
+        *(
+            (f"Latencies are those of {config.latency_table}: {target.latencies.conditions}.",)
+            if target.latencies
+            else ()
+        ),
+    )
     return Job(config, model_path, hub, model, method, target, left, notes)
+
+
+def check_keeps_zeros(method: Method) -> None:
+    """See that distillation would not fill weights that the method has set to zero.
+
+    Raises:
+        InputError: it would.
+    """
+    if method.zeroes:
+        raise InputError(
+            f"--distill: method {method.name} with these options sets weights to zero, and distillation would train "
+            "them away from it. Leave out --distill, or let the method remove units."
+        )
+
+
+def zeroed_note(method: Method, sparsity: float) -> str:
+    """What a run says of itself whose method zeroes weights."""
+    return (
+        f"Method {method.name} sets {sparsity:.1%} of the weights of attention and feed-forward networks to zero and "
+        "removes none: all matrices keep their size, and the checkpoint is as large as the original."
+    )
 
 
 def check_takes_chunks(config: PruneConfig, method: Method, model: DenseModel) -> None:
@@ -177,6 +212,8 @@ def check_takes_chunks(config: PruneConfig, method: Method, model: DenseModel) -
             f"{option}: method {method.name} needs all experts of a layer at once. Leave it out, or choose one of the "
             f"methods {able}."
         )
+    if config.rounds > 1:
+        raise InputError(f"{option}: further rounds need all experts of a layer at once. Leave one of them out.")
     if config.distill:
         raise InputError(f"{option}: distillation needs all experts of a layer at once. Leave one of them out.")
 
@@ -318,9 +355,13 @@ def space_needed(config: PruneConfig, model: DenseModel, method: Method) -> int:
     weights = sum(info.nbytes for info in model.checkpoint.tensors.values())
     profiles = sum(method.profile_bytes(hidden_size, shape) for shape in architecture.dense_shapes)
     states = tokens * hidden_size * expected_itemsize(config, stored_dtype(model))
-    # Of every layer and of the model's end, with the gradients of some; or of every block, and of one layer more.
+    # Of every layer and of the model's end, with the gradients of some; or of every layer or block, and one more.
     passing = (layers + 1 + GRADIENTS_KEPT) * states if needs_gradients(method, architecture) else 0
-    pruning = (-(-layers // config.block_length(layers)) + 1) * states + weights
+    is_aiming = any(map(method.aims_at_dense, architecture.dense_shapes))
+    waiting = layers if is_aiming else -(-layers // config.block_length(layers))
+    pruning = (waiting + 1) * states + weights
+    if config.rounds > 1:
+        passing += pruning
     # Parts and the shards that are made of them lie side by side for a moment.
     assembling = weights + min(weights, merged_at_once(config) * config.max_shard_size)
     return profiles + max(passing, pruning, assembling)

@@ -25,6 +25,8 @@ CONFIG_FILE = "distprune_config.yaml"
 REPORT_FILE = "report.html"
 CALIBRATION_FILE = "calibration.arrow"
 LOG_FILE = "distprune_log.jsonl"
+#: Stays where the run was: it names nodes and paths, and nothing that opens or describes the model needs it.
+NOT_FOR_THE_HUB = (LOG_FILE,)
 OWN_FILES = (RECORD_FILE, CONFIG_FILE, CALIBRATION_FILE, LOG_FILE, REPORT_FILE)
 
 
@@ -86,6 +88,8 @@ class RunRecord:
         version: of distprune.
         bytes_before, bytes_after: of all tensors on disk; None where an earlier version has made the record.
         latency: what the plan makes of the measured latencies; None of other targets.
+        zeroed: the fraction of the weights of attention and feed-forward networks that the method has set to zero; None
+            of methods that remove parameters.
     """
 
     model: str
@@ -116,6 +120,17 @@ class RunRecord:
     bytes_before: int | None = None
     bytes_after: int | None = None
     latency: LatencyPrediction | None = None
+    zeroed: float | None = None
+
+    def sparsity_reached(self, count_embeddings: bool) -> float:
+        """What became of the sparsity asked for: the fraction removed, or zeroed.
+
+        Args:
+            count_embeddings: whether that of all parameters was asked for, and not that of the decoder layers.
+        """
+        if self.zeroed is not None:
+            return self.zeroed
+        return self.total_sparsity if count_embeddings else self.decoder_sparsity
 
     @property
     def decoder_sparsity(self) -> float:

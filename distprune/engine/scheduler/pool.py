@@ -312,8 +312,17 @@ class WorkerPool:
         self._dispatch()
 
     def _greet(self, ready: Any) -> None:
-        """A worker is up, and employed unless its device is too small."""
-        [site] = self._runtime.fetch([ready])
+        """A worker is up, and employed unless its device is too small.
+
+        Ray itself starts a worker again that is lost on the way. It gives up where this process's own node is gone.
+        """
+        try:
+            [site] = self._runtime.fetch([ready])
+        except self._runtime.lost as error:
+            raise WorkersLost(
+                "A worker could not be started. See with `ray status` that the cluster is still there, and give the "
+                f"same command again. Ray says: {str(error).strip()}"
+            ) from error
         worker = self._starting.pop(ready)
         if self._registry.admits(worker, site):
             self._employ(worker)

@@ -30,7 +30,7 @@ class ChunkedLayer:
 
     def submit(self) -> None:
         """Queue the first task, and each further one as soon as what it needs is there."""
-        self.pool.submit(PruneAround(**vars(self.task)), self._begin_experts)
+        self.pool.submit(PruneAround.of(self.task), self._begin_experts)
 
     def _begin_experts(self, finished: Finished, state: Any, routed: Any, report: Report) -> None:
         self._around, self._state, self._report = finished, self.pool.put(state), report

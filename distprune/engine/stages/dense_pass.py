@@ -41,21 +41,24 @@ class DensePass(Relay):
         super().__init__(context.pool, context.layers, context.micro_batch, for_gradients, context.in_one_piece)
         self.context, self.tokens, self.for_gradients = context, tokens, for_gradients
         self.layers, self.journal, self.progress = context.layers, context.journal, context.progress
-        self._kind = PASSED if for_gradients else PROFILE
+        self._kind, self._states = PASSED if for_gradients else PROFILE, DENSE
 
     def run(self) -> list[Profile]:
         """Resume where the journal ends. Returns the profiles of all layers, which are empty if gradients follow."""
         entries = [entry_of(self._kind, index) for index in range(self.layers)]
         done = self.journal.count_first(entries)
         if 0 < done < self.layers:
-            done = next(index for index in range(done, -1, -1) if self.journal.has(entry_of(DENSE, index)))
+            done = next(index for index in range(done, -1, -1) if self.journal.has(entry_of(self._states, index)))
         self.progress.stage("Dense pass", self.layers, done)
         if done == 0:
-            self.pool.submit(Embed(self.pool.put(HostTensor(self.tokens, torch.int32))), self._embedded)
+            self._begin()
         elif done < self.layers:
-            self.begin(done, load_states(self.journal, DENSE, done))
+            self.begin(done, load_states(self.journal, self._states, done))
         self.carry_through()
         return [self.journal.stored_tensors(entry) for entry in entries]
+
+    def _begin(self) -> None:
+        self.pool.submit(Embed(self.pool.put(HostTensor(self.tokens, torch.int32))), self._embedded)
 
     def _embedded(self, hidden_states: HostTensor) -> None:
         save_states(self.journal, DENSE, 0, [hidden_states])
@@ -78,10 +81,10 @@ class DensePass(Relay):
         ChunkedForward(self.pool, station, chunks, profiles, piece, pass_on, close).submit()
 
     def reached(self, station: int, pieces: list[HostTensor]) -> None:
-        if self.for_gradients or self.context.begins_block(station) or station % KEPT_EVERY == 0:
-            save_states(self.journal, DENSE, station, pieces)
+        if self.for_gradients or self.context.pruned_with(station) or station % KEPT_EVERY == 0:
+            save_states(self.journal, self._states, station, pieces)
         passed = station - KEPT_EVERY
-        if station % KEPT_EVERY == 0 and not (self.for_gradients or self.context.begins_block(passed)):
+        if station % KEPT_EVERY == 0 and not (self.for_gradients or self.context.pruned_with(passed)):
             self.journal.remove(entry_of(DENSE, passed))
 
     def closed(self, station: int, profile: dict[str, HostTensor], carried: dict[str, HostTensor]) -> None:

@@ -43,8 +43,13 @@ class GradientPass(Relay):
         super().__init__(context.pool, 1 + context.layers, context.micro_batch, in_one_piece=context.in_one_piece)
         self.context, self.tokens, self.layers = context, tokens, context.layers
         self.journal, self.progress = context.journal, context.progress
+        self._states, self._gradients = DENSE, GRADIENT
+        self._name_entries(LOSS, PROFILE)
+
+    def _name_entries(self, loss: str, profile: str) -> None:
+        self._profile = profile
         layers = (self._layer(station) for station in range(1, 1 + self.layers))
-        self._entries = [LOSS, *(entry_of(PROFILE, index) for index in layers)]
+        self._entries = [loss, *(entry_of(profile, index) for index in layers)]
 
     def _layer(self, station: int) -> int:
         """The layer at a station; at the model's end, the one that would come next."""
@@ -59,9 +64,9 @@ class GradientPass(Relay):
         if done == 0:
             self.begin(HEAD, HostTensor(self.tokens, torch.int32))
         elif done < self.stations:
-            self.begin(done, load_states(self.journal, GRADIENT, self._layer(done)))
+            self.begin(done, load_states(self.journal, self._gradients, self._layer(done)))
         self.carry_through()
-        return [self.journal.stored_tensors(entry_of(PROFILE, index)) for index in range(self.layers)]
+        return [self.journal.stored_tensors(entry_of(self._profile, index)) for index in range(self.layers)]
 
     def opening(self, station: int) -> Task:
         return OpenLoss() if station == HEAD else OpenBackward(self._layer(station))
@@ -82,13 +87,13 @@ class GradientPass(Relay):
         ChunkedBackward(self.pool, index, chunks, states, piece, pass_on, close).submit()
 
     def _stored_states(self, index: int, samples: slice) -> Any:
-        return self.pool.put(load_states(self.journal, DENSE, index, samples))
+        return self.pool.put(load_states(self.journal, self._states, index, samples))
 
     def closing(self, station: int, pieces: int) -> Task:
         return CloseLoss() if station == HEAD else CloseLayer(self._layer(station), pieces)
 
     def reached(self, station: int, pieces: list[HostTensor]) -> None:
-        save_states(self.journal, GRADIENT, self._layer(station), pieces)
+        save_states(self.journal, self._gradients, self._layer(station), pieces)
 
     def closed(self, station: int, *results: Any) -> None:
         if station == HEAD:
@@ -103,17 +108,21 @@ class GradientPass(Relay):
     def _keep_loss(self, losses: HostTensor) -> None:
         samples, length = self.tokens.shape
         loss = fsum(unpack(losses).tolist()) / (samples * (length - 1))
-        self.journal.write(LOSS, loss)
+        self.journal.write(self._entries[HEAD], loss)
         self.progress.note(f"The dense model's perplexity on the calibration set is {exp(loss):.4g}")
+
+    def _is_kept(self, index: int) -> bool:
+        """Whether the hidden states at a layer's input, or at the model's end, are needed by a later stage."""
+        return self.context.keeps_dense(index)
 
     def _clear(self) -> None:
         """Remove what the stations that are done have taken, unless one before them is not, since it would come again.
 
-        Pruning needs the hidden states at the input of every block.
+        Pruning needs some of the hidden states, such as those at the input of every block.
         """
         while self._cleared < self.stations and self.journal.has(self._entries[self._cleared]):
             index = self._layer(self._cleared)
-            self.journal.remove(entry_of(GRADIENT, index))
-            if index == self.layers or not self.context.begins_block(index):
-                self.journal.remove(entry_of(DENSE, index))
+            self.journal.remove(entry_of(self._gradients, index))
+            if not self._is_kept(index):
+                self.journal.remove(entry_of(self._states, index))
             self._cleared += 1

@@ -33,14 +33,25 @@ class PruningPass:
         plan: the shape of every layer.
         profiles: what the passes before have left of every layer.
         sink: gets each pruned layer.
+        is_last: whether no further round prunes the dense model again.
     """
 
-    def __init__(self, context: RunContext, plan: Sequence[LayerShape], profiles: Sequence[Profile], sink: PrunedSink):
+    def __init__(
+        self,
+        context: RunContext,
+        plan: Sequence[LayerShape],
+        profiles: Sequence[Profile],
+        sink: PrunedSink,
+        is_last: bool = True,
+    ):
+        self.is_last = is_last
         self.context, self.plan, self.profiles, self.sink = context, plan, profiles, sink
         self.pool, self.journal = context.pool, context.journal
+        self._done: set[int] = set()
 
     def run(self, done: Collection[int]) -> None:
         """Prune all layers but those that are ``done``."""
+        self._done.update(done)
         layers, length = self.context.layers, self.context.block_length
         self.context.progress.stage("Pruning", layers, len(done))
         for start in range(0, layers, length):
@@ -59,12 +70,21 @@ class PruningPass:
     def _submit(self, index: int, hidden_states: Any, carried: Any) -> None:
         profile = Later(lambda: pack_all(self.profiles[index]))
         propagates = not self.context.ends_block(index)
-        task = Prune(index, hidden_states, self.plan[index], profile, carried, propagates)
+        dense = self._dense_states(index)
+        task = Prune(index, hidden_states, self.plan[index], profile, carried, propagates, **dense)
         receive = partial(self._receive, index)
         if index in self.context.mixtures_in_chunks:
             ChunkedLayer(self.pool, task, self.context.chunks_of(self.plan[index].ffn), receive).submit()
         else:
             self.pool.submit(task, receive)
+
+    def _dense_states(self, index: int) -> dict[str, Later]:
+        """The dense model's, of a layer that is pruned towards them; those at the input, if it is pruned on others."""
+        if index not in self.context.aiming:
+            return {}
+        given = {} if self.context.begins_block(index) else {"dense_input": index}
+        places = {**given, "dense_output": index + 1}
+        return {name: Later(partial(self._stored_states, DENSE, place)) for name, place in places.items()}
 
     def _stored_states(self, kind: str, index: int) -> Any:
         return self.pool.put(load_states(self.journal, kind, index))
@@ -81,6 +101,15 @@ class PruningPass:
         if output is not None:
             save_states(self.journal, PRUNED, index + 1, [output])
         self.sink(index, finished, report)
-        for kind in (DENSE, PRUNED, MOMENTS):
-            self.journal.remove(entry_of(kind, index))
+        self.journal.remove(entry_of(PRUNED, index))
+        self._done.add(index)
+        if self.is_last:
+            self._forget_dense(index)
         self.context.progress.advance()
+
+    def _forget_dense(self, index: int) -> None:
+        """Remove what no layer needs any more of what the passes through the dense model have left."""
+        self.journal.remove(entry_of(MOMENTS, index))
+        for place in (index, index + 1):
+            if self._done.issuperset(self.context.pruned_with(place)):
+                self.journal.remove(entry_of(DENSE, place))

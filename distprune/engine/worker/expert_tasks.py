@@ -7,7 +7,7 @@ pruned on its own tokens; and where the next layer needs it, what all of them gi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from distprune.checks import check_solution, solving
 from distprune.engine.worker.layer_pruning import LayerPruning
 from distprune.engine.worker.layer_worker import Finished, LayerWorker, Piece, moved
 from distprune.engine.worker.open_layers import is_of_experts
+from distprune.engine.worker.prune_task import Prune
 from distprune.engine.worker.report import Report, Stopwatch, convergence_warnings
 from distprune.engine.worker.task import Task
 from distprune.layers.chunked_pass import ChunkedPass, ExpertPasses, Routed
@@ -51,6 +52,11 @@ class PruneAround(Task):
     profile: Profile
     carried: Mapping[str, Tensor]
     propagates: bool
+
+    @classmethod
+    def of(cls, whole: Prune) -> PruneAround:
+        """The first of the tasks that take the place of one that prunes a whole layer."""
+        return cls(**{own.name: getattr(whole, own.name) for own in fields(cls)})
 
     def run(self, worker: LayerWorker) -> tuple[Finished, dict[str, Tensor], list[Routed], Report]:
         clock = Stopwatch()
@@ -93,7 +99,13 @@ class PruningAround(LayerPruning):
     def given(self, **known: object) -> LayerToPrune:
         layer = self.layer.to(self.worker.solve_device)
         return LayerInChunks(
-            self.index, layer, self.planned, observe=self.observe, changing=self._leave_experts, **known
+            self.index,
+            layer,
+            self.planned,
+            observe=self.observe,
+            sparsity=self.worker.config.sparsity,
+            changing=self._leave_experts,
+            **known,
         )
 
     def route(self, layer: DecoderLayer, shared: Sequence[Moment] = ()) -> LayerStatistics:
@@ -237,7 +249,8 @@ class PruneExperts(Task):
 
         dense = worker.architecture.dense_shape(self.index)
         profile = moved(self.profile, worker.solve_device)
-        given = LayerInChunks(self.index, layer, self.planned, LayerStatistics(()), profile, unseen, change_chunk)
+        known = LayerStatistics(()), profile, unseen, worker.config.sparsity
+        given = LayerInChunks(self.index, layer, self.planned, *known, change_chunk)
         try:
             pruned = worker.method.prune(given)
             change_chunk(pruned, (), lambda experts, *_: experts)  # nothing was to be changed in them

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
 from distprune.checks import check_solution
+from distprune.engine.worker.dense_states import DenseStates
 from distprune.engine.worker.layer_worker import LayerWorker, moved
 from distprune.layers.names import stored_like
 from distprune.layers.parts import DecoderLayer
@@ -26,6 +28,8 @@ class LayerPruning:
         layer: as the checkpoint has it.
         planned: the shape that it is to have.
         hidden_states: at its input.
+        dense_input, dense_output: the dense model's hidden states at its input, where they are other ones, and at its
+            output; None where the method does not ask for them.
     """
 
     worker: LayerWorker
@@ -33,13 +37,24 @@ class LayerPruning:
     layer: DecoderLayer
     planned: LayerShape
     hidden_states: Tensor
+    dense_input: Tensor | None = field(default=None, kw_only=True)
+    dense_output: Tensor | None = field(default=None, kw_only=True)
 
     def observe(self, variation: DecoderLayer, moments: Sequence[Moment]) -> LayerStatistics:
         """Moments inside a variation of the layer."""
         statistics = LayerStatistics(moments, self.worker.solve_device)
-        sites = sites_of(moments)
-        self.worker.runner.observe(variation, self.index, self.hidden_states, statistics.update, sites)
+        update, sites = statistics.update, sites_of(moments)
+        if self._dense_states is not None:
+            update, sites = self._dense_states.observing(update, sites)
+        self.worker.runner.observe(variation, self.index, self.hidden_states, update, sites)
         return statistics
+
+    @cached_property
+    def _dense_states(self) -> DenseStates | None:
+        if self.dense_output is None:
+            return None
+        given = self.hidden_states if self.dense_input is None else self.dense_input
+        return DenseStates(self.worker.runner, self.layer, self.index, given, self.dense_output)
 
     def statistics(self, carried: Mapping[str, Tensor]) -> LayerStatistics:
         """What the method asks for: carried from the dense pass, if that is all, or observed now."""
@@ -63,4 +78,12 @@ class LayerPruning:
     def given(self, **known: object) -> LayerToPrune:
         """What the method is given; ``known`` are the statistics and the profile."""
         layer = self.layer.to(self.worker.solve_device)
-        return LayerToPrune(self.index, layer, self.planned, observe=self.observe, **known)
+        return LayerToPrune(
+            self.index,
+            layer,
+            self.planned,
+            observe=self.observe,
+            sparsity=self.worker.config.sparsity,
+            sees_errors=self.dense_output is not None,
+            **known,
+        )

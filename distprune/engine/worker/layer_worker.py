@@ -140,6 +140,10 @@ class LayerWorker:
         """Write tensors to the folder of parts, where this node sees it; else the driver gets them as they are."""
         return tensors if self.parts is None else self.parts.write(tensors)
 
+    def moments_beside_gradients(self, shape: LayerShape) -> Sequence[Moment]:
+        """Moments for the profile of a layer that are collected in the gradient pass."""
+        return *self.method.dense_moments(shape), *self.method.gradient_moments(shape)
+
     def carried_moments(self, index: int, shape: LayerShape) -> Sequence[Moment]:
         """Moments of a layer that is pruned on what it sees in the dense pass."""
         begins_block = index % self.config.block_length(self.architecture.num_layers) == 0

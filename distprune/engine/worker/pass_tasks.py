@@ -198,8 +198,7 @@ class OpenBackward(Task):
 
     def run(self, worker: LayerWorker) -> None:
         shape = worker.architecture.dense_shape(self.index)
-        moments = (*worker.method.dense_moments(shape), *worker.method.gradient_moments(shape))
-        worker.open(open_layer(worker, self.index, moments))
+        worker.open(open_layer(worker, self.index, worker.moments_beside_gradients(shape)))
 
 
 @dataclass(frozen=True)

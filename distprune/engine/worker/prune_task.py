@@ -28,6 +28,8 @@ class Prune(Task):
         profile: what the dense pass left of it.
         carried: what else it left, if these hidden states are the dense model's; else empty.
         propagates: whether the next layer needs the output.
+        dense_input, dense_output: the dense model's hidden states at its input, if these are other ones, and at its
+            output, where the method aims at them.
     """
 
     results: ClassVar[int] = 3
@@ -37,11 +39,14 @@ class Prune(Task):
     profile: Profile
     carried: Mapping[str, Tensor]
     propagates: bool
+    dense_input: Tensor | None = None
+    dense_output: Tensor | None = None
 
     def run(self, worker: LayerWorker) -> tuple[Finished, Tensor | None, Report]:
         clock = Stopwatch()
         layer = worker.read_layer(self.index)
-        pruning = LayerPruning(worker, self.index, layer, self.planned, self.hidden_states)
+        dense = {"dense_input": self.dense_input, "dense_output": self.dense_output}
+        pruning = LayerPruning(worker, self.index, layer, self.planned, self.hidden_states, **dense)
         clock.lap("read")
         statistics = pruning.statistics(self.carried)
         clock.lap("statistics")

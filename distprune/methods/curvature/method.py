@@ -7,9 +7,10 @@
    projections is refitted by ridge regression to what the whole of them gave (Eq. below). With C invertible, the refit
    that costs least in the metric C is the one that costs least in any.
 
-The refit: of all W' that see only the kept inputs z_S, the one that minimizes E‖z Wᵀ - z_S W'ᵀ‖² + λ‖W' - W_S‖². To
-shrink towards the weights that were there, and not towards zero, costs nothing on the calibration text and helps on
-other text.
+The refit: of all W' that see only the kept inputs z_S, the one that minimizes E‖z Wᵀ + αe - z_S W'ᵀ‖² + λ‖W' - W_S‖².
+To shrink towards the weights that were there, and not towards zero, costs nothing on the calibration text and helps on
+other text. The error e is what the dense model's hidden states after the part are more than the layer's own: with α > 0
+a layer makes up for some of what those before it have lost.
 """
 
 from __future__ import annotations
@@ -28,16 +29,19 @@ from distprune.layers.parts import Attention, DecoderLayer, Experts, FeedForward
 from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape, LayerShape
 from distprune.layers.sites import (
     ATTENDED,
+    ATTENTION_ERROR,
     ATTENTION_INPUT,
     ATTENTION_OUTPUT,
+    FFN_ERROR,
     FFN_INPUT,
     FFN_OUTPUT,
     KEYS,
     NEURONS,
     QUERIES,
     SHARED_NEURONS,
+    Site,
 )
-from distprune.methods.base import CostCurve, LayerToPrune, Method, Observe, Plan, Profile, ProfileExperts, of_parts
+from distprune.methods.base import CostCurve, LayerToPrune, Method, Plan, Profile, ProfileExperts, of_parts
 from distprune.methods.curvature.allocating import allocate_globally, smallest
 from distprune.methods.curvature.curves import (
     attention_curves,
@@ -93,6 +97,12 @@ class Curvature(Method):
         0.01, gt=0, description="added to the Gram matrix's diagonal where units are chosen, over the mean"
     )
     refit_damping: float = Field(0.03, gt=0, description="penalty on moving a weight in the refit, over the same mean")
+    dense_aim: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="how far refits aim at the dense model's hidden states, and not at what the whole layer would give",
+    )
     factored: bool = Field(True, description="query, key and output projections may become products of two factors")
     branch_damping: float = Field(0.1, gt=0, description="penalty on a weight of a branch, over the same mean")
     calibrated: bool = Field(True, description="narrow FFNs may get a linear branch of low rank beside them")
@@ -181,23 +191,24 @@ class Curvature(Method):
     def pruning_moments(self, dense: LayerShape, planned: LayerShape) -> Sequence[Moment]:
         return ()
 
+    def aims_at_dense(self, shape: LayerShape) -> bool:
+        return self.dense_aim > 0 and not isinstance(shape.ffn, ExpertsShape)
+
     def prune(self, given: LayerToPrune) -> DecoderLayer:
         layer, planned = given.layer, given.planned
         if layer.attention and planned.attention != layer.attention.shape:
-            pruned = planned.attention and self._prune_attention(layer, planned.attention, given.profile, given.observe)
+            pruned = planned.attention and self._prune_attention(layer, planned.attention, given)
             layer = replace(layer, attention=pruned)
         if isinstance(layer.ffn, Experts) and planned.ffn is not None:
             return self._prune_mixture(layer, planned.ffn, given)
         if layer.ffn and planned.ffn != layer.ffn.shape:
-            pruned = planned.ffn and self._prune_ffn(layer, planned.ffn, given.profile, given.observe)
+            pruned = planned.ffn and self._prune_ffn(layer, planned.ffn, given)
             layer = replace(layer, ffn=pruned)
         return layer
 
-    def _prune_attention(
-        self, layer: DecoderLayer, planned: AttentionShape, profile: Profile, observe: Observe
-    ) -> Attention:
+    def _prune_attention(self, layer: DecoderLayer, planned: AttentionShape, given: LayerToPrune) -> Attention:
         """Queries and keys come first: the output projection is refitted to what attention attends to with theirs."""
-        attention, dense = layer.attention, layer.attention.shape
+        attention, dense, profile = layer.attention, layer.attention.shape, given.profile
         if gone := (dense.query_key_dim - planned.query_key_dim) // 2:
             attention = keep_rotary_pairs(attention, profile["pair_order"][:, gone:].sort(dim=1).values)
         attention = replace(
@@ -206,16 +217,15 @@ class Curvature(Method):
             key=truncated(attention.key, planned.key_rank, profile, "key"),
         )
         if (planned.kv_heads, planned.value_dim) != (dense.kv_heads, dense.value_dim):
-            attention = self._prune_values(replace(layer, attention=attention), planned, profile, observe)
+            attention = self._prune_values(replace(layer, attention=attention), planned, given)
         return replace(attention, output=truncated(attention.output, planned.output_rank, profile, "output"))
 
-    def _prune_values(
-        self, layer: DecoderLayer, planned: AttentionShape, profile: Profile, observe: Observe
-    ) -> Attention:
+    def _prune_values(self, layer: DecoderLayer, planned: AttentionShape, given: LayerToPrune) -> Attention:
         """The values are rotated, groups and the last of each group's values go, and the output is refitted."""
-        dense, order = layer.attention.shape, profile["group_order"]
-        attention = rotate_values(layer.attention, profile["value_rotation"])
-        gram = observe(replace(layer, attention=attention), [Gram(ATTENDED)]).gram(ATTENDED)
+        dense, order = layer.attention.shape, given.profile["group_order"]
+        attention = rotate_values(layer.attention, given.profile["value_rotation"])
+        moments = [Gram(ATTENDED), *self._errors(ATTENTION_ERROR, ATTENDED, given)]
+        statistics = given.observe(replace(layer, attention=attention), moments)
         groups = order[dense.kv_heads - planned.kv_heads :].sort().values
         heads = heads_of_groups(groups, dense.heads_per_group)
         values = torch.arange(planned.value_dim, device=order.device)
@@ -223,24 +233,38 @@ class Curvature(Method):
         # Factored queries and keys always have all of their heads.
         pruned = keep_heads(attention, heads) if planned.kv_heads < dense.kv_heads else attention
         pruned = keep_values(pruned, values.expand(planned.kv_heads, -1))
-        return replace(pruned, output=self._refit(attention.output, kept, gram))
+        elsewhere = -self._wanted_besides(ATTENTION_ERROR, ATTENDED, given, statistics, kept)
+        gram = statistics.gram(ATTENDED)
+        return replace(pruned, output=self._refit(attention.output, kept, gram, elsewhere))
 
-    def _prune_ffn(
-        self, layer: DecoderLayer, planned: FeedForwardShape, profile: Profile, observe: Observe
-    ) -> FeedForward:
-        ffn, rank = layer.ffn, planned.branch_rank
-        statistics = observe(layer, self._ffn_moments(rank is not None))
+    def _prune_ffn(self, layer: DecoderLayer, planned: FeedForwardShape, given: LayerToPrune) -> FeedForward:
+        ffn, rank, profile = layer.ffn, planned.branch_rank, given.profile
+        moments = [*self._ffn_moments(rank is not None), *self._errors(FFN_ERROR, NEURONS, given)]
+        statistics = given.observe(layer, moments)
         gram = statistics.gram(NEURONS)
         kept = profile["neuron_order"][ffn.shape.width - planned.width :].sort().values
         pruned = keep_neurons(ffn, kept)
+        elsewhere = -self._wanted_besides(FFN_ERROR, NEURONS, given, statistics, kept)
         if rank is None:
-            return replace(pruned, down=self._refit(ffn.down, kept, gram))
+            return replace(pruned, down=self._refit(ffn.down, kept, gram, elsewhere))
         input_gram, cross = statistics.gram(FFN_INPUT), statistics.cross(FFN_INPUT, NEURONS)
         whole, unknown = linear_branch(ffn.down.weight.float(), kept, gram, input_gram, cross, self.branch_damping)
         left, right, _ = output_projections(whole, unknown, profile["ffn_metric_root"].double())
         branch = projected(Linear(whole), left, right, rank)
-        given = branch.left @ (branch.right @ cross[:, kept])
-        return replace(pruned, down=self._refit(ffn.down, kept, gram, given), branch=branch)
+        elsewhere = elsewhere + branch.left @ (branch.right @ cross[:, kept])
+        return replace(pruned, down=self._refit(ffn.down, kept, gram, elsewhere), branch=branch)
+
+    def _errors(self, error: Site, inputs: Site, given: LayerToPrune) -> Sequence[Moment]:
+        """What is asked for to aim at the dense model's hidden states with a projection of these inputs."""
+        return [Cross(error, inputs)] if given.sees_errors and self.dense_aim else []
+
+    def _wanted_besides(
+        self, error: Site, inputs: Site, given: LayerToPrune, statistics: LayerStatistics, kept: Tensor
+    ) -> Tensor | float:
+        """What a projection of the ``kept`` inputs is to give beside what the whole one gives, E[yᵀz], (out, kept)."""
+        if not self._errors(error, inputs, given):
+            return 0.0
+        return self.dense_aim * statistics.cross(error, inputs)[:, kept]
 
     def _prune_mixture(self, layer: DecoderLayer, planned: ExpertsShape, given: LayerToPrune) -> DecoderLayer:
         """Whole experts go first: the others are refitted at the tokens that reach them then."""
@@ -267,16 +291,16 @@ class Curvature(Method):
         return replace(layer, ffn=replace(layer.ffn, shared=shared))
 
     def _refit(
-        self, projection: Linear, kept: Tensor, gram: Tensor, given: Tensor | float = 0.0, caution: float = 1.0
+        self, projection: Linear, kept: Tensor, gram: Tensor, elsewhere: Tensor | float = 0.0, caution: float = 1.0
     ) -> Linear:
         """The projection of the ``kept`` input channels that best gives what all of them gave.
 
         Args:
-            given: what is given by something else of it, E[yᵀz] with the kept input channels z, (out, kept).
+            elsewhere: what is given by something else of it, E[yᵀz] with the kept input channels z, (out, kept).
             caution: how many times the usual penalty there is on moving a weight.
         """
         weight = projection.weight.float()
-        wanted = weight @ gram[:, kept] - given
+        wanted = weight @ gram[:, kept] - elsewhere
         refitted = ridge_towards(weight[:, kept], gram[kept][:, kept], wanted, caution * self.refit_damping)
         return Linear(refitted, projection.bias)
 

@@ -92,6 +92,9 @@ def figures(record: RunRecord, asked: str) -> Iterator[Figure]:
         record.decoder_sparsity,
         f"of the decoder layers; asked: {asked}",
     )
+    if record.zeroed is not None:
+        below = "of attention and feed-forward networks; none removed"
+        yield Figure("zeroed", "weights set to zero", percent(record.zeroed), record.zeroed, below)
     for name, title, before, after in (
         ("decoder-parameters", "decoder parameters", record.decoder_parameters_before, record.decoder_parameters_after),
         ("total-parameters", "all parameters", record.total_parameters_before, record.total_parameters_after),
