@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from distprune.api import calibrate, card, compare, evaluate, inspect, plan, prune, report, status
+from distprune.api import calibrate, card, compare, evaluate, inspect, measure_latency, plan, prune, report, status
 from distprune.errors import InputError, RunFailed
 from distprune.transformers_warnings import without_per_layer_warning
 from distprune.version import __version__
@@ -24,6 +24,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "load",
+    "measure_latency",
     "plan",
     "prune",
     "report",

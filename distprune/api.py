@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distprune.engine import RunRecord, RunStatus
     from distprune.engine.telemetry.progress import Progress
     from distprune.evaluation import ModelEvaluation, SpeedOptions
+    from distprune.latency import LatencyTable
     from distprune.pipeline import PipelineConfig, PipelineSummary
     from distprune.planning import RunPlan
     from distprune.prune_options import PruneOptions
@@ -315,6 +316,58 @@ def evaluate(
 
     asked = workers_asked_for(options.loading, workers, address, threads_per_worker, gpus_per_worker)
     return evaluate_models(found, options, spread(asked))
+
+
+def measure_latency(
+    model: str,
+    output: str | Path,
+    *,
+    batch: Sequence[int] = (1,),
+    prompt: int = 128,
+    new: int = 32,
+    prefill_weight: float = 1.0,
+    rounds: int = 40,
+    threads: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_round: Callable[[int, int], None] | None = None,
+) -> LatencyTable:
+    """Measure on this machine what each part of a model's layers takes, for a run with the target "latency".
+
+    Of the model nothing but its configuration is needed: weights are random.
+
+    Args:
+        model: local Hugging Face folder, hub id or .gguf file.
+        output: the JSON file to write.
+        batch: batch sizes, requests at a time; what is budgeted is the mean over them.
+        prompt: tokens of a request's prompt.
+        new: tokens that are made after it; with 0, decoding is left out.
+        prefill_weight: how often the reading of the prompt counts; with 0, it is left out.
+        rounds: times that each shape is measured; medians count.
+        threads: of the CPU.
+        device: "auto", "cpu", "cuda" or "cuda:1"; where the model will be served.
+        dtype: what it will be served in; "auto" is the checkpoint's, or float32 where the device has no units for that.
+        revision: branch, tag or commit of a hub model.
+        on_round: told, after each round, how many of how many are done.
+
+    Raises:
+        InputError: an option or the model is unusable; names it and the fix.
+    """
+    from distprune.latency.measuring_latency import LatencyOptions
+    from distprune.latency.model_latency import measure_model
+
+    return measure_model(
+        model,
+        location(output),
+        LatencyOptions(tuple(batch), prompt, new, prefill_weight, rounds, threads),
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        on_round=on_round or (lambda done, of: None),
+    )
 
 
 def pipeline(

@@ -105,8 +105,11 @@ class PruneConfig(BaseModel):
     method: str = Field(default="curvature", description="pruning method")
     options: dict[str, Any] = Field(default_factory=dict, description="hyperparameters of the method")
     sparsity: float = Field(default=0.2, ge=0, lt=1, description="fraction of the decoder layers' parameters to remove")
-    target: Literal["parameters", "active-parameters", "flops", "kv-cache", "bytes"] = Field(
+    target: Literal["parameters", "active-parameters", "flops", "kv-cache", "bytes", "latency"] = Field(
         default="parameters", description="what the fraction is of, for methods that can plan for it"
+    )
+    latency_table: Location | None = Field(
+        default=None, description="latencies that distprune measure-latency has measured, for the target latency"
     )
     count_embeddings: bool = Field(default=False, description="the fraction is of the whole model, embeddings included")
     layout: Annotated[Literal["free", "heterogeneous", "stock"], BeforeValidator(current_name)] = Field(
@@ -202,8 +205,11 @@ class PruneConfig(BaseModel):
         return 1, self.workers
 
     def decisive(self) -> dict[str, Any]:
-        """Every option that can change a byte of the result; model and calibration sets are known by their content."""
-        by_content = {"model": True, "calibration": True, "revision": True, "distill": {"calibration"}}
+        """Every option that can change a byte of the result; files that it reads are known by their content."""
+        by_content = {
+            **dict.fromkeys(("model", "calibration", "revision", "latency_table"), True),
+            "distill": {"calibration"},
+        }
         return self.model_dump(mode="json", exclude=dict.fromkeys(PLACEMENT, True) | by_content)
 
     def to_yaml(self) -> str:

@@ -28,7 +28,8 @@ class PruneOptions(TypedDict, total=False):
     method: str
     options: dict[str, Any]
     sparsity: float
-    target: Literal["parameters", "active-parameters", "flops", "kv-cache", "bytes"]
+    target: Literal["parameters", "active-parameters", "flops", "kv-cache", "bytes", "latency"]
+    latency_table: str | Path | None
     count_embeddings: bool
     layout: Literal["free", "heterogeneous", "stock"]
     align: int

@@ -20,6 +20,7 @@ VALUES = {
     "options": {"k": 2.0},
     "sparsity": 0.5,
     "target": "flops",
+    "latency_table": "table.json",
     "count_embeddings": True,
     "layout": "stock",
     "align": 64,
@@ -135,7 +136,7 @@ def test_distillation_is_a_switch_or_options_overridden_one_by_one(yaml_file, in
         ("sparsity: 30", r"option 'sparsity' is 30: .*less than 1\. Write 30% as 0\.3\."),
         ("sparsity: -0.1", "option 'sparsity' is -0.1: .*greater than or equal to 0"),
         ("sparsity: .nan", "option 'sparsity' is nan: "),
-        ("target: speed", "option 'target' is 'speed': .*'kv-cache' or 'bytes'"),
+        ("target: speed", "option 'target' is 'speed': .*'bytes' or 'latency'"),
         ("layout: even", "option 'layout' is 'even': .*'free', 'heterogeneous' or 'stock'"),
         ("align: 0", "option 'align' is 0: "),
         ("device: tpu", "option 'device' is 'tpu': .*'auto', 'cpu' or 'cuda'"),
@@ -194,7 +195,7 @@ def test_what_decides_the_result_leaves_out_placement_and_what_is_known_by_conte
     for name, value in VALUES.items():
         changed = PruneConfig.model_validate({"model": "m", "output": "o", name: value})
         (same if changed.decisive() == base.decisive() else different).add(name)
-    assert same == {*PLACEMENT, "model", "calibration", "revision"}
+    assert same == {*PLACEMENT, "model", "calibration", "revision", "latency_table"}
     assert different == set(VALUES) - same
     texts = [PruneConfig(model="m", output="o", distill={"calibration": path}).decisive() for path in ("x", "y", None)]
     assert texts[0] == texts[1] == texts[2]

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 
+from distprune.latency import LatencyTable
 from distprune.layers.architecture import Architecture
 from distprune.layers.expert_names import EXPERTS
 from distprune.layers.names import origin_of
@@ -23,7 +24,8 @@ from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardSha
 #: - flops: for one token, twice the multiply-adds of all linear maps and of attention to ``CONTEXT`` tokens
 #: - kv-cache: bytes of keys and values that a token leaves
 #: - bytes: of the tensors in the checkpoint
-Resource = Literal["parameters", "active-parameters", "flops", "kv-cache", "bytes"]
+#: - latency: nanoseconds of the workloads that were measured, by a table
+Resource = Literal["parameters", "active-parameters", "flops", "kv-cache", "bytes", "latency"]
 RESOURCES: tuple[Resource, ...] = get_args(Resource)
 #: Those that of a mixture count the experts that a token is sent to.
 OF_A_TOKEN = ("active-parameters", "flops")
@@ -51,25 +53,38 @@ class StoredSizes:
 
 
 def layer_amount(
-    resource: Resource, model: Architecture, index: int, shape: LayerShape, sizes: ItemSizes | None = None
+    resource: Resource,
+    model: Architecture,
+    index: int,
+    shape: LayerShape,
+    sizes: ItemSizes | None = None,
+    latencies: LatencyTable | None = None,
 ) -> int:
     """What layer ``index`` takes if it has ``shape``.
 
-    ``sizes`` are for bytes: how the dense layer is stored; by default, all of it in the model's dtype.
+    ``sizes`` are for bytes: how the dense layer is stored; by default, all of it in the model's dtype. ``latencies``
+    are for latency, which is known from them alone.
     """
     return (
-        attention_amount(resource, model, index, shape.attention, sizes)
-        + ffn_amount(resource, model, index, shape.ffn, sizes)
-        + rest_amount(resource, model, index, sizes)
+        attention_amount(resource, model, index, shape.attention, sizes, latencies)
+        + ffn_amount(resource, model, index, shape.ffn, sizes, latencies)
+        + rest_amount(resource, model, index, sizes, latencies)
     )
 
 
 def attention_amount(
-    resource: Resource, model: Architecture, index: int, shape: AttentionShape | None, sizes: ItemSizes | None = None
+    resource: Resource,
+    model: Architecture,
+    index: int,
+    shape: AttentionShape | None,
+    sizes: ItemSizes | None = None,
+    latencies: LatencyTable | None = None,
 ) -> int:
     """What attention of that shape takes; nothing where there is none."""
     if shape is None:
         return 0
+    if resource == "latency":
+        return measured(latencies).attention_nanoseconds(index, shape)
     widths = shape.query_key_dim + shape.value_dim
     if resource == "kv-cache":
         return shape.kv_heads * widths * itemsize(model)
@@ -85,11 +100,14 @@ def ffn_amount(
     index: int,
     shape: FeedForwardShape | ExpertsShape | None,
     sizes: ItemSizes | None = None,
+    latencies: LatencyTable | None = None,
 ) -> int:
     """What a feed-forward network, or a mixture, of that shape takes, its linear branch included; nothing where there
     is none."""
     if shape is None:
         return 0
+    if resource == "latency":
+        return measured(latencies).ffn_nanoseconds(index, shape)
     tensors = model.ffn_tensors(index, shape)
     if isinstance(shape, ExpertsShape) and resource in OF_A_TOKEN:
         tensors = {name: of_a_token(name, dims, shape) for name, dims in tensors.items()}
@@ -105,13 +123,27 @@ def of_a_token(name: str, dims: tuple[int, ...], shape: ExpertsShape) -> tuple[i
     return (shape.per_token * own[0], own[1]) if len(own) == 2 else (shape.per_token * own[0],)
 
 
-def rest_amount(resource: Resource, model: Architecture, index: int, sizes: ItemSizes | None = None) -> int:
+def rest_amount(
+    resource: Resource,
+    model: Architecture,
+    index: int,
+    sizes: ItemSizes | None = None,
+    latencies: LatencyTable | None = None,
+) -> int:
     """What the tensors of layer ``index`` take that belong to no part, whatever is pruned."""
+    if resource == "latency":
+        return measured(latencies).rest_nanoseconds(index)
     return tensors_amount(resource, model, model.rest_tensors(index), sizes)
 
 
+def measured(latencies: LatencyTable | None) -> LatencyTable:
+    if latencies is None:
+        raise ValueError("latency is known from a table of latencies alone.")
+    return latencies
+
+
 def outer_amount(resource: Resource, model: Architecture, sizes: StoredSizes | None = None) -> int:
-    """What is taken outside the decoder layers: by embedding, final norm and head."""
+    """What is taken outside the decoder layers: by embedding, final norm and head; no latency of theirs is known."""
     if resource == "bytes" and sizes:
         return sizes.outer
     if resource == "flops":

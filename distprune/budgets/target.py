@@ -9,6 +9,7 @@ from functools import cached_property
 from distprune.budgets.layouts import Layout
 from distprune.budgets.resources import Resource, StoredSizes, attention_amount, ffn_amount, outer_amount, rest_amount
 from distprune.config import PruneConfig
+from distprune.latency import LatencyTable, latency_table_for
 from distprune.layers.architecture import Architecture
 from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape, LayerShape, Removable
 
@@ -32,6 +33,7 @@ class Target:
         resource: what the fraction is of.
         layout: how the layers' shapes may differ from each other and from the dense ones.
         sizes: how the dense model is stored; by default, all of it in the model's dtype.
+        latencies: what was measured of the dense model, where the resource is latency.
     """
 
     model: Architecture
@@ -40,6 +42,7 @@ class Target:
     resource: Resource = "parameters"
     layout: Layout = "free"
     sizes: StoredSizes | None = None
+    latencies: LatencyTable | None = None
 
     @cached_property
     def _dense_shapes(self) -> tuple[LayerShape, ...]:
@@ -87,7 +90,7 @@ class Target:
         key = amount, self._kinds[index], *shape
         if key not in self._counted:
             sizes = self.sizes and self.sizes.layers[index]
-            self._counted[key] = amount(self.resource, self.model, index, *shape, sizes=sizes)
+            self._counted[key] = amount(self.resource, self.model, index, *shape, sizes=sizes, latencies=self.latencies)
         return self._counted[key]
 
     @cached_property
@@ -131,5 +134,10 @@ def within(layout: Layout, dense: LayerShape, removable: Removable) -> Removable
 
 
 def target_of(config: PruneConfig, model: Architecture, sizes: StoredSizes) -> Target:
-    """What a run asks for."""
-    return Target(model, config.sparsity, config.count_embeddings, config.target, config.layout, sizes)
+    """What a run asks for.
+
+    Raises:
+        InputError: it is a latency, and no table of the model's latencies can be read.
+    """
+    latencies = latency_table_for(config, model)
+    return Target(model, config.sparsity, config.count_embeddings, config.target, config.layout, sizes, latencies)

@@ -38,7 +38,7 @@ def load_model(
     that GPU alone. `dtype` "auto" keeps the checkpoint's where the device has units for it, and is float32
     elsewhere. Raises InputError.
     """
-    device, dtype = _checked_device(device), _checked_dtype(dtype)
+    device, dtype = checked_device(device), checked_dtype(dtype)
     if dtype == AUTO:
         stored = load_config(model_path, trust_remote_code).dtype
         dtype = AUTO if stored is None else compute_dtype(stored, device).dtype
@@ -69,7 +69,8 @@ def check_sequence_length(sequence_length: int, config: PretrainedConfig, model_
         )
 
 
-def _checked_device(device: str) -> str:
+def checked_device(device: str) -> str:
+    """The device that an option names, "auto" settled. Raises InputError where this machine has none such."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -81,7 +82,8 @@ def _checked_device(device: str) -> str:
     return device
 
 
-def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """The dtype that an option names, or "auto". Raises InputError where it is none to compute in."""
     found = dtype if dtype == AUTO or isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
     if found != AUTO and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise InputError(f"--dtype {dtype}: is no dtype to compute in; use 'auto', 'bfloat16', 'float16' or 'float32'.")

@@ -16,6 +16,7 @@ from distprune.cli.exit_status import exits_with_status
 from distprune.cli.export_command import export
 from distprune.cli.inspect_command import inspect
 from distprune.cli.interrupts import heed_signals, ignore_signals
+from distprune.cli.measure_latency_command import measure_latency
 from distprune.cli.pipeline_command import pipeline
 from distprune.cli.plan_command import plan
 from distprune.cli.prune_command import prune
@@ -23,7 +24,21 @@ from distprune.cli.report_command import report
 from distprune.cli.status_command import status
 
 #: In the order in which the help lists them.
-COMMANDS = (calibrate, prune, plan, compare, evaluate, inspect, report, card, status, export, convert, pipeline)
+COMMANDS = (
+    calibrate,
+    prune,
+    plan,
+    compare,
+    evaluate,
+    measure_latency,
+    inspect,
+    report,
+    card,
+    status,
+    export,
+    convert,
+    pipeline,
+)
 
 app = typer.Typer(
     help="Prune large language models on a Ray cluster, without retraining.",

@@ -40,6 +40,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
     config: opt.Config = None,
     target: opt.Target = None,
+    latency_table: opt.LatencyTable = None,
     count_embeddings: opt.CountEmbeddings = None,
     layout: opt.Layout = None,
     align: opt.Align = None,

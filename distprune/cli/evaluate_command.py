@@ -11,8 +11,8 @@ import typer
 
 from distprune import api
 from distprune.cli.consoles import output_console
+from distprune.cli.option_values import parse_batches
 from distprune.cli.options import DTYPES, SOURCE, Address, Field, GpusPerWorker, Revision, TrustRemoteCode
-from distprune.errors import InputError
 
 
 def evaluate(
@@ -54,7 +54,7 @@ def evaluate(
     if speed:
         from distprune.evaluation import SpeedOptions
 
-        given["speed"] = SpeedOptions(**timed | {"batches": parse_batches(timed["batches"])})
+        given["speed"] = SpeedOptions(**timed | {"batches": parse_batches(timed["batches"], "--speed-batches")})
     found = api.evaluate(**given)
     if as_json:
         print(json.dumps([asdict(evaluation) for evaluation in found]))
@@ -63,10 +63,3 @@ def evaluate(
 
     for part in evaluation_lines(found):
         output_console.print(part, highlight=False, markup=False)
-
-
-def parse_batches(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(map(int, text.split(",")))
-    except ValueError:
-        raise InputError(f"--speed-batches {text}: write numbers of sequences, as in 1,16.") from None

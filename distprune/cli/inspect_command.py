@@ -19,6 +19,7 @@ def inspect(
     """Show what was removed from each layer."""
     from distprune.engine.run.record import forecast
     from distprune.reporting import layer_table, memory_line, parameter_table
+    from distprune.reporting.latency_tables import prediction_table
 
     record = api.inspect(directory)
     if as_json:
@@ -28,6 +29,8 @@ def inspect(
     output_console.print(parameter_table(record))
     if record.predicted_loss is not None:
         output_console.print(forecast(record.predicted_loss, record.gap), highlight=False)
+    if record.latency is not None:
+        output_console.print(prediction_table(record.latency))
     for note in record.notes:
         output_console.print(note, highlight=False, markup=False)
     output_console.print(memory_line(record), highlight=False)

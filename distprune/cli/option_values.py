@@ -29,6 +29,18 @@ def parse_options(texts: Iterable[str], option: str = "--option") -> dict[str, A
     return dict(parse_option(text, option) for text in texts)
 
 
+def parse_batches(text: str, option: str) -> tuple[int, ...]:
+    """Numbers with commas between them.
+
+    Raises:
+        InputError: it is written in another way.
+    """
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise InputError(f"{option} {text}: write numbers of sequences, as in 1,16.") from None
+
+
 def gather_distillation(given: dict[str, Any]) -> None:
     """Replace the options of distillation in ``given`` by one mapping; any of them turns distillation on."""
     prefix = "distill_"

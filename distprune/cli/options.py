@@ -37,8 +37,13 @@ Target = Annotated[
     Optional[str],
     typer.Option(
         metavar="RESOURCE",
-        help="what --sparsity is a fraction of: parameters, active-parameters, flops, kv-cache, bytes [parameters]",
+        help="what --sparsity is a fraction of: parameters, active-parameters, flops, kv-cache, bytes, latency "
+        "[parameters]",
     ),
+]
+LatencyTable = Annotated[
+    Optional[str],
+    typer.Option(metavar="FILE", help="for --target latency: what distprune measure-latency has made of the model"),
 ]
 CountEmbeddings = Annotated[
     Optional[bool],

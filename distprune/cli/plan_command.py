@@ -36,6 +36,7 @@ def plan(
     option: opt.MethodOptions = None,
     sparsity: opt.Sparsity = None,
     target: opt.Target = None,
+    latency_table: opt.LatencyTable = None,
     count_embeddings: opt.CountEmbeddings = None,
     layout: opt.Layout = None,
     align: opt.Align = None,

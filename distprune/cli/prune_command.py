@@ -26,6 +26,7 @@ def prune(
     option: opt.MethodOptions = None,
     sparsity: opt.Sparsity = None,
     target: opt.Target = None,
+    latency_table: opt.LatencyTable = None,
     count_embeddings: opt.CountEmbeddings = None,
     layout: opt.Layout = None,
     align: opt.Align = None,
@@ -73,6 +74,7 @@ def prune(
     from distprune.engine.telemetry.harmless import harmless
     from distprune.engine.telemetry.log import json_lines
     from distprune.reporting import memory_line, parameter_table, place_line
+    from distprune.reporting.latency_tables import prediction_table
 
     if option:
         given["options"] = parse_options(option)
@@ -88,5 +90,7 @@ def prune(
         return
     with harmless("standard output"):
         output_console.print(parameter_table(record))
+        if record.latency is not None:
+            output_console.print(prediction_table(record.latency))
         output_console.print(memory_line(record), highlight=False)
         output_console.print(place_line(load_config(config, given).output), highlight=False, markup=False)

@@ -66,6 +66,7 @@ from distprune.engine.telemetry.progress import Progress, Together
 from distprune.engine.worker.weights import WeightAccess, weight_access
 from distprune.errors import InputError, InterruptedWhenDone, Unreachable
 from distprune.hardware import AUTO
+from distprune.latency import predict
 from distprune.layers.architecture import Architecture
 from distprune.methods import CostCurve, Plan, Profile
 from distprune.storage import copy, kept_locally, staged
@@ -277,6 +278,7 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
         version=__version__,
         bytes_before=stored_bytes(job.checkpoint),
         bytes_after=size,
+        latency=predict(job.target.latencies, plan) if job.target.latencies else None,
         zeroed=config.sparsity if job.method.zeroes else None,
     )
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from distprune.layers.architecture import Architecture
 from distprune.layers.loaded_dtypes import loaded_dtype
 from distprune.layers.tree import build_on_meta
+from distprune.modeling.cache_name import CACHE
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,14 @@ class Shell:
         return self._calls[key]
 
     @torch.no_grad()
+    def calls_with_cache(self, samples: int, length: int, dtype: torch.dtype, cache: Cache) -> list[Call]:
+        """The same for the next tokens of samples, where a cache has seen those before them."""
+        self._fill_with_zeros(self._large)
+        embeddings = self._no_embeddings(samples, length, dtype)
+        self._run_to(self._layers - 1, inputs_embeds=embeddings, use_cache=True, **{CACHE: cache})
+        return self._recorded
+
+    @torch.no_grad()
     def embed(self, rows: Tensor, places: Tensor) -> Tensor:
         """The hidden states at the first layer's input.
 
@@ -154,10 +164,10 @@ class Shell:
         _, width = self.model.get_input_embeddings().get_parameter("weight").shape
         return torch.zeros(samples, length, width, dtype=dtype, device=self.device)
 
-    def _run_to(self, index: int, **inputs: Tensor) -> None:
+    def _run_to(self, index: int, *, use_cache: bool = False, **inputs: Any) -> None:
         self._ends_at = index
         try:
-            self.model(**inputs, use_cache=False)
+            self.model(**inputs, use_cache=use_cache)
         except _Reached:
             pass
         finally:

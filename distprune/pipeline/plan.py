@@ -10,6 +10,7 @@ from typing import Any
 
 from distprune.calibration import open_calibration
 from distprune.config import PruneConfig, load_config
+from distprune.latency import LatencyTable
 from distprune.pipeline.calibrating import Calibrate, plan_calibration
 from distprune.pipeline.evaluate_step import Evaluate, plan_evaluation
 from distprune.pipeline.pruning import Prune
@@ -112,7 +113,12 @@ def plan_result(
         options = config.distill.model_dump(exclude={"calibration"})
         own["distill"] = {**options, "calibration": distillation.path}
     run = PruneConfig.model_validate(base.model_dump() | own)
-    reads = {"model": model.identity, "calibration": calibration.origin, "distillation's texts": distillation.origin}
+    reads = {
+        "model": model.identity,
+        "calibration": calibration.origin,
+        "distillation's texts": distillation.origin,
+        "latencies": run.latency_table and LatencyTable.read(run.latency_table).fingerprint,
+    }
     prune = Prune(f"prune-{name}", run, run.decisive() | reads)
     evaluate = plan_evaluation(f"evaluate-{name}", lambda: folder, prune.fingerprint, config.evaluate)
     return ResultPlan(name, prune, evaluate, tuple(plan_publishing(config, name, folder, prune)))

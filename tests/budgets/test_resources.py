@@ -38,6 +38,8 @@ FAMILIES = {
     "deepseek_v3": {},
     "gemma2": {},
 }
+#: All but latency, which is measured: tests/latency has its tests.
+COUNTED = [resource for resource in RESOURCES if resource != "latency"]
 ANY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 #: What plain configurations can say, and what those call it.
 SMALLER = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40}
@@ -88,7 +90,7 @@ def test_factors_branches_and_added_biases_count():
     assert layer_parameters(model, 0, LayerShape(attention, ffn)) == factors + 10 * hidden + 127 * hidden + 2 * hidden
 
 
-@pytest.mark.parametrize("resource", RESOURCES)
+@pytest.mark.parametrize("resource", COUNTED)
 def test_a_part_that_is_not_there_takes_nothing_and_the_rest_stays(resource):
     model = tiny()
     assert attention_amount(resource, model, 0, None) == ffn_amount(resource, model, 0, None) == 0
@@ -163,7 +165,7 @@ def test_the_kv_cache_is_as_large_as_the_one_that_a_model_fills(family, sizes, d
 
 
 @ANY_FAMILY
-@pytest.mark.parametrize("resource", RESOURCES)
+@pytest.mark.parametrize("resource", COUNTED)
 def test_a_target_is_a_fraction_of_its_resource(family, resource):
     model = model_of(family)
     target = Target(model, 0.3, resource=resource)

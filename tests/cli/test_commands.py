@@ -20,6 +20,7 @@ from distprune.checkpoint import hub_access
 from distprune.cli import app
 from distprune.cli.application import COMMANDS
 from distprune.config import END_TO_END, DistillConfig, PruneConfig
+from distprune.latency import LatencyTable
 
 
 def test_the_configuration_beside_a_result_makes_the_same_bytes_elsewhere(distprune, pruned, digests, tmp_path):
@@ -145,8 +146,8 @@ def test_help_tells_the_defaults_that_the_configuration_has(command):
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
 def test_each_command_has_the_file_of_its_name_and_a_help(distprune, command):
-    name = command.__name__
-    assert command.__module__ == f"distprune.cli.{name}_command"
+    name = command.__name__.replace("_", "-")
+    assert command.__module__ == f"distprune.cli.{command.__name__}_command"
     shown = distprune(name, "--help")
     assert (shown.exit_code, shown.stdout.split()[1:3]) == (0, ["distprune", name])
     first_words = command.__doc__.split()[:6]
@@ -259,6 +260,41 @@ def test_a_push_that_the_token_does_not_allow_is_refused_first(distprune, tmp_pa
     result = distprune("prune", "no-model", "-o", tmp_path / "pruned", "--push-to-hub", "org/model")
     assert result.exit_code == 2
     assert "hf://org/model: the hub asks for a token. Set HF_TOKEN" in result.stderr
+
+
+def test_measure_latency_writes_a_table_that_a_run_can_plan_with(distprune, dense_path, tmp_path):
+    file = tmp_path / "made" / "table.json"
+    options = ("--batch", "1,2", "--prompt", 16, "--new", 4, "--rounds", 1, "--device", "cpu", "--dtype", "float32")
+    result = distprune("measure-latency", dense_path, "-o", file, *options)
+    assert result.exit_code == 0, result.output
+    table = LatencyTable.read(file)
+    assert [(each.kind, each.batch, each.tokens) for each in table.workloads] == [
+        ("prefill", 1, 16),
+        ("decode", 1, 18),
+        ("prefill", 2, 16),
+        ("decode", 2, 18),
+    ]
+    assert result.stdout.count("ms a token") == 4 and f"{file}: latencies on {table.conditions}" in result.stdout
+    planned = distprune(
+        *("plan", dense_path, "--target", "latency", "--latency-table", file, "--sparsity", 0.3),
+        *("--device", "cpu", "--sequence-length", 16),
+    )
+    assert planned.exit_code == 0, planned.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch", "one"), "--batch one: write numbers"),
+        (("--prompt", 100), "--prompt 100 and --new 32: are 132 tokens together, and the model takes 64"),
+        (("--device", "tpu-7"), "--device tpu-7: is no device"),
+    ],
+)
+def test_a_measurement_that_can_not_be_made_is_refused(distprune, dense_path, tmp_path, options, message):
+    result = distprune("measure-latency", dense_path, "-o", tmp_path / "table.json", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert not (tmp_path / "table.json").exists()
 
 
 def test_report_draws_the_report_and_tells_where(distprune, pruned, tmp_path):

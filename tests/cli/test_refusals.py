@@ -31,6 +31,19 @@ def edit_config(folder: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+# ------------------------------------------------------------------ latency tables
+
+
+def test_a_latency_without_a_table_is_refused(assert_refused):
+    assert_refused("--target latency", "needs --latency-table", arguments=("--target", "latency"))
+
+
+def test_a_table_that_is_not_there_is_refused(assert_refused, tmp_path):
+    none = tmp_path / "none.json"
+    arguments = ("--target", "latency", "--latency-table", none)
+    assert_refused(none, "no such latency table", "measure-latency", arguments=arguments)
+
+
 # ------------------------------------------------------------------ bad models
 
 

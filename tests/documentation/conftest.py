@@ -10,11 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from latency_tables import made_up_table
 from small_texts import write_texts
 from tiny_mixtures import MIXTURES
+from transformers import AutoConfig
 from without_ray import do_without_ray
 
 import distprune
+from distprune.layers.architecture import Architecture
 
 #: Of the tests' tokenizer, not of a mixture.
 OF_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -40,6 +43,8 @@ def furnished(save_model, tmp_path_factory) -> Path:
         distprune.prune(model, folder / "pruned", **pruning)
         patch.chdir(folder)
         found = distprune.evaluate(["MODEL", "pruned"], "test.txt", sequence_length=16)
+    architecture = Architecture(AutoConfig.from_pretrained(model))
+    (folder / "table.json").write_text(made_up_table(architecture).model_dump_json())
     (folder / "results.json").write_text(json.dumps([asdict(each) for each in found]))
     for name, other in (("ORIGINAL", "MODEL"), ("PRUNED", "pruned")):
         (folder / name).symlink_to(other)

@@ -118,6 +118,7 @@ def no_work(monkeypatch) -> None:
         "distprune.calibration.build_calibration",
         "distprune.comparison.comparing.connected",
         "distprune.evaluation.evaluate_models",
+        "distprune.latency.model_latency.measure_model",
         "distprune.engine.status",
         "distprune.engine.load_record",
         "distprune.export.gguf_file.export",
@@ -142,6 +143,8 @@ def test_a_command_works(command, here):
     words = [STAND_INS.get(word, word) for word in of_distprune(command)]
     if words[0] == "prune":
         words += ["--overwrite", "--device", "cpu", "--workers", "1"]
+    if words[0] == "measure-latency":
+        words += ["--rounds", "1"]
     result = run(words)
     assert result.exit_code == 0, result.output
     if command.writes:

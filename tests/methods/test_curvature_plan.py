@@ -7,6 +7,8 @@ from math import lcm
 import numpy as np
 import pytest
 import torch
+from latency_tables import made_up_table
+from random_profiles import profile_of
 from tiny_architectures import BIASES, tiny
 
 from distprune.budgets import RESOURCES, Target, is_heterogeneous, is_stock
@@ -34,38 +36,8 @@ def model_of(family: str) -> Architecture:
     return tiny(**sizes | {"num_attention_heads": 8, "head_dim": 32} | FAMILIES[family])
 
 
-def rising(*size: int, generator: torch.Generator) -> torch.Tensor:
-    """From zero on, convex: what goes first is missed least."""
-    steps = torch.rand(*size, generator=generator, dtype=torch.float64).sort(dim=-1).values
-    return torch.cat([steps.new_zeros(*size[:-1], 1), steps.cumsum(-1)], dim=-1)
-
-
-def rank_costs(out: int, generator: torch.Generator) -> torch.Tensor:
-    """Falling, from rank zero to the greatest that saves anything."""
-    most = (out * HIDDEN - 1) // (out + HIDDEN)
-    return rising(out, generator=generator).flip(0)[: most + 1] / 16
-
-
-def profile_of(shape: LayerShape, seed: int) -> Profile:
-    """Random costs, everything of a layer mattering more or less than in the other layers."""
-    generator = torch.Generator().manual_seed(seed)
-    attention, steps = shape.attention, 32
-    groups, pairs = attention.kv_heads, attention.query_key_dim // 2
-    scale = 2.0**seed
-    queries = attention.query_heads * attention.query_key_dim
-    outputs = {"query": queries, "key": groups * attention.query_key_dim, "output": HIDDEN}
-    return {
-        "group_order": torch.randperm(groups, generator=generator),
-        "group_costs": scale * rising(groups, generator=generator),
-        "value_rotation": torch.eye(attention.value_dim).repeat(groups, 1, 1),
-        "value_costs": scale * rising(groups, attention.value_dim, generator=generator).flip(1) / 16,
-        "pair_order": torch.stack([torch.randperm(pairs, generator=generator) for _ in range(groups)]),
-        "pair_costs": scale * rising(groups, pairs, generator=generator) / 16,
-        **{f"{name}_costs": scale * rank_costs(out, generator) for name, out in outputs.items()},
-        "neuron_order": torch.randperm(FFN, generator=generator),
-        "ffn_widths": torch.arange(steps, -1, -1) * (FFN // steps),
-        "ffn_costs": scale * rising(steps, generator=generator),
-    }
+def target_of(model: Architecture, sparsity: float, resource: str, layout: str = "free") -> Target:
+    return Target(model, sparsity, resource=resource, layout=layout, latencies=made_up_table(model))
 
 
 def with_branches(profile: Profile, worth: float) -> Profile:
@@ -114,7 +86,7 @@ def without_groups(shape: LayerShape, gone: int) -> LayerShape:
 @pytest.mark.parametrize("resource", RESOURCES)
 @pytest.mark.parametrize("sparsity", [0.05, 0.25, 0.6])
 def test_a_plan_meets_its_target_within_one_step(family, resource, sparsity):
-    target = Target(model_of(family), sparsity, resource=resource)
+    target = target_of(model_of(family), sparsity, resource)
     # Neurons being cheap, there are some to give back, but where attention takes most.
     cheap = [profile | {"ffn_costs": profile["ffn_costs"] / 30} for profile in profiles_of(target.model)]
     plan = planned(target, [with_branches(profile, 0.5) for profile in cheap])
@@ -270,10 +242,10 @@ def test_the_same_profiles_give_the_same_plan():
 
 
 @ALL_FAMILIES
-@pytest.mark.parametrize("resource", ["parameters", "flops", "bytes"])
+@pytest.mark.parametrize("resource", ["parameters", "flops", "bytes", "latency"])
 @pytest.mark.parametrize("sparsity", [0.05, 0.2, 0.35])
 def test_a_stock_plan_is_one_that_the_original_architecture_can_have(family, resource, sparsity):
-    target = Target(model_of(family), sparsity, resource=resource, layout="stock")
+    target = target_of(model_of(family), sparsity, resource, "stock")
     plan = planned(target)
     assert is_stock(target.model, plan)
     if plan[0].ffn.width == FFN:  # even a whole FFN leaves some, but not enough for more groups
@@ -319,10 +291,10 @@ def test_more_than_the_layers_hold_is_refused():
 
 
 @ALL_FAMILIES
-@pytest.mark.parametrize("resource", ["parameters", "flops", "bytes"])
+@pytest.mark.parametrize("resource", ["parameters", "flops", "bytes", "latency"])
 @pytest.mark.parametrize("sparsity", [0.05, 0.15, 0.3])
 def test_a_heterogeneous_plan_takes_groups_and_neurons_alone(family, resource, sparsity):
-    target = Target(model_of(family), sparsity, resource=resource, layout="heterogeneous")
+    target = target_of(model_of(family), sparsity, resource, "heterogeneous")
     plan = planned(target, [with_branches(profile, 0.9) for profile in profiles_of(target.model)])
     assert is_heterogeneous(target.model, plan)
     assert len(set(plan)) > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from by_gradient import ByGradient
 from kinds_of_methods import OF_ALL_MODELS
+from latency_tables import made_up_table
 from tiny_architectures import tiny
 
 from distprune.budgets import RESOURCES, Target, is_stock
@@ -23,16 +24,17 @@ def model(kv_heads: int) -> Architecture:
 @pytest.mark.parametrize("resource", RESOURCES)
 @pytest.mark.parametrize("sparsity", [0.05, 0.3, 0.6, 0.9])
 def test_curvatures_global_plan_is_within_its_budget_whatever_the_target(kv_heads, resource, sparsity):
-    target = Target(model(kv_heads), sparsity, resource=resource)
+    dense = model(kv_heads)
+    target = Target(dense, sparsity, resource=resource, latencies=made_up_table(dense))
     shapes = make_method("curvature", {}).even_shapes(target, ALIGN)
     left = target.remaining - target.amount(shapes)
     assert 0 <= left <= 0.04 * target.dense
     assert shapes[0].attention is not None
 
 
-@pytest.mark.parametrize("resource", ["parameters", "flops", "bytes"])
+@pytest.mark.parametrize("resource", ["parameters", "flops", "bytes", "latency"])
 def test_curvatures_equal_plan_is_one_of_the_original_architecture(resource):
-    target = Target(model(4), 0.3, resource=resource, layout="stock")
+    target = Target(model(4), 0.3, resource=resource, layout="stock", latencies=made_up_table(model(4)))
     shapes = make_method("curvature", {}).even_shapes(target, ALIGN)
     assert is_stock(target.model, shapes)
     assert target.amount(shapes) == pytest.approx(target.remaining, rel=0.02)

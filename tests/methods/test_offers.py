@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from kinds_of_methods import ALL_LAYERS, OF_ALL_MODELS
+from latency_tables import made_up_table
 from tiny_architectures import tiny
 
 from distprune.budgets import RESOURCES, Target, decoder_parameters, is_heterogeneous, is_stock
@@ -31,7 +32,7 @@ def method_of(name: str):
 def test_a_resource_that_a_method_does_not_offer_is_refused(model, name):
     method = METHODS[name]()
     for resource in RESOURCES:
-        target = Target(model, 0.2, resource=resource)
+        target = Target(model, 0.2, resource=resource, latencies=made_up_table(model))
         if resource in method.targets:
             method.check_target(target, 8)
         else:

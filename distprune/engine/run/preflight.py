@@ -33,6 +33,7 @@ from distprune.families.disk_names import disk_names
 from distprune.families.language_model import language_config
 from distprune.families.tied import UNTIED, differ_though_tied, untied
 from distprune.hardware import AUTO, ComputeDtype, compute_dtype
+from distprune.latency import LatencyTable
 from distprune.layers.architecture import Architecture
 from distprune.layers.module import empty_model
 from distprune.layers.shapes import ExpertsShape
@@ -105,11 +106,13 @@ def identity_of(config: PruneConfig, model: str, device: str) -> dict[str, Any]:
     """
     texts = config.calibration, config.distill and config.distill.calibration
     calibration, distillation = (path and open_calibration(path).fingerprint for path in texts)
+    latencies = config.latency_table and LatencyTable.read(config.latency_table).fingerprint
     return config.decisive() | {
         "distprune": __version__,
         "model": model,
         "calibration": calibration,
         "distillation text": distillation,
+        "latencies": latencies,
         "options": make_method(config.method, config.options).model_dump(mode="json"),
         "device": device,
     }
@@ -163,6 +166,11 @@ def check_job(config: PruneConfig) -> Job:
         *((UNTIED,) if is_untied else ()),
         *((str(left),) if left.parts else ()),
         *((zeroed_note(method, config.sparsity),) if method.zeroes else ()),
+        *(
+            (f"Latencies are those of {config.latency_table}: {target.latencies.conditions}.",)
+            if target.latencies
+            else ()
+        ),
     )
     return Job(config, model_path, hub, model, method, target, left, notes)
 
@@ -259,7 +267,11 @@ def check_apart(config: PruneConfig) -> None:
         InputError: one of them does; names both.
     """
     model = location(config.model) if is_url(config.model) else Path(config.model).expanduser()
-    read = {"the model": None if is_hub_id(config.model) else model, "the calibration set": config.calibration}
+    read = {
+        "the model": None if is_hub_id(config.model) else model,
+        "the calibration set": config.calibration,
+        "the latency table": config.latency_table,
+    }
     if config.distill:
         read["distillation's calibration set"] = config.distill.calibration
     for what, path in read.items():
@@ -283,6 +295,7 @@ def overlap(path: Path | UPath, folder: Path | UPath) -> bool:
 def check_paths(config: PruneConfig) -> None:
     """See that every path is UTF-8: Ray passes on no others."""
     paths = {"model": config.model, "output": config.output, "calibration": config.calibration}
+    paths["latency-table"] = config.latency_table
     for name, path in (paths | {"distill-calibration": config.distill and config.distill.calibration}).items():
         shown = os.fsencode(str(path or "")).decode(errors="backslashreplace")
         if path and shown != str(path):

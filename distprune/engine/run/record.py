@@ -15,6 +15,7 @@ from distprune.distillation.layerwise import DistillationReport
 from distprune.engine.telemetry.process_memory import PeakMemory
 from distprune.engine.worker.report import Report
 from distprune.errors import InputError
+from distprune.latency import LatencyPrediction
 from distprune.layers.architecture import Architecture
 from distprune.layers.shapes import LayerShape
 from distprune.methods import CostCurve, Plan
@@ -86,6 +87,7 @@ class RunRecord:
         calibration: what the run was calibrated on.
         version: of distprune.
         bytes_before, bytes_after: of all tensors on disk; None where an earlier version has made the record.
+        latency: what the plan makes of the measured latencies; None of other targets.
         zeroed: the fraction of the weights of attention and feed-forward networks that the method has set to zero; None
             of methods that remove parameters.
     """
@@ -117,6 +119,7 @@ class RunRecord:
     version: str | None = None
     bytes_before: int | None = None
     bytes_after: int | None = None
+    latency: LatencyPrediction | None = None
     zeroed: float | None = None
 
     def sparsity_reached(self, count_embeddings: bool) -> float:
@@ -212,7 +215,7 @@ def load_record(folder: Path) -> RunRecord:
         layers = [read_layer(layer) for layer in stored.pop("layers")]
         driver = PeakMemory(**stored.pop("peak_memory_driver"))
         workers = [PeakMemory(**peak) for peak in stored.pop("peak_memory_workers")]
-        calibration = stored.pop("calibration", None)
+        calibration, latency = stored.pop("calibration", None), stored.pop("latency", None)
         stored.setdefault("dtype", "not recorded")  # as it was before dtypes were settled
         return RunRecord(
             **stored,
@@ -220,6 +223,7 @@ def load_record(folder: Path) -> RunRecord:
             peak_memory_driver=driver,
             peak_memory_workers=workers,
             calibration=calibration and CalibrationRecord(**calibration),
+            latency=latency and LatencyPrediction.from_json(latency),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file}: is not a run's record ({error}). Prune the model again.") from None

@@ -68,7 +68,7 @@ def spend_rest(target: Target, shapes: Sequence[LayerShape], align: int) -> list
         while shapes[index].ffn.width < full:
             more = min(align, full - shapes[index].ffn.width)
             step = neurons_amount(target, index, shapes[index], more)
-            if step > left or step == 0:
+            if step > left:
                 break
             shapes[index], left = shapes[index].with_ffn(width=shapes[index].ffn.width + more), left - step
     return shapes

@@ -6,6 +6,7 @@ the first, are left whole.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -117,12 +118,31 @@ def widest(
     def with_width(width: int) -> list[LayerShape]:
         return [shape.with_ffn(width=width) if i in layers else shape for i, shape in enumerate(shapes)]
 
-    one, two = (target.amount(with_width(width)) for width in (reach.align, 2 * reach.align))
-    if one == two or not all(target.removable(index).neurons for index in layers):
+    def amount_of(steps: int) -> int:
+        return target.amount(with_width(min(full, steps * reach.align)))
+
+    whole = ceil(full / reach.align)
+    if amount_of(1) == amount_of(whole) or not all(target.removable(index).neurons for index in layers):
         unspent = target.remaining - target.amount(shapes)
         return Alike([*shapes], gone, full, unspent, experts) if unspent >= 0 else None
-    steps, whole = 1 + round((target.remaining - one) / (two - one)), ceil(full / reach.align)
-    if steps < 1:
+    steps = nearest_steps(amount_of, whole, target.remaining)
+    if steps is None:
         return None
+    unspent = (target.remaining - amount_of(whole)) / (amount_of(whole) - amount_of(1)) * (whole - 1)
     width = min(full, steps * reach.align)
-    return Alike(with_width(width), gone, width, max(0, steps - whole), experts)
+    return Alike(with_width(width), gone, width, max(0, round(unspent)), experts)
+
+
+def nearest_steps(amount_of: Callable[[int], int], most: int, wanted: int) -> int | None:
+    """The number of steps, from 1 to ``most``, that take nearest to what is wanted; None where one takes too much by
+    more than half of the next.
+
+    Args:
+        amount_of: what so many steps take; no more steps take less.
+    """
+    below = bisect_right(range(1, most + 1), wanted, key=amount_of)
+    if below == most:
+        return most
+    if below == 0:
+        return 1 if 2 * (amount_of(1) - wanted) <= amount_of(2) - amount_of(1) else None
+    return min(below, below + 1, key=lambda steps: abs(amount_of(steps) - wanted))

@@ -12,6 +12,7 @@ import yaml
 from distprune.engine import RunRecord
 from distprune.engine.run.record import LayerRecord
 from distprune.evaluation import ModelEvaluation
+from distprune.reporting.latency_tables import milliseconds
 from distprune.reporting.pages.cost_charts import are_one, measured_chart, predicted_chart
 from distprune.reporting.pages.distillation_chart import distillation_chart
 from distprune.reporting.pages.evaluation_charts import evaluation_charts, evaluation_tables
@@ -110,6 +111,10 @@ def figures(record: RunRecord, asked: str) -> Iterator[Figure]:
         below = "nats a token, by the method's own plan"
         value = record.predicted_loss
         yield Figure("predicted-loss", "loss predicted to rise by", three_digits(value), value, below)
+    for place, workload in enumerate(record.latency.workloads if record.latency else ()):
+        dense, planned = workload.milliseconds_per_token
+        below = f"predicted for the decoder layers; dense: {milliseconds(dense)}"
+        yield Figure(f"latency-{place}", str(workload), milliseconds(planned), planned, below)
 
 
 def quality_figures(evaluations: Sequence[ModelEvaluation]) -> Iterator[Figure]:
