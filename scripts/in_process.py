@@ -133,7 +133,9 @@ class InProcess:
         for index in self.layers:
             begins = index % block == 0
             states, carried = (dense.states[index], dense.carried[index]) if begins else (states, {})
-            task = Prune(index, states, plan[index], profiles[index], carried, propagates=block > 1)
+            aims = self.worker.method.aims_at_dense(self.model.architecture.dense_shape(index))
+            around = {"dense_input": dense.states[index], "dense_output": dense.states[index + 1]} if aims else {}
+            task = Prune(index, states, plan[index], profiles[index], carried, propagates=block > 1, **around)
             finished, states, _ = self._run(task)
             pruned.append(self._layer_of(index, finished, plan[index]))
         return pruned

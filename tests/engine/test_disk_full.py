@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from distprune import RunFailed, api, cli, status
 from distprune.checkpoint import durable, failures_explained, storage_failures
+from distprune.engine.run.preflight import folder_size
 from distprune.engine.scheduler.pool import WorkerPool
 from distprune.engine.worker.host_tensor import fetch
 
@@ -217,3 +218,19 @@ def test_while_a_write_stalls_workers_go_on_and_the_log_tells(run, digests, monk
         f"Writing {stalled}.partial/parts/{file} has taken 0 s so far: its file system stalls. The run waits for it."
     ]
     assert digests(stalled) == digests(run(**options)[0])
+
+
+def test_a_file_that_goes_while_sizes_are_summed_is_left_out(tmp_path, monkeypatch):
+    """A worker of an interrupted run may still take its own away."""
+    for name in ("gone", "stays"):
+        (tmp_path / name).write_bytes(bytes(100))
+    is_file = Path.is_file
+
+    def is_file_and_goes(path: Path) -> bool:
+        found = is_file(path)
+        if path.name == "gone":
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_file", is_file_and_goes)
+    assert folder_size(tmp_path) == 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -384,7 +385,12 @@ def folder_size(folder: Path | UPath) -> int:
     """Bytes of the files in a folder; of an object store none, where room is no concern."""
     if is_remote(folder):
         return 0
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    size = 0
+    for file in folder.rglob("*"):
+        # A worker of an interrupted run may still take its files away.
+        with suppress(FileNotFoundError):
+            size += file.stat().st_size if file.is_file() else 0
+    return size
 
 
 def check_calibration(
