@@ -98,7 +98,7 @@ class Curvature(Method):
     )
     refit_damping: float = Field(0.03, gt=0, description="penalty on moving a weight in the refit, over the same mean")
     dense_aim: float = Field(
-        0.5,
+        0.3,
         ge=0,
         le=1,
         description="how far refits aim at the dense model's hidden states, and not at what the whole layer would give",
