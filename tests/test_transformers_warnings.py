@@ -1,4 +1,4 @@
-"""Opening a pruned checkpoint warns of nothing that its user could mend."""
+"""Opening a pruned checkpoint warns of nothing that its user could fix."""
 
 from __future__ import annotations
 

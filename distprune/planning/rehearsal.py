@@ -62,6 +62,7 @@ from distprune.planning.rehearsal_in_chunks import (
     forward_in_chunks,
     prune_in_chunks,
 )
+from distprune.planning.rough_shapes import rough
 from distprune.planning.valueless_checkpoint import ValuelessCheckpoint
 from distprune.planning.valueless_parts import ValuelessParts
 
@@ -483,21 +484,3 @@ def values_of(result: Any) -> Any:
     if isinstance(result, Mapping):
         return {name: values_of(value) for name, value in result.items()}
     return values_of([*vars(result).values()]) if is_dataclass(result) else result
-
-
-def rough(shape: LayerShape, dense: LayerShape) -> Hashable:
-    """Equal for shapes of which one layer stands for the other: they differ by little of the dense one's."""
-
-    def steps(part: Any, full: Any) -> Hashable:
-        if part is None:
-            return None
-        return tuple(
-            round(STEPS * value / getattr(full, name)) if getattr(full, name) not in (None, False, True) else value
-            for name, value in vars(part).items()
-        )
-
-    return steps(shape.attention, dense.attention), steps(shape.ffn, dense.ffn)
-
-
-#: Parts of a dense layer's sizes, to the nearest of which layers that stand for each other are alike.
-STEPS = 8

@@ -54,7 +54,7 @@ def test_no_choice_of_the_menus_within_the_budget_costs_less(seconds, sparsity):
     menus = [menu(target, index, profiles[index], reach) for index in range(2) for menu in (attention_menu, ffn_menu)]
     rest = target.amount([LayerShape(None, None) for shape in target.dense_shapes])
     costs, amounts = np.zeros(1), np.full(1, rest)
-    for menu in menus:  # all choices of all menus, but for those that another one beats in both
+    for menu in menus:  # all choices of all menus except those that another one beats in both
         costs = np.add.outer(costs, menu.costs).ravel()
         amounts = np.add.outer(amounts, menu.amounts).ravel()
         order = np.lexsort((costs, amounts))
