@@ -39,7 +39,10 @@ class MeasuredGrid:
     less: list[LayerShape | None]
 
     def filled(self, seconds: Mapping[LayerShape, Seconds]) -> Grid:
-        """The grid, from what a layer of each shape has taken; no wider part takes less, and no higher rank."""
+        """The grid, from what a layer of each shape has taken; no wider part takes less, and no higher rank.
+
+        No part takes less than nothing, which a clock may say of one that is tiny.
+        """
         taken = [
             seconds[shape] - (0 if less is None else seconds[less])
             for shape, less in zip(self.shapes, self.less, strict=True)
@@ -49,7 +52,7 @@ class MeasuredGrid:
             part = array[(slice(None), *piece)]
             if part.size:
                 array[(slice(None), *piece)] = monotone(part, self._rising)
-        return Grid.of(self.axes, array)
+        return Grid.of(self.axes, array if self.is_of_rank else array.clip(min=0))
 
     @property
     def _rising(self) -> list[int]:
