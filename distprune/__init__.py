@@ -2,7 +2,19 @@
 
 from typing import TYPE_CHECKING, Any
 
-from distprune.api import calibrate, card, compare, evaluate, inspect, measure_latency, plan, prune, report, status
+from distprune.api import (
+    calibrate,
+    card,
+    compare,
+    evaluate,
+    inspect,
+    measure_latency,
+    plan,
+    plan_from,
+    prune,
+    report,
+    status,
+)
 from distprune.errors import InputError, RunFailed
 from distprune.transformers_warnings import without_per_layer_warning
 from distprune.version import __version__
@@ -26,6 +38,7 @@ __all__ = [
     "load",
     "measure_latency",
     "plan",
+    "plan_from",
     "prune",
     "report",
     "status",

@@ -127,6 +127,34 @@ def prune(
     return run(settings, chosen_progress(progress), lambda *job: Requirements(*worker_needs(*job)), _draw_report)
 
 
+def plan_from(
+    library: str | Path,
+    output: str | Path,
+    *,
+    progress: Progress | bool | None = None,
+    **options: Unpack[PruneOptions],
+) -> RunRecord:
+    """Make another checkpoint from the library of a search, without solving again.
+
+    Args:
+        library: the folder that ``prune`` has made of it.
+        output: the folder to make.
+        progress: as for :func:`prune`.
+        options: fields of :class:`distprune.PruneConfig` that are to be others than in the library's run, such as
+            ``sparsity`` and ``target``, and ``model`` if it lies elsewhere now.
+
+    Raises:
+        InputError: the input is unusable; names it and the fix.
+    """
+    from distprune.config import load_config
+    from distprune.engine import Library
+
+    folder = location(library)
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = {**Library.read(folder).settings, **given, "output": output, "from_library": folder}
+    return prune(load_config(None, settings), progress=progress)
+
+
 def plan(
     model: str | None = None,
     *,

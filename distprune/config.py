@@ -16,7 +16,7 @@ from distprune.storage import HUB_SCHEME, Location
 # What decides where and how fast a run goes, and never what it makes.
 PLACEMENT = (
     *("output", "overwrite", "restart", "workers", "gpus_per_worker", "address", "weights", "writes"),
-    *("push_to_hub", "hub_ignore", "private"),
+    *("push_to_hub", "hub_ignore", "private", "library"),
 )
 
 #: How a worker comes by the weights; see :mod:`distprune.engine.worker.weights`.
@@ -67,6 +67,21 @@ class DistillConfig(BaseModel):
     def end_of_look_ahead(self, index: int, layers: int) -> int:
         """The first layer whose dense form no longer judges the output of layer ``index``."""
         return min(index + 1 + self.look_ahead, layers)
+
+
+class SearchConfig(BaseModel):
+    """Every option of the search, which refines a plan by measuring it on windows that nothing else sees."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(default=2, ge=1, description="how often all parts are measured and the plan is made anew")
+    seconds: float | None = Field(
+        default=None, gt=0, description="no step begins after so long; what is found then depends on the machine"
+    )
+    samples: int = Field(default=32, ge=1, description="windows of the calibration set that are held out to measure on")
+    calibration: Location | None = Field(
+        default=None, description="calibration set to measure on, in place of held-out windows"
+    )
 
 
 def switch(value: Any) -> Any:
@@ -140,6 +155,15 @@ class PruneConfig(BaseModel):
         description="how often the model is planned and pruned; from the second time on, by what is measured on the "
         "model that the time before has pruned",
     )
+    search: Annotated[SearchConfig | None, BeforeValidator(switch)] = Field(
+        default=None, description="refine the plan by measuring it: the search's options, or true for their defaults"
+    )
+    library: Location | None = Field(
+        default=None, description="folder that keeps the parts which the search has solved, for other plans"
+    )
+    from_library: Location | None = Field(
+        default=None, description="take the parts from the library of an earlier search, and solve nothing"
+    )
     micro_batch: int = Field(default=16, ge=1, description="calibration samples in one forward pass")
     experts_at_once: int | None = Field(
         default=None,
@@ -207,8 +231,9 @@ class PruneConfig(BaseModel):
     def decisive(self) -> dict[str, Any]:
         """Every option that can change a byte of the result; files that it reads are known by their content."""
         by_content = {
-            **dict.fromkeys(("model", "calibration", "revision", "latency_table"), True),
+            **dict.fromkeys(("model", "calibration", "revision", "latency_table", "from_library"), True),
             "distill": {"calibration"},
+            "search": {"calibration"},
         }
         return self.model_dump(mode="json", exclude=dict.fromkeys(PLACEMENT, True) | by_content)
 
@@ -226,7 +251,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> PruneConfig:
     settings = {} if path is None else read_yaml(path)
     given = {name: value for name, value in overrides.items() if value is not None}
     merged = {**settings, **given}
-    for group in ("options", "distill"):
+    for group in ("options", "distill", "search"):
         both = settings.get(group), given.get(group)
         if all(isinstance(options, Mapping) for options in both):
             merged[group] = {**both[0], **both[1]}
@@ -245,8 +270,12 @@ HOW_GIVEN = {
 }
 
 
+#: Options that are several of their own.
+GROUPS: Mapping[Any, type[BaseModel]] = {"distill": DistillConfig, "search": SearchConfig}
+
+
 def _explain(problem: Mapping[str, Any]) -> str:
-    group = DistillConfig if problem["loc"][0] == "distill" else PruneConfig
+    group = GROUPS.get(problem["loc"][0], PruneConfig)
     option, known = ".".join(map(str, problem["loc"])), ", ".join(group.model_fields)
     match problem["type"]:
         case "missing":

@@ -22,6 +22,15 @@ class DistillOptions(TypedDict, total=False):
     seed: int
 
 
+class SearchOptions(TypedDict, total=False):
+    """The fields of :class:`distprune.config.SearchConfig`."""
+
+    steps: int
+    seconds: float | None
+    samples: int
+    calibration: str | Path | None
+
+
 class PruneOptions(TypedDict, total=False):
     """The fields of :class:`distprune.config.PruneConfig` but model and output."""
 
@@ -40,6 +49,9 @@ class PruneOptions(TypedDict, total=False):
     distill: DistillOptions | bool | None
     propagation: int | Literal["full"]
     rounds: int
+    search: SearchOptions | bool | None
+    library: str | Path | None
+    from_library: str | Path | None
     micro_batch: int
     experts_at_once: int | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]

@@ -10,7 +10,7 @@ import yaml
 
 from distprune import InputError
 from distprune.cli import prune_command
-from distprune.config import PLACEMENT, DistillConfig, PruneConfig, load_config
+from distprune.config import PLACEMENT, DistillConfig, PruneConfig, SearchConfig, load_config
 
 # One value for every option, and none of them the default.
 VALUES = {
@@ -43,6 +43,9 @@ VALUES = {
     },
     "propagation": 2,
     "rounds": 2,
+    "search": {"steps": 3, "seconds": 60.0, "samples": 4, "calibration": "held_out.arrow"},
+    "library": "somewhere/library",
+    "from_library": "somewhere/other",
     "micro_batch": 5,
     "experts_at_once": 4,
     "dtype": "float16",
@@ -85,11 +88,11 @@ def test_every_option_can_be_set_in_yaml(yaml_file):
 
 def test_the_command_line_has_every_option_under_the_same_name():
     parameters = set(python.signature(prune_command.prune).parameters)
-    distillation = {name for name in parameters if name.startswith("distill_")}
-    assert parameters - distillation - {"config", "log_format"} == set(PruneConfig.model_fields) - {"options"} | {
-        "option"
-    }
-    assert {name.removeprefix("distill_") for name in distillation} <= set(DistillConfig.model_fields)
+    groups = {"distill_": DistillConfig, "search_": SearchConfig}
+    grouped = {name for name in parameters if name.startswith(tuple(groups))}
+    assert parameters - grouped - {"config", "log_format"} == set(PruneConfig.model_fields) - {"options"} | {"option"}
+    for prefix, group in groups.items():
+        assert {name.removeprefix(prefix) for name in grouped if name.startswith(prefix)} <= set(group.model_fields)
 
 
 def test_the_effective_configuration_is_read_back_as_it_was(yaml_file):
@@ -195,7 +198,7 @@ def test_what_decides_the_result_leaves_out_placement_and_what_is_known_by_conte
     for name, value in VALUES.items():
         changed = PruneConfig.model_validate({"model": "m", "output": "o", name: value})
         (same if changed.decisive() == base.decisive() else different).add(name)
-    assert same == {*PLACEMENT, "model", "calibration", "revision", "latency_table"}
+    assert same == {*PLACEMENT, "model", "calibration", "revision", "latency_table", "from_library"}
     assert different == set(VALUES) - same
     texts = [PruneConfig(model="m", output="o", distill={"calibration": path}).decisive() for path in ("x", "y", None)]
     assert texts[0] == texts[1] == texts[2]

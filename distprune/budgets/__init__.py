@@ -11,7 +11,9 @@ from distprune.budgets.layouts import (
     is_stock,
     layout_of,
 )
+from distprune.budgets.menu import Menu, PartShape
 from distprune.budgets.outliers import outlier_ratio, outlier_weighted
+from distprune.budgets.relaxation import hull_of
 from distprune.budgets.resources import (
     RESOURCES,
     Resource,
@@ -28,6 +30,8 @@ __all__ = [
     "Allocation",
     "Curve",
     "Layout",
+    "Menu",
+    "PartShape",
     "Resource",
     "StoredSizes",
     "Target",
@@ -40,6 +44,7 @@ __all__ = [
     "ffn_amount",
     "fill_with_ffn",
     "has_plain_heads",
+    "hull_of",
     "is_heterogeneous",
     "is_stock",
     "layer_amount",

@@ -68,13 +68,18 @@ def relax(tables: Sequence[Table], budget: int) -> Relaxation:
 
 def hull_steps(item: int, table: Table) -> list[tuple[float, int, int]]:
     """(minus the cost saved by a unit of the amount, item, option reached) along the lower convex hull, ascending."""
+    steps = [(slope(table, first, second), item, second) for first, second in pairwise(hull_of(table))]
+    return [step for step in steps if step[0] < 0]
+
+
+def hull_of(table: Table) -> list[int]:
+    """The options on the lower convex hull of costs against amounts, ascending."""
     hull: list[int] = []
     for option in range(len(table.costs)):
         while len(hull) > 1 and slope(table, hull[-2], hull[-1]) >= slope(table, hull[-1], option):
             hull.pop()
         hull.append(option)
-    steps = [(slope(table, first, second), item, second) for first, second in pairwise(hull)]
-    return [step for step in steps if step[0] < 0]
+    return hull
 
 
 def slope(table: Table, first: int, second: int) -> float:

@@ -19,6 +19,7 @@ from distprune.cli.interrupts import heed_signals, ignore_signals
 from distprune.cli.measure_latency_command import measure_latency
 from distprune.cli.pipeline_command import pipeline
 from distprune.cli.plan_command import plan
+from distprune.cli.plan_from_command import plan_from
 from distprune.cli.prune_command import prune
 from distprune.cli.report_command import report
 from distprune.cli.status_command import status
@@ -27,6 +28,7 @@ from distprune.cli.status_command import status
 COMMANDS = (
     calibrate,
     prune,
+    plan_from,
     plan,
     compare,
     evaluate,

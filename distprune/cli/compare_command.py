@@ -13,7 +13,7 @@ import typer
 from distprune import api
 from distprune.cli import options as opt
 from distprune.cli.consoles import display, output_console
-from distprune.cli.option_values import gather_distillation, parse_option
+from distprune.cli.option_values import gather_groups, parse_option
 from distprune.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,6 +56,11 @@ def compare(
     distill_look_ahead: opt.DistillLookAhead = None,
     propagation: opt.Propagation = None,
     rounds: opt.Rounds = None,
+    search: opt.Search = None,
+    search_steps: opt.SearchSteps = None,
+    search_seconds: opt.SearchSeconds = None,
+    search_samples: opt.SearchSamples = None,
+    search_calibration: opt.SearchCalibration = None,
     micro_batch: opt.MicroBatch = None,
     experts_at_once: opt.ExpertsAtOnce = None,
     dtype: opt.Dtype = None,
@@ -77,7 +82,7 @@ def compare(
     given["methods"] = given["methods"].split(",")
     given["sparsities"] = [parse_sparsity(part) for part in given.pop("sparsity").split(",")]
     given["options"] = parse_method_options(option or ())
-    gather_distillation(given)
+    gather_groups(given)
     rows: list[ComparisonRow] = []
     try:
         api.compare(progress=display, on_row=rows.append, **given)

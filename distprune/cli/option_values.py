@@ -41,10 +41,14 @@ def parse_batches(text: str, option: str) -> tuple[int, ...]:
         raise InputError(f"{option} {text}: write numbers of sequences, as in 1,16.") from None
 
 
-def gather_distillation(given: dict[str, Any]) -> None:
-    """Replace the options of distillation in ``given`` by one mapping; any of them turns distillation on."""
-    prefix = "distill_"
-    options = {name.removeprefix(prefix): given.pop(name) for name in list(given) if name.startswith(prefix)}
-    options = {name: value for name, value in options.items() if value is not None}
-    if given.get("distill") is not False and (options or given.get("distill")):
-        given["distill"] = options
+def gather_groups(given: dict[str, Any]) -> None:
+    """Replace the options of distillation in ``given`` by one mapping, and those of the search by another.
+
+    Any of them turns distillation, or the search, on.
+    """
+    for group in ("distill", "search"):
+        prefix = f"{group}_"
+        options = {name.removeprefix(prefix): given.pop(name) for name in list(given) if name.startswith(prefix)}
+        options = {name: value for name, value in options.items() if value is not None}
+        if given.get(group) is not False and (options or given.get(group)):
+            given[group] = options

@@ -74,6 +74,29 @@ Rounds = Annotated[
     typer.Option(help="times the model is planned and pruned, each after the first by what the pruned model shows [1]"),
 ]
 
+# ------------------------------------------------------------------ search
+
+Search = Annotated[
+    Optional[bool],
+    typer.Option("--search/--no-search", help="refine the plan by measuring it on windows that are held out [no]"),
+]
+SearchSteps = Annotated[Optional[int], typer.Option(help="times that all parts are measured [2]")]
+SearchSeconds = Annotated[
+    Optional[float], typer.Option(help="no step begins after so long, and results may then differ [no limit]")
+]
+SearchSamples = Annotated[Optional[int], typer.Option(help="windows of the calibration set to hold out [32]")]
+SearchCalibration = Annotated[
+    Optional[str], typer.Option(help="calibration set to measure on, in place of held-out windows")
+]
+Library = Annotated[
+    Optional[str],
+    typer.Option(metavar="FOLDER", help="keep the parts that the search solves there, for distprune plan-from"),
+]
+FromLibrary = Annotated[
+    Optional[str],
+    typer.Option(metavar="FOLDER", help="take all parts from the library of an earlier search, and solve nothing"),
+]
+
 # ------------------------------------------------------------------ calibration
 
 Field = Annotated[Optional[str], typer.Option(help="field that holds a record's text or messages")]

@@ -11,7 +11,7 @@ import typer
 from distprune import api
 from distprune.cli import options as opt
 from distprune.cli.consoles import output_console
-from distprune.cli.option_values import gather_distillation, parse_options
+from distprune.cli.option_values import gather_groups, parse_options
 
 if TYPE_CHECKING:
     from distprune.planning import RunPlan
@@ -51,6 +51,11 @@ def plan(
     distill_look_ahead: opt.DistillLookAhead = None,
     propagation: opt.Propagation = None,
     rounds: opt.Rounds = None,
+    search: opt.Search = None,
+    search_steps: opt.SearchSteps = None,
+    search_seconds: opt.SearchSeconds = None,
+    search_samples: opt.SearchSamples = None,
+    search_calibration: opt.SearchCalibration = None,
     micro_batch: opt.MicroBatch = None,
     experts_at_once: opt.ExpertsAtOnce = None,
     dtype: opt.Dtype = None,
@@ -68,7 +73,7 @@ def plan(
     as_json, option, rate = given.pop("as_json"), given.pop("option"), given.pop("rate")
     if option:
         given["options"] = parse_options(option)
-    gather_distillation(given)
+    gather_groups(given)
     planned = api.plan(rates=parse_options(rate or (), "--rate"), **given)
     if as_json:
         print(json.dumps(asdict(planned)))

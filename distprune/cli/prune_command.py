@@ -12,7 +12,7 @@ from distprune import api
 from distprune.cli import options as opt
 from distprune.cli.consoles import display, output_console
 from distprune.cli.interrupts import ignore_signals
-from distprune.cli.option_values import gather_distillation, parse_options
+from distprune.cli.option_values import gather_groups, parse_options
 from distprune.errors import InterruptedWhenDone
 
 
@@ -43,6 +43,13 @@ def prune(
     distill_look_ahead: opt.DistillLookAhead = None,
     propagation: opt.Propagation = None,
     rounds: opt.Rounds = None,
+    search: opt.Search = None,
+    search_steps: opt.SearchSteps = None,
+    search_seconds: opt.SearchSeconds = None,
+    search_samples: opt.SearchSamples = None,
+    search_calibration: opt.SearchCalibration = None,
+    library: opt.Library = None,
+    from_library: opt.FromLibrary = None,
     micro_batch: opt.MicroBatch = None,
     experts_at_once: opt.ExpertsAtOnce = None,
     dtype: opt.Dtype = None,
@@ -78,7 +85,7 @@ def prune(
 
     if option:
         given["options"] = parse_options(option)
-    gather_distillation(given)
+    gather_groups(given)
     as_json = log_format == opt.LogFormatName.json
     try:
         with json_lines(sys.stdout) if as_json else nullcontext():

@@ -5,7 +5,7 @@ Only some methods have a gradient pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -22,11 +22,10 @@ from distprune.checkpoint import (
     publish,
 )
 from distprune.config import DistillConfig, PruneConfig
-from distprune.engine.run.calibration_size import too_few_tokens
-from distprune.engine.run.expert_tokens import seldom_used, tokens_by_layer
+from distprune.engine.run.held_out import split_held_out
 from distprune.engine.run.hub_output import goes_to_hub, prune_to_hub
 from distprune.engine.run.journal import fingerprint
-from distprune.engine.run.layer_files import PRUNED, LayerFiles
+from distprune.engine.run.layer_files import LayerFiles
 from distprune.engine.run.model_card import write_card
 from distprune.engine.run.preflight import Job, check_job
 from distprune.engine.run.record import (
@@ -36,7 +35,6 @@ from distprune.engine.run.record import (
     CalibrationRecord,
     DrawReport,
     RunRecord,
-    forecast,
     layer_records,
     load_record,
     parameter_counts,
@@ -52,12 +50,9 @@ from distprune.engine.scheduler.runtime import RayRuntime
 from distprune.engine.stages.assembling import Assemble, stored_bytes
 from distprune.engine.stages.checking import Check, OwnSamples
 from distprune.engine.stages.context import RunContext, layers_aiming, mixtures_of
-from distprune.engine.stages.dense_pass import DensePass
 from distprune.engine.stages.end_to_end import EndToEndDistillation
-from distprune.engine.stages.gradient_pass import GradientPass
 from distprune.engine.stages.layerwise_distillation import LayerwiseDistillation
-from distprune.engine.stages.pruned_passes import is_measured, kind_of_round, measure_again
-from distprune.engine.stages.pruning_pass import PruningPass
+from distprune.engine.stages.making_layers import MakingLayers
 from distprune.engine.telemetry.harmless import Unfailing
 from distprune.engine.telemetry.log import RunLog, json_file
 from distprune.engine.telemetry.metrics import RunMetrics
@@ -68,7 +63,6 @@ from distprune.errors import InputError, InterruptedWhenDone, Unreachable
 from distprune.hardware import AUTO
 from distprune.latency import predict
 from distprune.layers.architecture import Architecture
-from distprune.methods import CostCurve, Plan, Profile
 from distprune.storage import copy, kept_locally, staged
 from distprune.version import __version__
 
@@ -222,29 +216,20 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
             mixtures=mixtures_of(job.architecture.dense_shapes),
             aiming=layers_aiming(job.method, job.architecture.dense_shapes, config.experts_at_once is not None),
             rounds=config.rounds,
+            searches=config.search is not None,
         )
         work.once(CHECK, Check(context, one_of_each_kind(job.architecture)).run)
-        if config.calibration is None:
+        if config.calibration is None and not job.library:
             work.once("own samples", lambda: OwnSamples(context).run(calibration))
-        calibration_set = open_calibration(calibration)
-        tokens = calibration_set.tokens
-        with work.timed("dense pass"):
-            profiles = DensePass(context, tokens, job.needs_gradients).run()
-        if job.needs_gradients:
-            with work.timed("gradient pass"):
-                profiles = GradientPass(context, tokens).run()
-        expert_tokens = tokens_by_layer(profiles)
-        plan = job.method.plan(job.target, profiles, config.align)
-        notes = [*seldom_used(expert_tokens), *too_few_tokens(plan, tokens.size, job.architecture.hidden_size)]
-        for note in notes:
-            progress.note(note)
-        files = prune_as_planned(context, job, plan, profiles, work)
-        for number in range(2, config.rounds + 1):
-            with work.timed("measure again"):
-                profiles = measure_again(context, tokens, files.read, number)
-            files.drop_pruned()
-            plan = job.method.plan(job.target, profiles, config.align)
-            files = prune_as_planned(context, job, plan, profiles, work, number)
+        making = MakingLayers(context, job, work, workers.device)
+        if job.library:
+            made, tokens, record = making.from_library(job.library), None, job.library.calibration
+        else:
+            calibration_set = open_calibration(calibration)
+            tokens, held_out = split_held_out(config, calibration_set.tokens)
+            record = CalibrationRecord.of(calibration_set)
+            made = making.by_pruning(tokens, held_out, record)
+        plan, files = made.plan, made.files
         if config.distill:
             with work.timed("distill"):
                 distill(context, config.distill, tokens, files)
@@ -268,40 +253,24 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
         peak_memory_workers=peaks,
         seconds=work.seconds(),
         layers=layer_records(
-            job.architecture, plan, files.reports(), files.distillations(), expert_tokens, cost_curves(job, profiles)
+            job.architecture,
+            plan,
+            files.reports(),
+            files.distillations(),
+            made.expert_tokens,
+            made.cost_curves,
         ),
-        notes=[*job.notes, *notes],
+        notes=[*job.notes, *made.notes],
         left_alone=job.left_alone.parts,
         left_alone_share=job.left_alone.share,
         commit=job.hub.commit if job.hub else None,
-        calibration=CalibrationRecord.of(calibration_set),
+        calibration=record,
         version=__version__,
         bytes_before=stored_bytes(job.checkpoint),
         bytes_after=size,
         latency=predict(job.target.latencies, plan) if job.target.latencies else None,
         zeroed=config.sparsity if job.method.zeroes else None,
     )
-
-
-def prune_as_planned(
-    context: RunContext, job: Job, plan: Plan, profiles: Sequence[Profile], work: WorkFolder, number: int = 1
-) -> LayerFiles:
-    """The pruning pass of a round, unless the next one has measured what it needs to know of it."""
-    if plan.predicted_loss is not None:
-        context.progress.note(forecast(plan.predicted_loss, plan.gap))
-    is_last = number == job.config.rounds
-    kind = PRUNED if is_last else kind_of_round("layer", number)
-    files = LayerFiles(job, plan, work.writer, work.journal, context.progress, kind)
-    if not is_measured(context, number + 1):
-        with work.timed("prune" if number == 1 else "prune again"):
-            PruningPass(context, plan, profiles, files.keep_pruned, is_last).run(files.pruned())
-    return files
-
-
-def cost_curves(job: Job, profiles: Sequence[Profile]) -> list[Mapping[str, CostCurve]]:
-    """What the method's plan was made from, layer by layer."""
-    shapes = job.architecture.dense_shapes
-    return [job.method.cost_curves(shape, profile) for shape, profile in zip(shapes, profiles, strict=True)]
 
 
 def one_of_each_kind(architecture: Architecture) -> list[int]:
@@ -312,7 +281,7 @@ def one_of_each_kind(architecture: Architecture) -> list[int]:
     return list(first.values())
 
 
-def distill(context: RunContext, options: DistillConfig, tokens: np.ndarray, files: LayerFiles) -> None:
+def distill(context: RunContext, options: DistillConfig, tokens: np.ndarray | None, files: LayerFiles) -> None:
     """The pruned layers learn, each alone or all together, from the pruning's tokens or from more of them."""
     if options.calibration is not None:
         tokens = open_calibration(options.calibration).tokens

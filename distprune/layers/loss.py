@@ -64,12 +64,37 @@ class LossHead:
 
         def loss_of(places: slice, sample: int) -> Loss:
             with torch.no_grad():
-                wanted = self._logits(self._placed(dense[sample, places])).log_softmax(dim=1)
+                wanted = self._log_probabilities(dense[sample, places])
             return lambda logits: F.kl_div(logits.log_softmax(dim=1), wanted, reduction="none", log_target=True).sum(
                 dim=1
             )
 
         return self._through(hidden_states, loss_of)
+
+    @torch.no_grad()
+    def divergences(self, variants: Tensor, dense: Tensor) -> Tensor:
+        """How far the predictions of several pruned models are from the dense model's, without gradients.
+
+        Args:
+            variants: at the pruned models' last layer's output, (samples, variants, length, d).
+            dense: at the dense model's, (samples, length, d).
+
+        Returns:
+            Each sample's Kullback-Leibler divergence in nats, (samples, variants) in float64 on the CPU.
+        """
+        found = torch.zeros(variants.shape[:2], dtype=torch.float64)
+        for sample, states in enumerate(variants):
+            for start in range(0, states.shape[1], TOKENS_AT_ONCE):
+                places = slice(start, start + TOKENS_AT_ONCE)
+                wanted = self._log_probabilities(dense[sample, places])
+                for variant, own in enumerate(states):
+                    predicted = self._log_probabilities(own[places])
+                    apart = F.kl_div(predicted, wanted, reduction="sum", log_target=True)
+                    found[sample, variant] += apart.double().cpu()
+        return found
+
+    def _log_probabilities(self, hidden_states: Tensor) -> Tensor:
+        return self._logits(self._placed(hidden_states)).log_softmax(dim=1)
 
     def sampled(self, hidden_states: Tensor, dense: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Of the loss of predicting tokens that are drawn from the dense model's predictions.
@@ -90,7 +115,7 @@ class LossHead:
 
         def loss_of(places: slice, sample: int) -> Loss:
             with torch.no_grad():
-                wanted = self._logits(self._placed(dense[sample, places])).log_softmax(dim=1)
+                wanted = self._log_probabilities(dense[sample, places])
                 drawn = draw(wanted, generators[sample])
 
             def loss(logits: Tensor) -> Tensor:

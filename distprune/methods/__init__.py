@@ -1,6 +1,7 @@
 """Pruning methods, one file or folder each. A plugin brings more: see `registry.py`."""
 
 from distprune.methods.base import ChangeExperts, CostCurve, LayerToPrune, Method, Observe, Paper, Plan, Profile
+from distprune.methods.planning_menus import plan_by_menus
 from distprune.methods.registry import METHODS, make_method
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "Plan",
     "Profile",
     "make_method",
+    "plan_by_menus",
 ]

@@ -9,7 +9,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from distprune.budgets import Target, are_alike, fill_with_ffn
+from distprune.budgets import Menu, Target, are_alike, fill_with_ffn
 from distprune.errors import InputError
 from distprune.layers.parts import DecoderLayer, Experts
 from distprune.layers.shapes import LayerShape
@@ -151,6 +151,8 @@ class Method(BaseModel):
     #: Whether it can do with some of a mixture's experts at a time: its ``profile`` says nothing of single experts,
     #: which :meth:`expert_profiler` does, and its ``prune`` gets at them by :meth:`LayerToPrune.change_experts`.
     takes_chunks: ClassVar[bool] = False
+    #: Whether it plans by :meth:`menus` where layers may differ, so that a search can measure what is on them.
+    has_menus: ClassVar[bool] = False
 
     @property
     def zeroes(self) -> bool:
@@ -249,6 +251,13 @@ class Method(BaseModel):
     def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         """The shape each layer is to have, the whole meeting ``target`` within one step of ``align``."""
         raise NotImplementedError
+
+    def menus(self, target: Target, profiles: Sequence[Profile], align: int) -> Sequence[Menu]:
+        """What every part of every layer may become, and what that is predicted to cost; of methods that plan so.
+
+        A part that can't change has no menu.
+        """
+        return ()
 
     def cost_curves(self, shape: LayerShape, profile: Profile) -> Mapping[str, CostCurve]:
         """What the plan was made from, for people to see where it cut; nothing where the method does not say.

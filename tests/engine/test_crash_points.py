@@ -98,8 +98,9 @@ LOGITS = {"objective": "logits", "batch": 2, "epochs": 3}
         pytest.param(3, {"method": "llm-pruner"}, marks=pytest.mark.slow),
         pytest.param(3, {"method": "olica", "distill": LOGITS}, marks=pytest.mark.slow),
         pytest.param(2, {"method": "curvature", "rounds": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {"method": "curvature", "sparsity": 0.6, "search": {"samples": 2}}, marks=pytest.mark.slow),
     ],
-    ids=["two layers", "three layers", "gradients", "end to end", "rounds"],
+    ids=["two layers", "three layers", "gradients", "end to end", "rounds", "search"],
 )
 def test_a_driver_killed_at_any_change_of_a_file_resumes_to_the_same_bytes(
     prune_here, save_model, digests, monkeypatch, tmp_path, layers, changes

@@ -55,6 +55,12 @@ def test_rounds_give_the_same_bytes_by_any_number_of_workers(run, digests):
     assert made[0] == made[1] != digests(run(**options | {"rounds": 1})[0])
 
 
+def test_a_search_gives_the_same_bytes_by_any_number_of_workers(run, digests):
+    options = {"method": "curvature", "sparsity": 0.5, "search": {"samples": 2, "steps": 1}}
+    made = [digests(run(workers=workers, **options)[0]) for workers in (1, 2)]
+    assert made[0] == made[1] != digests(run(**options | {"search": None})[0])
+
+
 def test_experts_in_chunks_give_the_same_bytes_by_any_number_of_workers(run, save_mixture, digests, calls):
     """Whichever workers share a layer's experts, whose outputs the next layer is pruned on."""
     model = save_mixture("qwen3_moe")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,9 @@ from distprune.checkpoint import (
     resolve_model,
 )
 from distprune.config import PruneConfig
+from distprune.engine.run.held_out import check_can_hold_out
 from distprune.engine.run.left_alone import LeftAlone, left_alone
+from distprune.engine.run.library import Library
 from distprune.engine.worker.dense_model import DenseModel
 from distprune.errors import InputError
 from distprune.families.disk_names import disk_names
@@ -39,13 +42,16 @@ from distprune.layers.architecture import Architecture
 from distprune.layers.module import empty_model
 from distprune.layers.shapes import ExpertsShape
 from distprune.methods import METHODS, Method, make_method
-from distprune.storage import is_remote, is_url, location
+from distprune.search import STEPS
+from distprune.storage import Location, is_remote, is_url, location
 from distprune.version import __version__
 
 #: Layers whose gradients lie in the journal at once, as long as profiles take no longer than passes.
 GRADIENTS_KEPT = 2
 #: Shards that workers merge at once, at most: so many lie on the disk beside the parts that they are made of.
 MERGED_AT_ONCE = 16
+#: What a library takes, as a multiple of the model: steps from the whole of every part to nothing.
+LIBRARY_SHARE = (STEPS - 1) / 2
 #: Rows of the matrices that torch multiplies for several experts at once are multiples of so many bytes.
 ROW_BYTES = 16
 
@@ -62,6 +68,7 @@ class Job:
     target: Target
     left_alone: LeftAlone
     notes: tuple[str, ...] = ()  # what the run says of itself
+    library: Library | None = None  # that all parts are taken from
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -94,7 +101,12 @@ class Job:
 
         The dtype is among it, so it has to be settled: a run never resumes in another one.
         """
-        return identity_of(self.config, model_identity(self.hub, self.checkpoint), device)
+        return identity_of(self.config, self.model_identity, device)
+
+    @property
+    def model_identity(self) -> str:
+        """What tells the model from every other."""
+        return model_identity(self.hub, self.checkpoint)
 
 
 def identity_of(config: PruneConfig, model: str, device: str) -> dict[str, Any]:
@@ -105,14 +117,15 @@ def identity_of(config: PruneConfig, model: str, device: str) -> dict[str, Any]:
         model: what tells its model from every other; see :func:`model_identity`.
         device: the kind of device that its workers are on.
     """
-    texts = config.calibration, config.distill and config.distill.calibration
-    calibration, distillation = (path and open_calibration(path).fingerprint for path in texts)
+    calibration, distillation, held_out = (path and open_calibration(path).fingerprint for path in texts_of(config))
     latencies = config.latency_table and LatencyTable.read(config.latency_table).fingerprint
     return config.decisive() | {
         "distprune": __version__,
         "model": model,
         "calibration": calibration,
         "distillation text": distillation,
+        "search text": held_out,
+        "library": config.from_library and Library.read(config.from_library).fingerprint,
         "latencies": latencies,
         "options": make_method(config.method, config.options).model_dump(mode="json"),
         "device": device,
@@ -138,13 +151,15 @@ def check_job(config: PruneConfig) -> Job:
     model_path, model = stored.path, dense_model(stored)
     if config.experts_at_once is not None:
         check_takes_chunks(config, method, model)
-    texts = config.calibration, config.distill and config.distill.calibration
+    texts = texts_of(config)
     for path in filter(None, texts):
         tokenizer = load_tokenizer(model_path, config.trust_remote_code)
         check_calibration(open_calibration(path), tokenizer, model_path, model.architecture)
     if config.distill:
         check_keeps_zeros(method)
         check_can_be_split(config, texts)
+    check_search(config, method)
+    library = open_library(config, model_identity(hub, stored))
     if needs_gradients(method, model.architecture):
         check_has_targets(config)
     elif config.rounds > 1:
@@ -173,7 +188,66 @@ def check_job(config: PruneConfig) -> Job:
             else ()
         ),
     )
-    return Job(config, model_path, hub, model, method, target, left, notes)
+    return Job(config, model_path, hub, model, method, target, left, notes, library)
+
+
+def texts_of(config: PruneConfig) -> tuple[Location | None, Location | None, Location | None]:
+    """The calibration sets of the pruning, of distillation and of the search, where a run is given them."""
+    return (
+        config.calibration,
+        config.distill.calibration if config.distill else None,
+        config.search.calibration if config.search else None,
+    )
+
+
+def check_search(config: PruneConfig, method: Method) -> None:
+    """See that a plan can be refined by a search, if it is asked for.
+
+    Raises:
+        InputError: it can't.
+    """
+    if config.search is None:
+        if config.library is not None:
+            raise InputError(f"--library {config.library}: it is a search that makes a library. Give --search too.")
+        return
+    if not method.has_menus:
+        able = ", ".join(sorted(name for name, each in METHODS.items() if each.has_menus))
+        raise InputError(
+            f"--search: method {method.name} has no other plans to offer. Choose one of the methods {able}."
+        )
+    if config.layout == "stock":
+        raise InputError(
+            "--search: with --layout stock all layers are alike, so there is nothing to shift. Leave one out."
+        )
+    if config.experts_at_once is not None:
+        raise InputError(
+            f"--search: needs all experts of a layer at once. Leave it out, or --experts-at-once {config.experts_at_once}."
+        )
+    samples = config.samples if config.calibration is None else len(open_calibration(config.calibration).tokens)
+    check_can_hold_out(config, samples)
+
+
+def open_library(config: PruneConfig, model: str) -> Library | None:
+    """The library that all parts are taken from, if any are.
+
+    Args:
+        model: what tells the model from every other.
+
+    Raises:
+        InputError: it can't be taken from.
+    """
+    if (folder := config.from_library) is None:
+        return None
+    library = Library.read(folder)
+    if library.model != model:
+        raise InputError(
+            f"{folder}: is the library of another model than {config.model}. Give the model that it is of."
+        )
+    if config.search or config.rounds > 1:
+        raise InputError(f"--from-library {folder}: solves nothing, so --search and --rounds do not go with it.")
+    if config.distill and config.distill.calibration is None:
+        raise InputError("--distill: a library holds no text to learn from. Give --distill-calibration.")
+    return library
 
 
 def check_keeps_zeros(method: Method) -> None:
@@ -271,10 +345,11 @@ def check_apart(config: PruneConfig) -> None:
     read = {
         "the model": None if is_hub_id(config.model) else model,
         "the calibration set": config.calibration,
+        "distillation's calibration set": texts_of(config)[1],
+        "the search's calibration set": texts_of(config)[2],
         "the latency table": config.latency_table,
+        "the library": config.library or config.from_library,
     }
-    if config.distill:
-        read["distillation's calibration set"] = config.distill.calibration
     for what, path in read.items():
         for folder in (config.output, partial_directory(config.output)):
             if path is not None and overlap(path, folder):
@@ -296,8 +371,9 @@ def overlap(path: Path | UPath, folder: Path | UPath) -> bool:
 def check_paths(config: PruneConfig) -> None:
     """See that every path is UTF-8: Ray passes on no others."""
     paths = {"model": config.model, "output": config.output, "calibration": config.calibration}
-    paths["latency-table"] = config.latency_table
-    for name, path in (paths | {"distill-calibration": config.distill and config.distill.calibration}).items():
+    paths |= {"latency-table": config.latency_table, "library": config.library, "from-library": config.from_library}
+    _, paths["distill-calibration"], paths["search-calibration"] = texts_of(config)
+    for name, path in paths.items():
         shown = os.fsencode(str(path or "")).decode(errors="backslashreplace")
         if path and shown != str(path):
             raise InputError(f"{name} {shown}: is not UTF-8, and Ray can't pass it on. Rename it, or choose another.")
@@ -321,7 +397,7 @@ def open_model(config: PruneConfig) -> tuple[HubModel | None, Checkpoint]:
     return None, Checkpoint.open(resolve_model(config.model, revision=config.revision).absolute(), trust)
 
 
-def check_can_be_split(config: PruneConfig, texts: tuple[Path | None, Path | None]) -> None:
+def check_can_be_split(config: PruneConfig, texts: Sequence[Location | None]) -> None:
     """See that distillation has a sample to learn from and one to hold out."""
     path = texts[1] or texts[0]
     samples = config.samples if path is None else len(open_calibration(path).tokens)
@@ -363,6 +439,8 @@ def space_needed(config: PruneConfig, model: DenseModel, method: Method) -> int:
     pruning = (waiting + 1) * states + weights
     if config.rounds > 1:
         passing += pruning
+    if config.search:
+        pruning += round(LIBRARY_SHARE * weights)
     # Parts and the shards that are made of them lie side by side for a moment.
     assembling = weights + min(weights, merged_at_once(config) * config.max_shard_size)
     return profiles + max(passing, pruning, assembling)

@@ -40,6 +40,7 @@ class RunContext(FirstStages):
         mixtures: of the layers that have one, how many experts it has.
         aiming: the layers that are pruned towards the dense model's hidden states around them.
         rounds: how often the model is planned and pruned.
+        searches: whether parts of all layers are solved on the dense model's hidden states.
     """
 
     journal: Journal
@@ -49,6 +50,7 @@ class RunContext(FirstStages):
     mixtures: Mapping[int, int] = field(default_factory=dict)
     aiming: Collection[int] = ()
     rounds: int = 1
+    searches: bool = False
 
     @property
     def in_one_piece(self) -> bool:
@@ -83,8 +85,8 @@ class RunContext(FirstStages):
 
     def keeps_dense(self, index: int) -> bool:
         """Whether the dense model's hidden states at the input of layer ``index``, or at the model's end, are needed
-        after the passes through it: for pruning, or since further rounds begin and end with them."""
-        return bool(self.pruned_with(index)) or (self.rounds > 1 and index in (0, self.layers))
+        after the passes through it: for pruning, for a search, or since further rounds begin and end with them."""
+        return self.searches or bool(self.pruned_with(index)) or (self.rounds > 1 and index in (0, self.layers))
 
     def ends_block(self, index: int) -> bool:
         """Whether no layer is pruned on the output of this one."""

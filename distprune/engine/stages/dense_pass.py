@@ -81,10 +81,10 @@ class DensePass(Relay):
         ChunkedForward(self.pool, station, chunks, profiles, piece, pass_on, close).submit()
 
     def reached(self, station: int, pieces: list[HostTensor]) -> None:
-        if self.for_gradients or self.context.pruned_with(station) or station % KEPT_EVERY == 0:
+        if self.for_gradients or self.context.keeps_dense(station) or station % KEPT_EVERY == 0:
             save_states(self.journal, self._states, station, pieces)
         passed = station - KEPT_EVERY
-        if station % KEPT_EVERY == 0 and not (self.for_gradients or self.context.pruned_with(passed)):
+        if station % KEPT_EVERY == 0 and not (self.for_gradients or self.context.keeps_dense(passed)):
             self.journal.remove(entry_of(DENSE, passed))
 
     def closed(self, station: int, profile: dict[str, HostTensor], carried: dict[str, HostTensor]) -> None:

@@ -30,6 +30,7 @@ class LayerPruning:
         hidden_states: at its input.
         dense_input, dense_output: the dense model's hidden states at its input, where they are other ones, and at its
             output; None where the method does not ask for them.
+        seen_of_dense: moments of the dense layer on these hidden states, where several variations ask for them.
     """
 
     worker: LayerWorker
@@ -39,15 +40,28 @@ class LayerPruning:
     hidden_states: Tensor
     dense_input: Tensor | None = field(default=None, kw_only=True)
     dense_output: Tensor | None = field(default=None, kw_only=True)
+    seen_of_dense: dict[tuple[Moment, ...], LayerStatistics] | None = field(default=None, kw_only=True)
 
     def observe(self, variation: DecoderLayer, moments: Sequence[Moment]) -> LayerStatistics:
         """Moments inside a variation of the layer."""
+        if self.seen_of_dense is None or variation is not self._on_solver:
+            return self._observe(variation, moments)
+        asked = tuple(moments)
+        if asked not in self.seen_of_dense:
+            self.seen_of_dense[asked] = self._observe(variation, moments)
+        return self.seen_of_dense[asked]
+
+    def _observe(self, variation: DecoderLayer, moments: Sequence[Moment]) -> LayerStatistics:
         statistics = LayerStatistics(moments, self.worker.solve_device)
         update, sites = statistics.update, sites_of(moments)
         if self._dense_states is not None:
             update, sites = self._dense_states.observing(update, sites)
         self.worker.runner.observe(variation, self.index, self.hidden_states, update, sites)
         return statistics
+
+    @cached_property
+    def _on_solver(self) -> DecoderLayer:
+        return self.layer.to(self.worker.solve_device)
 
     @cached_property
     def _dense_states(self) -> DenseStates | None:
@@ -77,10 +91,9 @@ class LayerPruning:
 
     def given(self, **known: object) -> LayerToPrune:
         """What the method is given; ``known`` are the statistics and the profile."""
-        layer = self.layer.to(self.worker.solve_device)
         return LayerToPrune(
             self.index,
-            layer,
+            self._on_solver,
             self.planned,
             observe=self.observe,
             sparsity=self.worker.config.sparsity,

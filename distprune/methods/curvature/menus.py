@@ -1,4 +1,4 @@
-"""What every module may become, and the choice for all of them that costs least within the budget."""
+"""What attention and feed-forward networks may become, and what that costs."""
 
 from __future__ import annotations
 
@@ -10,30 +10,14 @@ from math import ceil, lcm
 import numpy as np
 from numpy.typing import NDArray
 
-from distprune.budgets import Curve, Target, aligned
-from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape
+from distprune.budgets import Menu, Target, aligned
+from distprune.layers.shapes import AttentionShape, FeedForwardShape
 from distprune.methods.base import Profile
 
 #: Widths of an FFN on its menu, where single steps of the alignment are spent at the end; and prices of ranks.
 MOST_WIDTHS = 64
 #: An option of a menu: the shape that a part may have, None where it may go whole; and what that costs.
 Option = tuple[AttentionShape | None, float] | tuple[FeedForwardShape | None, float]
-
-
-@dataclass(frozen=True)
-class Menu:
-    """What one part of a layer, its ``attention`` or ``ffn``, or what is ``shared`` beside experts, may become, and
-    what that costs and takes."""
-
-    layer: int
-    part: str
-    shapes: list[AttentionShape | None] | list[FeedForwardShape | None] | list[ExpertsShape]
-    costs: list[float]
-    amounts: list[int]
-
-    @property
-    def curve(self) -> Curve:
-        return Curve(self.costs, self.amounts)
 
 
 @dataclass(frozen=True)
@@ -154,6 +138,9 @@ def ffn_menu(target: Target, index: int, profile: Profile, reach: Reach) -> Menu
         for rank, share_at in shares.items() if width < dense.width else ():
             if (share := share_at(width)) > 0:
                 options.append((replace(dense, width=width, branch_rank=rank), (1 - share) * cost_of(width)))
+    # A branch beside a network that is hardly narrower takes more than the whole network.
+    most = target.ffn_amount(index, dense)
+    options = [(shape, cost) for shape, cost in options if target.ffn_amount(index, shape) <= most]
     shapes, costs = map(list, zip(*options, strict=True))
     return Menu(index, "ffn", shapes, costs, [target.ffn_amount(index, shape) for shape in shapes])
 

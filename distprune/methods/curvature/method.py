@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distprune.budgets import RESOURCES, Target
+from distprune.budgets import RESOURCES, Menu, Target
 from distprune.errors import InputError
 from distprune.layers.parts import Attention, DecoderLayer, Experts, FeedForward, Linear, LowRank, Projection
 from distprune.layers.shapes import AttentionShape, ExpertsShape, FeedForwardShape, LayerShape
@@ -42,7 +42,7 @@ from distprune.layers.sites import (
     Site,
 )
 from distprune.methods.base import CostCurve, LayerToPrune, Method, Plan, Profile, ProfileExperts, of_parts
-from distprune.methods.curvature.allocating import allocate_globally, smallest
+from distprune.methods.curvature.all_menus import all_menus, smallest
 from distprune.methods.curvature.curves import (
     attention_curves,
     branch_savings,
@@ -62,6 +62,7 @@ from distprune.methods.curvature.mixture_curves import (
 from distprune.methods.curvature.narrowing import narrowed, without_experts
 from distprune.methods.curvature.recorded_curves import recorded_curves
 from distprune.methods.curvature.stock import allocate_equally, choices_alike
+from distprune.methods.planning_menus import plan_by_menus
 from distprune.methods.units import (
     heads_of_groups,
     keep_heads,
@@ -79,6 +80,7 @@ class Curvature(Method):
 
     name: ClassVar[str] = "curvature"
     takes_chunks: ClassVar[bool] = True
+    has_menus: ClassVar[bool] = True
     targets: ClassVar[tuple[str, ...]] = RESOURCES
     layouts: ClassVar[tuple[str, ...]] = ("free", "heterogeneous", "stock")
     removes: ClassVar[tuple[str, ...]] = (
@@ -178,10 +180,12 @@ class Curvature(Method):
     def plan(self, target: Target, profiles: Sequence[Profile], align: int) -> Plan:
         if target.sparsity == 0:
             return Plan(target.dense_shapes, predicted_loss=0.0, gap=0.0, by_layer=[0.0] * len(profiles))
-        reach = self._reach(align)
         if target.layout == "stock":
-            return allocate_equally(target, profiles, reach)
-        return allocate_globally(target, profiles, reach)
+            return allocate_equally(target, profiles, self._reach(align))
+        return plan_by_menus(target, self.menus(target, profiles, align), align)
+
+    def menus(self, target: Target, profiles: Sequence[Profile], align: int) -> Sequence[Menu]:
+        return [*all_menus(target, profiles, self._reach(align))]
 
     def cost_curves(self, shape: LayerShape, profile: Profile) -> Mapping[str, CostCurve]:
         return recorded_curves(shape, profile)

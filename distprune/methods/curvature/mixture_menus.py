@@ -10,10 +10,10 @@ from math import ceil
 from scipy.interpolate import interp1d
 from torch import Tensor
 
-from distprune.budgets import Target
+from distprune.budgets import Menu, Target
 from distprune.layers.shapes import ExpertsShape
 from distprune.methods.base import Profile
-from distprune.methods.curvature.menus import Menu, Reach, costs_by_width
+from distprune.methods.curvature.menus import Reach, costs_by_width
 from distprune.methods.mixtures import best_experts
 
 #: So many numbers of experts are on a layer's menu.

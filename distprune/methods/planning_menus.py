@@ -1,44 +1,28 @@
-"""The choice for all parts of all layers that costs least within the budget."""
+"""The choice from all parts' menus that costs least within the budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from distprune.budgets import Target, allocate, neurons_amount
+from distprune.budgets import Menu, Target, allocate, neurons_amount
 from distprune.layers.shapes import ExpertsShape, LayerShape
-from distprune.methods.base import Plan, Profile
-from distprune.methods.curvature.menus import (
-    Menu,
-    Reach,
-    attention_menu,
-    ffn_menu,
-    head_shapes,
-    may_lose_attention,
-)
-from distprune.methods.curvature.mixture_menus import mixture_menus, smallest_mixture
+from distprune.methods.base import Plan
 
 
-def allocate_globally(target: Target, profiles: Sequence[Profile], reach: Reach) -> Plan:
-    """Of each menu the option with which the whole costs least.
+def plan_by_menus(target: Target, menus: Sequence[Menu], align: int) -> Plan:
+    """Of each menu the option with which the whole costs least; what a layer has no menu for stays.
 
     Raises:
         InputError: the target can't be reached.
     """
-    shapes, menus = target.dense_shapes, []
-    for index, (shape, profile) in enumerate(zip(shapes, profiles, strict=True)):
-        if shape.attention:
-            menus.append(attention_menu(target, index, profile, reach))
-        if isinstance(shape.ffn, ExpertsShape):
-            menus += mixture_menus(target, index, profile, reach)
-        elif shape.ffn:
-            menus.append(ffn_menu(target, index, profile, reach))
+    shapes = target.dense_shapes
     rest = target.amount([LayerShape(None, None)] * len(shapes))
     allocation = allocate([menu.curve for menu in menus], target.remaining - rest)
     for menu, choice in zip(menus, allocation.choices, strict=True):
         shapes[menu.layer] = chosen(shapes[menu.layer], menu, choice)
     by_layer = costs_by_layer(menus, allocation.costs, len(shapes))
-    return Plan(spend_rest(target, shapes, reach.align), allocation.cost, allocation.gap, by_layer)
+    return Plan(spend_rest(target, shapes, align), allocation.cost, allocation.gap, by_layer)
 
 
 def costs_by_layer(menus: Sequence[Menu], costs: Sequence[float], layers: int) -> list[float]:
@@ -71,20 +55,4 @@ def spend_rest(target: Target, shapes: Sequence[LayerShape], align: int) -> list
             if step > left:
                 break
             shapes[index], left = shapes[index].with_ffn(width=shapes[index].ffn.width + more), left - step
-    return shapes
-
-
-def smallest(target: Target, reach: Reach) -> list[LayerShape]:
-    """The smallest layers that the menus have, factored projections aside."""
-    shapes = target.dense_shapes
-    for index, dense in enumerate(target.dense_shapes):
-        attention, ffn, removable = dense.attention, dense.ffn, target.removable(index)
-        if attention:
-            options = [None] if may_lose_attention(target, index, reach) else head_shapes(target, index, reach)
-            attention = min(options, key=lambda shape: target.attention_amount(index, shape))
-        if isinstance(ffn, ExpertsShape):
-            ffn = smallest_mixture(target, index, reach)
-        elif ffn and removable.neurons:
-            ffn = replace(ffn, width=reach.widths(ffn.width)[0])
-        shapes[index] = LayerShape(attention, ffn if isinstance(ffn, ExpertsShape) or not removable.ffn else None)
     return shapes

@@ -1,0 +1,181 @@
+"""From the calibration set, or from a library, to the pruned layers: passes, plan, search, pruning, round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from distprune.engine.run.calibration_size import too_few_tokens
+from distprune.engine.run.expert_tokens import seldom_used, tokens_by_layer
+from distprune.engine.run.journal import fingerprint
+from distprune.engine.run.layer_files import PRUNED, LayerFiles
+from distprune.engine.run.library import Library, PartFiles
+from distprune.engine.run.preflight import Job
+from distprune.engine.run.record import CalibrationRecord, forecast
+from distprune.engine.run.work_folder import WorkFolder
+from distprune.engine.stages.context import RunContext
+from distprune.engine.stages.dense_pass import DensePass
+from distprune.engine.stages.gradient_pass import GradientPass
+from distprune.engine.stages.library_pass import LibraryPass
+from distprune.engine.stages.pruned_passes import is_measured, kind_of_round, measure_again
+from distprune.engine.stages.pruning_pass import PruningPass
+from distprune.engine.stages.searching import Search
+from distprune.engine.worker.host_tensor import pack_all
+from distprune.engine.worker.library_tasks import TakeFromLibrary
+from distprune.engine.worker.task import Later
+from distprune.methods import CostCurve, Plan, Profile
+from distprune.search import affordable_choices, library_options, plan_at_prices, shapes_of
+
+#: Journal entry of what a search has found the parts to cost.
+PRICES = "prices"
+
+
+@dataclass(frozen=True)
+class Made:
+    """The pruned layers, and what is known of how they came about.
+
+    Attributes:
+        plan: their shapes.
+        files: the layers.
+        expert_tokens: of each layer with a mixture, how many tokens each expert has seen.
+        cost_curves: what the plan was made from, layer by layer.
+        notes: what is to be said of it.
+    """
+
+    plan: Plan
+    files: LayerFiles
+    expert_tokens: list[list[int] | None]
+    cost_curves: list[Mapping[str, CostCurve]]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class MakingLayers:
+    """The stages of one run that make its layers.
+
+    Attributes:
+        context: the run.
+        job: what it is to make.
+        work: the folder that it works in.
+        device: the kind of the workers' device.
+    """
+
+    context: RunContext
+    job: Job
+    work: WorkFolder
+    device: str
+
+    # ---------------------------------------------------------------- by pruning
+
+    def by_pruning(self, tokens: np.ndarray, held_out: np.ndarray | None, calibration: CalibrationRecord) -> Made:
+        """Prune the model.
+
+        Args:
+            tokens: of the calibration set, (samples, length).
+            held_out: what a search measures on, (samples, length).
+            calibration: what both are of.
+        """
+        context, job, work = self.context, self.job, self.work
+        with work.timed("dense pass"):
+            profiles = DensePass(context, tokens, job.needs_gradients).run()
+        if job.needs_gradients:
+            with work.timed("gradient pass"):
+                profiles = GradientPass(context, tokens).run()
+        expert_tokens = tokens_by_layer(profiles)
+        notes = [*seldom_used(expert_tokens)]
+        for number in range(1, 1 + job.config.rounds):
+            if number > 1:
+                with work.timed("measure again"):
+                    profiles = measure_again(context, tokens, files.read, number)
+                files.drop_pruned()
+            searches = held_out is not None and number == job.config.rounds
+            plan = self._searched(profiles, held_out, calibration) if searches else self._plan(profiles)
+            if number == 1:
+                notes += too_few_tokens(plan, tokens.size, job.architecture.hidden_size)
+                for note in notes:
+                    context.progress.note(note)
+            files = self._pruned(plan, profiles, number)
+        return Made(plan, files, expert_tokens, self._cost_curves(profiles), notes)
+
+    def _plan(self, profiles: Sequence[Profile]) -> Plan:
+        return self.job.method.plan(self.job.target, profiles, self.job.config.align)
+
+    def _pruned(self, plan: Plan, profiles: Sequence[Profile], number: int) -> LayerFiles:
+        """The layers of a round, which are pruned unless the next one has measured what it needs to know of them."""
+        context, job, work = self.context, self.job, self.work
+        if plan.predicted_loss is not None:
+            context.progress.note(forecast(plan.predicted_loss, plan.gap))
+        is_last = number == job.config.rounds
+        files = self._files(plan, PRUNED if is_last else kind_of_round("layer", number))
+        if not is_measured(context, number + 1):
+            with work.timed("prune" if number == 1 else "prune again"):
+                PruningPass(context, plan, profiles, files.keep_pruned, is_last).run(files.pruned())
+        return files
+
+    def _files(self, plan: Plan, kind: str = PRUNED) -> LayerFiles:
+        return LayerFiles(self.job, plan, self.work.writer, self.work.journal, self.context.progress, kind)
+
+    def _cost_curves(self, profiles: Sequence[Profile]) -> list[Mapping[str, CostCurve]]:
+        """What the method's plan was made from, layer by layer."""
+        shapes = self.job.architecture.dense_shapes
+        return [self.job.method.cost_curves(shape, profile) for shape, profile in zip(shapes, profiles, strict=True)]
+
+    # ---------------------------------------------------------------- with a search
+
+    def _searched(self, profiles: Sequence[Profile], held_out: np.ndarray, calibration: CalibrationRecord) -> Plan:
+        """The plan at the prices that a search finds, and the library that it finds them with."""
+        job, journal = self.job, self.work.journal
+        menus = job.method.menus(job.target, profiles, job.config.align)
+        parts = library_options(job.target, menus)
+        folder = job.config.library or self.work.folder / "library"
+        identity = fingerprint(job.identity(self.device))
+        if not journal.has(PRICES):
+            files = PartFiles(folder, parts)
+            files.begin(identity)
+            with self.work.timed("library"):
+                LibraryPass(self.context, profiles, files).run()
+            with self.work.timed("search"):
+                prices = Search(self.context, job.target, files, held_out, job.config.search).run()
+            if job.config.library:
+                Library(parts, prices, job.model_identity, job.config.model_dump(mode="json"), calibration).write(
+                    folder
+                )
+            journal.write(PRICES, prices)
+        return plan_at_prices(job.target, menus, parts, journal.report(PRICES), job.config.align)
+
+    # ---------------------------------------------------------------- from a library
+
+    def from_library(self, library: Library) -> Made:
+        """Take all layers from a library: of every part the size with which the whole costs least."""
+        job, context = self.job, self.context
+        choices = affordable_choices(job.target, library.parts, library.prices)
+        costs = [
+            price * part.costs[choice]
+            for part, price, choice in zip(library.parts, library.prices, choices, strict=True)
+        ]
+        by_layer = [
+            sum(cost for part, cost in zip(library.parts, costs, strict=True) if part.layer == index)
+            for index in range(context.layers)
+        ]
+        plan = Plan(shapes_of(job.target, library.parts, choices), sum(costs), 0.0, by_layer)
+        files, parts = self._files(plan), PartFiles(job.config.from_library, library.parts)
+        missing = sorted(set(range(context.layers)) - files.pruned())
+        context.progress.stage("Taking parts from the library", context.layers, context.layers - len(missing))
+
+        def receive(index: int, *results: Any) -> None:
+            files.keep_pruned(index, *results)
+            context.progress.advance()
+
+        def chosen(index: int) -> Any:
+            return pack_all(parts.chosen(job.target, index, choices))
+
+        with self.work.timed("take"):
+            for index in missing:
+                context.pool.submit(TakeFromLibrary(index, Later(partial(chosen, index))), partial(receive, index))
+            context.pool.run()
+        nothing: list[Any] = [None] * context.layers
+        return Made(plan, files, nothing, [{} for _ in range(context.layers)], [])

@@ -1,0 +1,19 @@
+"""Plans refined by measurement: what the parts of layers may become, what they were measured to cost, what to choose."""
+
+from distprune.search.part_options import STEPS, LayerPart, PartOptions, library_options
+from distprune.search.prices import Change, changed_choices, corrected_prices, part_of_the_way
+from distprune.search.searched_plan import affordable_choices, plan_at_prices, shapes_of
+
+__all__ = [
+    "STEPS",
+    "Change",
+    "LayerPart",
+    "PartOptions",
+    "affordable_choices",
+    "changed_choices",
+    "corrected_prices",
+    "library_options",
+    "part_of_the_way",
+    "plan_at_prices",
+    "shapes_of",
+]

@@ -1,0 +1,49 @@
+"""The choices that cost least at some prices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from distprune.budgets import Menu, Target, allocate
+from distprune.layers.shapes import LayerShape
+from distprune.methods import Plan, plan_by_menus
+from distprune.search.part_options import PartOptions
+
+
+def affordable_choices(target: Target, parts: Sequence[PartOptions], prices: Sequence[float]) -> list[int]:
+    """Of every part the option with which the whole costs least within the target.
+
+    Raises:
+        InputError: the smallest options of all parts take more.
+    """
+    rest = target.amount([LayerShape(None, None)] * target.model.num_layers)
+    curves = [part.menu(target, price).curve for part, price in zip(parts, prices, strict=True)]
+    return allocate(curves, target.remaining - rest).choices
+
+
+def shapes_of(target: Target, parts: Sequence[PartOptions], choices: Sequence[int]) -> list[LayerShape]:
+    """The shapes of all layers with these options of their parts."""
+    shapes = target.dense_shapes
+    for part, choice in zip(parts, choices, strict=True):
+        change: dict[str, Any] = {part.part: part.shapes[choice]}
+        shapes[part.layer] = replace(shapes[part.layer], **change)
+    return shapes
+
+
+def plan_at_prices(
+    target: Target, menus: Sequence[Menu], parts: Sequence[PartOptions], prices: Sequence[float], align: int
+) -> Plan:
+    """The plan that costs least, with all sizes to choose from, and each part at its price.
+
+    Args:
+        menus: of all parts, with all of their sizes.
+        parts: those that have prices.
+        prices: of each of them.
+    """
+    known: Mapping[tuple[int, str], float] = {
+        (part.layer, part.part): price for part, price in zip(parts, prices, strict=True)
+    }
+    priced = [menu.at_price(known[menu.layer, "ffn" if menu.part == "shared" else menu.part]) for menu in menus]
+    return plan_by_menus(target, priced, align)
