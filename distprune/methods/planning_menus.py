@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from distprune.budgets import Menu, Target, allocate, neurons_amount
-from distprune.layers.shapes import ExpertsShape, LayerShape
+from distprune.layers.shapes import LayerShape
 from distprune.methods.base import Plan
 
 

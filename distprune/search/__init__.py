@@ -1,4 +1,4 @@
-"""Plans refined by measurement: what the parts of layers may become, what they were measured to cost, what to choose."""
+"""Plans refined by measurement: what the parts of layers may become, what that was measured to cost, and the choice."""
 
 from distprune.search.part_options import STEPS, LayerPart, PartOptions, library_options
 from distprune.search.prices import Change, changed_choices, corrected_prices, part_of_the_way

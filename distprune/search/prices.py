@@ -1,10 +1,10 @@
 """What parts were measured to cost, as multiples of what was predicted.
 
-A plan is changed in one part at a time, to the next smaller and the next larger size on offer, and it is measured by how
-much more or less the model's predictions diverge from the dense model's. What all predictions have in common does not
-matter to a plan; what one part costs beyond it becomes the part's price, and the predicted costs of all its sizes are
-multiplied by that. A single measurement is noisy, so a price is drawn towards one as if the prediction had been measured
-to be right once more.
+A plan is changed in one part at a time, to the next smaller and the next larger size on offer, and each time it is
+measured how much more or less the model's predictions diverge from the dense model's. What all predictions have in
+common does not matter to a plan; what one part costs beyond it becomes the part's price, by which the predicted costs
+of all its sizes are multiplied. A single measurement is noisy, so a price is drawn towards one, as if the prediction
+had been measured to be right once more.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def test_a_library_that_can_not_be_taken_from_is_refused(library, save_model, tm
     folder, _ = library
     with pytest.raises(InputError, match="is the library of another model"):
         plan_from(folder, tmp_path / "other", model=str(save_model(num_hidden_layers=3, seed=5)), device="cpu")
-    with pytest.raises(InputError, match="library.json: can't be read"):
+    with pytest.raises(InputError, match=r"library\.json: can't be read"):
         plan_from(tmp_path, tmp_path / "other")
     with pytest.raises(InputError, match="Give --distill-calibration"):
         plan_from(folder, tmp_path / "other", distill=True)

@@ -221,7 +221,7 @@ def check_search(config: PruneConfig, method: Method) -> None:
         )
     if config.experts_at_once is not None:
         raise InputError(
-            f"--search: needs all experts of a layer at once. Leave it out, or --experts-at-once {config.experts_at_once}."
+            f"--experts-at-once {config.experts_at_once}: a search needs all experts of a layer at once. Leave one out."
         )
     samples = config.samples if config.calibration is None else len(open_calibration(config.calibration).tokens)
     check_can_hold_out(config, samples)

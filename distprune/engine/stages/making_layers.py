@@ -87,22 +87,28 @@ class MakingLayers:
                 profiles = GradientPass(context, tokens).run()
         expert_tokens = tokens_by_layer(profiles)
         notes = [*seldom_used(expert_tokens)]
-        for number in range(1, 1 + job.config.rounds):
-            if number > 1:
-                with work.timed("measure again"):
-                    profiles = measure_again(context, tokens, files.read, number)
-                files.drop_pruned()
-            searches = held_out is not None and number == job.config.rounds
-            plan = self._searched(profiles, held_out, calibration) if searches else self._plan(profiles)
-            if number == 1:
-                notes += too_few_tokens(plan, tokens.size, job.architecture.hidden_size)
-                for note in notes:
-                    context.progress.note(note)
+        planned = partial(self._plan, held_out=held_out, calibration=calibration)
+        plan = planned(profiles, 1)
+        notes += too_few_tokens(plan, tokens.size, job.architecture.hidden_size)
+        for note in notes:
+            context.progress.note(note)
+        files = self._pruned(plan, profiles, 1)
+        for number in range(2, 1 + job.config.rounds):
+            with work.timed("measure again"):
+                profiles = measure_again(context, tokens, files.read, number)
+            files.drop_pruned()
+            plan = planned(profiles, number)
             files = self._pruned(plan, profiles, number)
         return Made(plan, files, expert_tokens, self._cost_curves(profiles), notes)
 
-    def _plan(self, profiles: Sequence[Profile]) -> Plan:
-        return self.job.method.plan(self.job.target, profiles, self.job.config.align)
+    def _plan(
+        self, profiles: Sequence[Profile], number: int, held_out: np.ndarray | None, calibration: CalibrationRecord
+    ) -> Plan:
+        """The plan of a round, that of the last refined by a search if there is one."""
+        config = self.job.config
+        if held_out is None or number < config.rounds:
+            return self.job.method.plan(self.job.target, profiles, config.align)
+        return self._searched(profiles, held_out, calibration)
 
     def _pruned(self, plan: Plan, profiles: Sequence[Profile], number: int) -> LayerFiles:
         """The layers of a round, which are pruned unless the next one has measured what it needs to know of them."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from distprune.engine.worker.layer_worker import LayerWorker
 from distprune.engine.worker.library_tasks import Chosen
-from distprune.engine.worker.pass_tasks import OpenHead, opened_layer
 from distprune.engine.worker.open_layers import OpenLayer
+from distprune.engine.worker.pass_tasks import OpenHead
 from distprune.engine.worker.task import Task
 from distprune.layers.parts import DecoderLayer
 
