@@ -78,7 +78,11 @@ class SearchConfig(BaseModel):
     seconds: float | None = Field(
         default=None, gt=0, description="no step begins after so long; what is found then depends on the machine"
     )
-    samples: int = Field(default=32, ge=1, description="windows of the calibration set that are held out to measure on")
+    samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="windows of the calibration set that are held out to measure on; by default a quarter, 32 at most",
+    )
     calibration: Location | None = Field(
         default=None, description="calibration set to measure on, in place of held-out windows"
     )

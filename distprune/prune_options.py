@@ -27,7 +27,7 @@ class SearchOptions(TypedDict, total=False):
 
     steps: int
     seconds: float | None
-    samples: int
+    samples: int | None
     calibration: str | Path | None
 
 

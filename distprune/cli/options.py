@@ -84,7 +84,9 @@ SearchSteps = Annotated[Optional[int], typer.Option(help="times that all parts a
 SearchSeconds = Annotated[
     Optional[float], typer.Option(help="no step begins after so long, and results may then differ [no limit]")
 ]
-SearchSamples = Annotated[Optional[int], typer.Option(help="windows of the calibration set to hold out [32]")]
+SearchSamples = Annotated[
+    Optional[int], typer.Option(help="windows of the calibration set to hold out [a quarter, 32 at most]")
+]
 SearchCalibration = Annotated[
     Optional[str], typer.Option(help="calibration set to measure on, in place of held-out windows")
 ]

@@ -44,6 +44,7 @@ ONLY_CHECKED = {
     "--workers": "starts Ray; tests/evaluation/test_workers.py runs it",
     "--push-to-hub": "uploads to the hub; tests/checkpoint/test_upload.py uploads to a stand-in",
     "--offload": "is an option of a plan, which takes seconds; the other plan is executed",
+    "plan-from": "needs the library of another command; tests/engine/test_search.py makes one",
     "quiet-neurons": "is a plugin, which test_plugin.py installs and runs",
 }
 #: What stands in a command for something that is not on this machine.
@@ -121,6 +122,7 @@ def no_work(monkeypatch) -> None:
         "distprune.latency.model_latency.measure_model",
         "distprune.engine.status",
         "distprune.engine.load_record",
+        "distprune.engine.Library.read",
         "distprune.export.gguf_file.export",
     ):
         monkeypatch.setattr(work, stop)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from distprune.calibration import open_calibration
-from distprune.config import PruneConfig
+from distprune.config import PruneConfig, SearchConfig
 from distprune.errors import InputError
+
+#: Windows that a search holds out unless it is told.
+MOST = 32
 
 
 def split_held_out(config: PruneConfig, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -24,7 +27,7 @@ def split_held_out(config: PruneConfig, tokens: np.ndarray) -> tuple[np.ndarray,
         return tokens, None
     if search.calibration is not None:
         return tokens, open_calibration(search.calibration).tokens
-    held_out = np.linspace(0, len(tokens), search.samples, endpoint=False).astype(int)
+    held_out = np.linspace(0, len(tokens), windows(search, len(tokens)), endpoint=False).astype(int)
     return np.delete(tokens, held_out, axis=0), tokens[held_out]
 
 
@@ -35,8 +38,15 @@ def check_can_hold_out(config: PruneConfig, samples: int) -> None:
         InputError: it does not.
     """
     search = config.search
-    if search is not None and search.calibration is None and search.samples >= samples:
+    if search is None or search.calibration is not None:
+        return
+    if (wanted := windows(search, samples)) >= samples:
         raise InputError(
-            f"--search-samples {search.samples}: of {samples} windows none would be left to calibrate on. Give fewer, "
-            "a larger calibration set, or --search-calibration."
+            f"--search-samples {wanted}: of {samples} windows none would be left to calibrate on. Give fewer, a larger "
+            "calibration set, or --search-calibration."
         )
+
+
+def windows(search: SearchConfig, samples: int) -> int:
+    """How many of so many windows a search holds out."""
+    return search.samples or max(1, min(MOST, samples // 4))
