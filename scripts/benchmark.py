@@ -1,4 +1,4 @@
-"""A method on a real model: perplexity against sparsity, what each of its parts is worth, and what distillation adds.
+"""A method on a real model: perplexity against sparsity, and what its parts, measured planning and distillation add.
 
     python scripts/benchmark.py --method olica --text alpaca.jsonl --text valid.txt --evaluate test.txt
 
@@ -51,6 +51,15 @@ ABLATIONS = {
         "no weight refitted by more than the rms of its row": {"options": {"radius": 1.0}},
     },
 }
+#: What a plan is measured by after it was predicted, and what layers learn alone, through their nonlinearities.
+MEASURING = {
+    "planned once": {},
+    "two rounds": {"rounds": 2},
+    "a search": {"search": True},
+    "layers fitted": {"distill": True},
+    "two rounds and a search": {"rounds": 2, "search": True},
+    "two rounds, a search and layers fitted": {"rounds": 2, "search": True, "distill": True},
+}
 console = Console(soft_wrap=True)
 
 
@@ -77,6 +86,11 @@ def ablation_table(bench: Bench, method: str) -> None:
     show(f"Ablation at {bench.arguments.sparsity:.0%}", "variant", bench.arguments.evaluate, rows)
 
 
+def measuring_table(bench: Bench, method: str) -> None:
+    rows = {name: bench.measure(sparsity=bench.arguments.sparsity, **change) for name, change in MEASURING.items()}
+    show(f"Measured planning at {bench.arguments.sparsity:.0%}", "variant", bench.arguments.evaluate, rows)
+
+
 def distillation_table(bench: Bench, method: str) -> None:
     rows = {}
     for windows in bench.arguments.windows or (128, 256, 640):
@@ -90,7 +104,12 @@ def distillation_table(bench: Bench, method: str) -> None:
     )
 
 
-TABLES = {"sparsity": sparsity_table, "ablation": ablation_table, "distillation": distillation_table}
+TABLES = {
+    "sparsity": sparsity_table,
+    "ablation": ablation_table,
+    "measuring": measuring_table,
+    "distillation": distillation_table,
+}
 
 
 def parse_arguments() -> argparse.Namespace:

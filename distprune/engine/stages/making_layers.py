@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -30,8 +30,8 @@ from distprune.engine.worker.task import Later
 from distprune.methods import CostCurve, Plan, Profile
 from distprune.search import affordable_choices, library_options, plan_at_prices, shapes_of
 
-#: Journal entry of what a search has found the parts to cost.
-PRICES = "prices"
+#: Journal entry of what a search has ended with.
+FOUND = "search"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class MakingLayers:
             files.drop_pruned()
             plan = planned(profiles, number)
             files = self._pruned(plan, profiles, number)
-        return Made(plan, files, expert_tokens, self._cost_curves(profiles), notes)
+        return Made(plan, files, expert_tokens, self._cost_curves(profiles), [*notes, *self._found["notes"]])
 
     def _plan(
         self, profiles: Sequence[Profile], number: int, held_out: np.ndarray | None, calibration: CalibrationRecord
@@ -139,19 +139,25 @@ class MakingLayers:
         parts = library_options(job.target, menus)
         folder = job.config.library or self.work.folder / "library"
         identity = fingerprint(job.identity(self.device))
-        if not journal.has(PRICES):
+        if not journal.has(FOUND):
             files = PartFiles(folder, parts)
             files.begin(identity)
             with self.work.timed("library"):
                 LibraryPass(self.context, profiles, files).run()
             with self.work.timed("search"):
-                prices = Search(self.context, job.target, files, held_out, job.config.search).run()
+                found = Search(self.context, job.target, files, held_out, job.config.search).run()
             if job.config.library:
-                Library(parts, prices, job.model_identity, job.config.model_dump(mode="json"), calibration).write(
-                    folder
-                )
-            journal.write(PRICES, prices)
-        return plan_at_prices(job.target, menus, parts, journal.report(PRICES), job.config.align)
+                settings = job.config.model_dump(mode="json")
+                Library(parts, found.prices, job.model_identity, settings, calibration).write(folder)
+            journal.write(FOUND, asdict(found))
+        prices = self._found["prices"]
+        return plan_at_prices(job.target, menus, parts, prices, job.config.align)
+
+    @property
+    def _found(self) -> dict[str, Any]:
+        """What the search has ended with, see :class:`distprune.engine.stages.searching.Found`."""
+        journal = self.work.journal
+        return journal.report(FOUND) if journal.has(FOUND) else {"notes": []}
 
     # ---------------------------------------------------------------- from a library
 

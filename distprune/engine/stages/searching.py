@@ -50,6 +50,14 @@ class PlanUnderSearch:
     divergence: float = inf
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with: the price of every part, and what it has told."""
+
+    prices: list[float]
+    notes: list[str]
+
+
 @dataclass
 class Search:
     """One search.
@@ -67,30 +75,34 @@ class Search:
     held_out: np.ndarray
     options: SearchConfig
     _passes: Iterator[int] = field(default_factory=count)
+    _told: list[str] = field(default_factory=list)
 
-    def run(self) -> list[float]:
-        """Resume where the journal ends. Returns the price of every part."""
+    def run(self) -> Found:
+        """Resume where the journal ends."""
         began = time.monotonic()
         self._dense_pass()
         prices = [1.0] * len(self.files.parts)
         plan = self._measured(self._choices(prices))
-        self._tell("the plan as predicted", plan)
+        self._tell_of("the plan as predicted", plan)
         for number in range(1, 1 + self.options.steps):
             if self.options.seconds is not None and time.monotonic() - began > self.options.seconds:
                 break
             found = corrected_prices(self.files.parts, plan.choices, prices, self._measured_changes(plan))
             if (better := self._better(plan, prices, found)) is None:
-                self.context.progress.note(f"Search: step {number} has found no better plan")
+                self._tell(f"Search: step {number} has found no better plan")
                 break
             plan, prices = better
-            self._tell(f"the plan of step {number}", plan)
+            self._tell_of(f"the plan of step {number}", plan)
         self._forget(plan.states)
-        return prices
+        return Found(prices, self._told)
 
-    def _tell(self, what: str, plan: PlanUnderSearch) -> None:
-        self.context.progress.note(
-            f"Search: on held-out text, {what} diverges from the dense model by {plan.divergence:.4g} nats a token"
-        )
+    def _tell_of(self, what: str, plan: PlanUnderSearch) -> None:
+        apart = f"{plan.divergence:.4g} nats a token"
+        self._tell(f"Search: on held-out text, {what} diverges from the dense model by {apart}")
+
+    def _tell(self, what: str) -> None:
+        self._told.append(what)
+        self.context.progress.note(what)
 
     def _choices(self, prices: Sequence[float]) -> list[int]:
         return affordable_choices(self.target, self.files.parts, prices)
