@@ -21,6 +21,7 @@ from distprune.calibration.chat import Rendered
 from distprune.calibration.expert_coverage import CANDIDATES, choose_covering
 from distprune.calibration.own_samples import DEFAULT_SAMPLING, generate_own_samples
 from distprune.calibration.packing import draw_windows, equal_shares, interleave
+from distprune.calibration.sampling import Sampling
 from distprune.calibration.text_sources import TextSource, read_source
 from distprune.calibration.tokenizer import load_tokenizer, tokenizer_fingerprint
 from distprune.calibration.whole_model import check_sequence_length, load_config, load_model
@@ -32,6 +33,7 @@ _LOGGER = logging.getLogger(__name__)
 __all__ = [
     "Calibration",
     "CalibrationMetadata",
+    "Sampling",
     "build_calibration",
     "draw_calibration",
     "generate_own_samples",
