@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import distprune
-from distprune.calibration import generate_own_samples, load_tokenizer
+from distprune.calibration import Sampling, generate_own_samples, load_tokenizer
 from distprune.calibration.whole_model import load_config, load_model
 from distprune.checkpoint import resolve_model
 from distprune.evaluation import generate_sentence, perplexity_of_model
@@ -90,8 +90,9 @@ def speed_of_core(dtype: torch.dtype) -> float:
 
 
 def held_out_text(model: Path, samples: int) -> str:
-    """Text that calibration did not see: more samples, of another seed."""
-    return "".join(load_tokenizer(model).batch_decode(generate_own_samples(model, samples, 128, seed=1)))
+    """Text that calibration did not see: more samples, of another seed and without random tokens."""
+    tokens = generate_own_samples(model, samples, 128, seed=1, sampling=Sampling(random_opening=0))
+    return "".join(load_tokenizer(model).batch_decode(tokens))
 
 
 def show_comparison(model: Path, output: Path, text: str, record: distprune.engine.RunRecord) -> None:

@@ -19,8 +19,9 @@ from distprune.calibration.arrow import (
 )
 from distprune.calibration.chat import Rendered
 from distprune.calibration.expert_coverage import CANDIDATES, choose_covering
-from distprune.calibration.own_samples import generate_own_samples
+from distprune.calibration.own_samples import DEFAULT_SAMPLING, generate_own_samples
 from distprune.calibration.packing import draw_windows, equal_shares, interleave
+from distprune.calibration.sampling import Sampling
 from distprune.calibration.text_sources import TextSource, read_source
 from distprune.calibration.tokenizer import load_tokenizer, tokenizer_fingerprint
 from distprune.calibration.whole_model import check_sequence_length, load_config, load_model
@@ -32,6 +33,7 @@ _LOGGER = logging.getLogger(__name__)
 __all__ = [
     "Calibration",
     "CalibrationMetadata",
+    "Sampling",
     "build_calibration",
     "draw_calibration",
     "generate_own_samples",
@@ -130,6 +132,7 @@ def draw_calibration(
         sources=tuple(source.name for source in sources),
         seed=seed,
         self_generated=not sources,
+        sampling=None if sources else DEFAULT_SAMPLING,
     )
     _check_vocabulary(tokens, config.vocab_size, model_path)
     return tokens, metadata

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.ipc
 from upath import UPath
 
+from distprune.calibration.sampling import Sampling
 from distprune.errors import InputError
 from distprune.storage import is_remote, kept_locally, local_copy, location
 
@@ -28,7 +29,11 @@ _MEND = "make it anew with `distprune calibrate`"
 
 @dataclass(frozen=True)
 class CalibrationMetadata:
-    """Where the tokens come from. `sources` is empty when they are the model's own samples."""
+    """Where the tokens come from.
+
+    `sources` is empty when they are the model's own samples; `sampling` says how those were drawn (None in files that
+    do not record it).
+    """
 
     tokenizer_fingerprint: str
     vocab_size: int
@@ -36,6 +41,7 @@ class CalibrationMetadata:
     sources: tuple[str, ...]
     seed: int
     self_generated: bool
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,10 @@ def _decoded(path: Path, schema: pa.Schema) -> CalibrationMetadata:
         version = fields.pop("format_version")
         if version != FORMAT_VERSION:
             raise InputError(f"{path}: has format version {version}, this distprune reads {FORMAT_VERSION}; {_MEND}.")
-        return CalibrationMetadata(**{**fields, "sources": tuple(fields["sources"])})
+        sampling = fields.pop("sampling", None)
+        return CalibrationMetadata(
+            **{**fields, "sources": tuple(fields["sources"])}, sampling=Sampling(**sampling) if sampling else None
+        )
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: is an Arrow file, but not a calibration set; {_MEND}.") from error
 

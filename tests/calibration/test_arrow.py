@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from distprune.calibration.arrow import CalibrationMetadata, open_calibration, write_calibration
+from distprune.calibration.sampling import Sampling
 from distprune.errors import InputError
 
 METADATA = CalibrationMetadata(
@@ -45,6 +47,23 @@ def test_tokens_and_metadata_come_back(written, tokens):
     assert calibration.tokens.dtype == np.int32
     assert calibration.metadata == METADATA
     assert calibration.path == written
+
+
+def test_how_own_samples_were_drawn_comes_back(tmp_path, tokens):
+    metadata = dataclasses.replace(METADATA, self_generated=True, sources=(), sampling=Sampling(0.5, 7))
+    write_calibration(tmp_path / "own.arrow", tokens, metadata)
+    assert open_calibration(tmp_path / "own.arrow").metadata == metadata
+
+
+def test_a_file_that_does_not_say_how_its_samples_were_drawn_opens(written):
+    def without_sampling(table):
+        ((key, value),) = table.schema.metadata.items()
+        fields = json.loads(value)
+        del fields["sampling"]
+        return table.replace_schema_metadata({key: json.dumps(fields)})
+
+    rewrite(written, without_sampling)
+    assert open_calibration(written).metadata == METADATA
 
 
 def test_each_row_is_one_fixed_size_list_that_any_arrow_reader_understands(written, tokens):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from distprune.calibration import build_calibration, load_tokenizer, open_calibration, tokenizer_fingerprint
+from distprune.calibration import Sampling, build_calibration, load_tokenizer, open_calibration, tokenizer_fingerprint
 from distprune.calibration.own_samples import generate_own_samples
 from distprune.errors import InputError
 
@@ -44,6 +44,7 @@ def test_the_file_says_where_it_comes_from(model, model_path, rivers, tmp_path):
     assert built.metadata == again.metadata
     assert again.metadata.sources == ("rivers.txt",)
     assert (again.metadata.seed, again.metadata.self_generated) == (9, False)
+    assert again.metadata.sampling is None
     assert again.metadata.vocab_size == model.config.vocab_size
     again.check_matches(tokenizer_fingerprint(load_tokenizer(model_path)), model.config.vocab_size, "tiny")
 
@@ -68,6 +69,7 @@ def test_without_text_the_model_writes_its_own(model_path, tmp_path):
     assert np.array_equal(built.tokens, generate_own_samples(model_path, 3, 8, 4))
     assert built.metadata.self_generated
     assert built.metadata.sources == ()
+    assert built.metadata.sampling == Sampling()
     assert seen[-1] == (24, 24)
 
 

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from distprune.calibration.own_samples import _invert_cdf, generate_own_samples, opening_token
+from distprune.calibration.sampling import Sampling
 from distprune.errors import InputError
 
 
@@ -16,7 +17,7 @@ def tokenizer_with(vocabulary, **special) -> PreTrainedTokenizerFast:
 
 
 def test_samples_are_what_the_model_gives_without_a_cache(model, model_path, tokenizer):
-    samples = generate_own_samples(model_path, 5, 12, seed=0)
+    samples = generate_own_samples(model_path, 5, 12, seed=0, sampling=Sampling(random_opening=3))
     assert samples.shape == (5, 12)
     assert samples.dtype == np.int32
     uniform = np.random.default_rng(0).random((5, 12))
@@ -27,7 +28,8 @@ def test_samples_are_what_the_model_gives_without_a_cache(model, model_path, tok
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         cumulative = np.cumsum(odds / odds.sum(axis=1, keepdims=True), axis=1)
         chosen = (cumulative <= uniform[:, position : position + 1]).sum(axis=1)
-        prefix = torch.cat([prefix, torch.from_numpy(chosen)[:, None]], dim=1)
+        column = samples[:, position].astype(np.int64) if position < 3 else chosen
+        prefix = torch.cat([prefix, torch.from_numpy(column)[:, None]], dim=1)
     assert np.array_equal(samples, prefix[:, 1:].numpy())
 
 
