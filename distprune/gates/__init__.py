@@ -1,0 +1,17 @@
+"""Gates that learn to close: the hard concrete distribution, and the constraint on how much may stay open."""
+
+from distprune.gates.gate_learner import GateLearner, Gates, GateSchedule
+from distprune.gates.hard_concrete import expected_value, open_probability, sample
+from distprune.gates.lagrangian import ascended, penalty, ramped
+
+__all__ = [
+    "GateLearner",
+    "GateSchedule",
+    "Gates",
+    "ascended",
+    "expected_value",
+    "open_probability",
+    "penalty",
+    "ramped",
+    "sample",
+]

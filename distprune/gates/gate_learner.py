@@ -1,0 +1,130 @@
+"""What all gates of a model learn, step by step, from the gradients that a loss has in them.
+
+The gates are few beside the weights, one a neuron at most, so one process holds them all. Whoever runs the model needs
+to know the gates' values alone, and gives the loss's gradient in these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distprune.gates.hard_concrete import open_probability, sample
+from distprune.gates.lagrangian import ascended, penalty, ramped
+from distprune.layers.determinism import threads
+
+#: Gates of one layer, or something about each of them, by name.
+Gates = Mapping[str, Tensor]
+#: Uniform numbers stay so far from 0 and 1.
+MARGIN = 1e-6
+#: What Adam knows of the gates.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class GateSchedule:
+    """How gates learn.
+
+    Attributes:
+        steps: of the optimizer.
+        rate: Adam's learning rate of log α.
+        multiplier_rate: of the ascent on the Lagrangian's multipliers.
+        ramp: steps until the target is the final one.
+        seed: of what is drawn.
+    """
+
+    steps: int
+    rate: float
+    multiplier_rate: float
+    ramp: int
+    seed: int
+
+
+class GateLearner:
+    """The gates of all layers, and their constraint.
+
+    Args:
+        start: log α of every layer's gates.
+        shares: of each gate, the share of the whole model's size that goes when it is closed.
+        target: the share of the size that is to stay.
+        schedule: how they learn.
+    """
+
+    def __init__(self, start: Sequence[Gates], shares: Sequence[Gates], target: float, schedule: GateSchedule):
+        self._like = [{name: gate.shape for name, gate in layer.items()} for layer in start]
+        self._log_alpha = joined(start).requires_grad_()
+        self._shares = joined(
+            [{name: layer[name].expand(of[name]) for name in of} for layer, of in zip(shares, self._like, strict=True)]
+        )
+        self._target, self._schedule = target, schedule
+        self._optimizer = torch.optim.Adam([self._log_alpha], schedule.rate)
+        self._multipliers = torch.zeros(2, dtype=torch.float64)
+        self.steps = 0  # that were taken
+
+    # ---------------------------------------------------------------- a step
+
+    def gates(self) -> list[Gates]:
+        """The gates' values that the coming step draws, in every layer; the same when asked again."""
+        with torch.no_grad(), threads(1):
+            return self._parted(self._drawn().float())
+
+    def learn(self, gradients: Sequence[Gates]) -> None:
+        """Take a step, given the loss's gradient in each of :meth:`gates`."""
+        with threads(1):
+            size = self._size()
+            target = ramped(self._target, self.steps, self._schedule.ramp)
+            loss = (joined(gradients) * self._drawn()).sum() + penalty(size, target, self._multipliers)
+            self._optimizer.zero_grad()
+            loss.backward()
+            self._optimizer.step()
+            self._multipliers = ascended(self._multipliers, size, target, self._schedule.multiplier_rate)
+        self.steps += 1
+
+    def _drawn(self) -> Tensor:
+        generator = torch.Generator().manual_seed((self._schedule.seed << 32) + self.steps)
+        uniform = torch.rand(len(self._log_alpha), generator=generator, dtype=torch.float64)
+        return sample(self._log_alpha, uniform.clamp(MARGIN, 1 - MARGIN))
+
+    def _size(self) -> Tensor:
+        return 1 - (self._shares * (1 - open_probability(self._log_alpha))).sum()
+
+    # ---------------------------------------------------------------- what has come of it
+
+    @property
+    def log_alpha(self) -> list[Gates]:
+        """What every layer's gates are drawn by, in float32."""
+        return self._parted(self._log_alpha.detach().float())
+
+    @property
+    def size(self) -> float:
+        """The share of the model's size that is expected to stay."""
+        with torch.no_grad(), threads(1):
+            return float(self._size())
+
+    def state(self) -> dict[str, Tensor]:
+        """All that :meth:`take_up` needs to go on from here."""
+        moments = self._optimizer.state[self._log_alpha] if self.steps else {}
+        taken = torch.tensor(self.steps)
+        return {"log_alpha": self._log_alpha.detach(), "multipliers": self._multipliers, "steps": taken, **moments}
+
+    def take_up(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a :meth:`state`."""
+        with torch.no_grad():
+            self._log_alpha.copy_(state["log_alpha"])
+        self._multipliers, self.steps = state["multipliers"], int(state["steps"])
+        if self.steps:
+            self._optimizer.state[self._log_alpha] = {name: state[name].clone() for name in MOMENTS}
+
+    def _parted(self, flat: Tensor) -> list[Gates]:
+        sizes = [shape.numel() for layer in self._like for shape in layer.values()]
+        parts = iter(flat.split(sizes))
+        return [{name: next(parts).view(shape) for name, shape in layer.items()} for layer in self._like]
+
+
+def joined(layers: Sequence[Gates]) -> Tensor:
+    """All numbers of all layers, one after the other, in float64."""
+    flat = [tensor.double().flatten() for layer in layers for tensor in layer.values()]
+    return torch.cat(flat) if flat else torch.empty(0, dtype=torch.float64)

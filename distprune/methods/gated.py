@@ -1,0 +1,66 @@
+"""Methods whose gates are learnt end to end, between the dense pass and the plan.
+
+A gate stands on a diagonal between two matrices: closed, it takes a column of one and a row of the other with it. The
+weights stay as they are. In each step the engine runs the layers with their gates' values, compares the model's
+predictions with the dense model's, and passes the gradient back; :mod:`distprune.gates` says what is learnt from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pydantic import Field
+
+from distprune.budgets import Target
+from distprune.gates import Gates, GateSchedule
+from distprune.layers.parts import DecoderLayer
+from distprune.layers.shapes import LayerShape
+from distprune.methods.base import Method, Profile
+from distprune.statistics import LayerStatistics, Moment
+
+
+class GatedMethod(Method):
+    """A method with gates in every layer.
+
+    A profile has log α of the layer's gates, as they begin, under their names; when they have learnt, what they have
+    come to stands there.
+    """
+
+    steps: int = Field(200, ge=1, description="steps that the gates learn for")
+    batch: int = Field(8, ge=1, description="samples a step")
+    rate: float = Field(0.1, gt=0, description="learning rate of the gates (Adam)")
+    multiplier_rate: float = Field(5.0, gt=0, description="learning rate of the Lagrangian's multipliers")
+    ramp: float = Field(0.5, ge=0, le=1, description="share of the steps in which the target falls to its final value")
+    seed: int = Field(0, ge=0, description="seed of the gates that are drawn and of the samples' order")
+
+    @property
+    def schedule(self) -> GateSchedule:
+        """How the gates learn."""
+        ramp = round(self.ramp * self.steps)
+        return GateSchedule(self.steps, self.rate, self.multiplier_rate, ramp, self.seed)
+
+    def gate_amounts(self, target: Target, index: int) -> Mapping[str, float]:
+        """The names of the gates that dense layer ``index`` has, and what of the target's resource goes when one of
+        that name is closed."""
+        raise NotImplementedError
+
+    def with_diagonals(self, layer: DecoderLayer, profile: Profile) -> DecoderLayer:
+        """The dense layer, written such that a diagonal has its place between two matrices; its function stays."""
+        raise NotImplementedError
+
+    def gated(self, layer: DecoderLayer, gates: Gates) -> DecoderLayer:
+        """What :meth:`with_diagonals` gave, with these values of the gates in it."""
+        raise NotImplementedError
+
+    def gate_moments(self, shape: LayerShape) -> Sequence[Moment]:
+        """Moments of the gated layer and its gradients that :meth:`gate_gradients` needs."""
+        raise NotImplementedError
+
+    def gate_gradients(self, layer: DecoderLayer, statistics: LayerStatistics) -> Gates:
+        """The gradient in every gate of the loss, summed over the tokens that were seen.
+
+        Args:
+            layer: what :meth:`with_diagonals` gave.
+            statistics: of the gated layer.
+        """
+        raise NotImplementedError
