@@ -54,6 +54,7 @@ from distprune.engine.stages.checking import Check, OwnSamples
 from distprune.engine.stages.context import RunContext, layers_aiming, mixtures_of
 from distprune.engine.stages.dense_pass import DensePass
 from distprune.engine.stages.end_to_end import EndToEndDistillation
+from distprune.engine.stages.gate_learning import GateLearning
 from distprune.engine.stages.gradient_pass import GradientPass
 from distprune.engine.stages.layerwise_distillation import LayerwiseDistillation
 from distprune.engine.stages.pruned_passes import is_measured, kind_of_round, measure_again
@@ -229,10 +230,13 @@ def run_on_workers(job: Job, workers: WorkerPlan, work: WorkFolder, progress: Pr
         calibration_set = open_calibration(calibration)
         tokens = calibration_set.tokens
         with work.timed("dense pass"):
-            profiles = DensePass(context, tokens, job.needs_gradients).run()
+            profiles = DensePass(context, tokens, job.needs_gradients, job.learns_gates).run()
         if job.needs_gradients:
             with work.timed("gradient pass"):
                 profiles = GradientPass(context, tokens).run()
+        if job.learns_gates:
+            with work.timed("gates"):
+                profiles = GateLearning(context, job.method, job.target, tokens, profiles).run()
         expert_tokens = tokens_by_layer(profiles)
         plan = job.method.plan(job.target, profiles, config.align)
         notes = [*seldom_used(expert_tokens), *too_few_tokens(plan, tokens.size, job.architecture.hidden_size)]

@@ -71,12 +71,13 @@ class GateLearner:
         with torch.no_grad(), threads(1):
             return self._parted(self._drawn().float())
 
-    def learn(self, gradients: Sequence[Gates]) -> None:
-        """Take a step, given the loss's gradient in each of :meth:`gates`."""
+    def learn(self, gradients: Sequence[Gates], tokens: int) -> None:
+        """Take a step, given the loss's gradient in each of :meth:`gates`, summed over so many tokens."""
         with threads(1):
             size = self._size()
             target = ramped(self._target, self.steps, self._schedule.ramp)
-            loss = (joined(gradients) * self._drawn()).sum() + penalty(size, target, self._multipliers)
+            own = [{name: layer[name] for name in like} for layer, like in zip(gradients, self._like, strict=True)]
+            loss = (joined(own) * self._drawn()).sum() / tokens + penalty(size, target, self._multipliers)
             self._optimizer.zero_grad()
             loss.backward()
             self._optimizer.step()

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import Field
 
 from distprune.budgets import Target
+from distprune.config import part_of_step
 from distprune.gates import Gates, GateSchedule
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import LayerShape
@@ -38,6 +39,10 @@ class GatedMethod(Method):
         """How the gates learn."""
         ramp = round(self.ramp * self.steps)
         return GateSchedule(self.steps, self.rate, self.multiplier_rate, ramp, self.seed)
+
+    def micro_batch(self, most: int) -> int:
+        """Samples in one forward pass of a step."""
+        return part_of_step(self.batch, most)
 
     def gate_amounts(self, target: Target, index: int) -> Mapping[str, float]:
         """The names of the gates that dense layer ``index`` has, and what of the target's resource goes when one of

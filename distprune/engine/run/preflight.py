@@ -39,6 +39,7 @@ from distprune.layers.architecture import Architecture
 from distprune.layers.module import empty_model
 from distprune.layers.shapes import ExpertsShape
 from distprune.methods import METHODS, Method, make_method
+from distprune.methods.gated import GatedMethod
 from distprune.storage import is_remote, is_url, location
 from distprune.version import __version__
 
@@ -75,6 +76,11 @@ class Job:
     def needs_gradients(self) -> bool:
         """Whether there is a gradient pass."""
         return needs_gradients(self.method, self.architecture)
+
+    @property
+    def learns_gates(self) -> bool:
+        """Whether there is a stage in which gates learn."""
+        return isinstance(self.method, GatedMethod) and self.config.sparsity > 0
 
     @property
     def stored_dtype(self) -> torch.dtype:
