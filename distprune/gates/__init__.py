@@ -1,7 +1,7 @@
 """Gates that learn to close: the hard concrete distribution, and the constraint on how much may stay open."""
 
-from distprune.gates.gate_learner import GateLearner, Gates, GateSchedule
-from distprune.gates.hard_concrete import expected_value, open_probability, sample
+from distprune.gates.gate_learner import GateLearner, Gates, GateSchedule, generator_of
+from distprune.gates.hard_concrete import open_probability, sample
 from distprune.gates.lagrangian import ascended, penalty, ramped
 
 __all__ = [
@@ -9,7 +9,7 @@ __all__ = [
     "GateSchedule",
     "Gates",
     "ascended",
-    "expected_value",
+    "generator_of",
     "open_probability",
     "penalty",
     "ramped",

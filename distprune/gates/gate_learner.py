@@ -20,6 +20,8 @@ from distprune.layers.determinism import threads
 Gates = Mapping[str, Tensor]
 #: Uniform numbers stay so far from 0 and 1.
 MARGIN = 1e-6
+#: Between the generators of two seeds. torch's on the CPU knows the lower 32 bits of what it is given alone.
+SEEDS_APART = 1_000_003
 #: What Adam knows of the gates.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -85,7 +87,7 @@ class GateLearner:
         self.steps += 1
 
     def _drawn(self) -> Tensor:
-        generator = torch.Generator().manual_seed((self._schedule.seed << 32) + self.steps)
+        generator = generator_of(self._schedule.seed, self.steps)
         uniform = torch.rand(len(self._log_alpha), generator=generator, dtype=torch.float64)
         return sample(self._log_alpha, uniform.clamp(MARGIN, 1 - MARGIN))
 
@@ -123,6 +125,11 @@ class GateLearner:
         sizes = [shape.numel() for layer in self._like for shape in layer.values()]
         parts = iter(flat.split(sizes))
         return [{name: next(parts).view(shape) for name, shape in layer.items()} for layer in self._like]
+
+
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """What draws for a step, or an epoch, of that number."""
+    return torch.Generator().manual_seed(SEEDS_APART * seed + number)
 
 
 def joined(layers: Sequence[Gates]) -> Tensor:

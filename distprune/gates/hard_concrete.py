@@ -14,8 +14,6 @@ from torch import Tensor
 
 #: The temperature β, and the interval (l, r) that samples are stretched to.
 BETA, LEFT, RIGHT = 1.0, -0.1, 1.1
-#: The scale of log α at which a sigmoid is about a gate's mean: a number that FLOP's published code calls empirical.
-MEAN_SCALE = 0.8
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
@@ -28,8 +26,3 @@ def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
 def open_probability(log_alpha: Tensor) -> Tensor:
     """P(z ≠ 0) of every gate, whose sum is the expected number of open gates; differentiable."""
     return torch.sigmoid(log_alpha - BETA * math.log(-LEFT / RIGHT))
-
-
-def expected_value(log_alpha: Tensor) -> Tensor:
-    """About E[z] of every gate: what stands for it when nothing is sampled any more."""
-    return torch.sigmoid(MEAN_SCALE * log_alpha)

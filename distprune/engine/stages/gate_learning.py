@@ -29,7 +29,7 @@ from distprune.engine.worker.gate_tasks import CloseGated, OpenGated, OpenGatedB
 from distprune.engine.worker.host_tensor import HostTensor, pack_all, unpack, unpack_all
 from distprune.engine.worker.pass_tasks import Backward, CloseLayer, Embed, Sweep
 from distprune.engine.worker.task import Later, Task
-from distprune.gates import GateLearner, Gates
+from distprune.gates import GateLearner, Gates, generator_of
 from distprune.methods import Profile
 from distprune.methods.gated import GatedMethod
 
@@ -191,6 +191,5 @@ def besides(profile: Profile, names: Sequence[str]) -> Profile:
 def batches(samples: int, method: GatedMethod) -> Iterator[np.ndarray]:
     """The samples of every step, without end: all of them in one order after another."""
     for epoch in count():
-        generator = torch.Generator().manual_seed((method.seed << 32) + epoch)
-        for batch in torch.randperm(samples, generator=generator).split(method.batch):
+        for batch in torch.randperm(samples, generator=generator_of(method.seed, epoch)).split(method.batch):
             yield batch.numpy()
