@@ -271,3 +271,10 @@ def test_auto_is_the_dtype_of_this_machine_s_cpu_and_the_checkpoint_s_on_gpus(pl
     assert (here.dtype, here.dtype_reason, there.dtype) == (of_cpu.name, "as it is", "bfloat16")
     assert f"forward passes in {of_cpu.name}: as it is" in plan_summary(here)
     assert here.memory == plan(dtype=of_cpu.name).memory
+
+
+def test_gates_take_a_step_as_often_as_they_learn(plan, small):
+    once, often = (plan(method="flop", options={"steps": steps}) for steps in (1, 50))
+    assert stage(often, "gates").seconds == pytest.approx(50 * stage(once, "gates").seconds, rel=0.01)
+    assert stage(often, "gates").float32_flops + stage(often, "gates").half_flops > 0
+    assert "gates" not in [each.name for each in plan(method="magnitude").stages]

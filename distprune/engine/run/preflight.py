@@ -80,7 +80,7 @@ class Job:
     @property
     def learns_gates(self) -> bool:
         """Whether there is a stage in which gates learn."""
-        return isinstance(self.method, GatedMethod) and self.config.sparsity > 0
+        return learns_gates(self.method, self.config)
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -341,6 +341,11 @@ def check_can_be_split(config: PruneConfig, texts: tuple[Path | None, Path | Non
 def needs_gradients(method: Method, architecture: Architecture) -> bool:
     """Whether a method asks for the loss's gradients, of any layer."""
     return any(method.gradient_moments(shape) for shape in architecture.dense_shapes)
+
+
+def learns_gates(method: Method, config: PruneConfig) -> bool:
+    """Whether a run has a stage in which gates learn."""
+    return isinstance(method, GatedMethod) and config.sparsity > 0
 
 
 def check_has_targets(config: PruneConfig) -> None:
