@@ -7,13 +7,16 @@ predictions with the dense model's, and passes the gradient back; :mod:`distprun
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count, islice
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from distprune.budgets import Target
 from distprune.config import part_of_step
-from distprune.gates import Gates, GateSchedule
+from distprune.gates import GateLearner, Gates, GateSchedule, generator_of
 from distprune.layers.parts import DecoderLayer
 from distprune.layers.shapes import LayerShape
 from distprune.methods.base import Method, Profile
@@ -39,6 +42,22 @@ class GatedMethod(Method):
         """How the gates learn."""
         ramp = round(self.ramp * self.steps)
         return GateSchedule(self.steps, self.rate, self.multiplier_rate, ramp, self.seed)
+
+    def learner(self, target: Target, profiles: Sequence[Profile]) -> GateLearner:
+        """The gates of all layers, as they begin."""
+        amounts = [self.gate_amounts(target, index) for index in range(len(profiles))]
+        start = [{name: profile[name] for name in own} for profile, own in zip(profiles, amounts, strict=True)]
+        shares = [{name: torch.tensor(each / target.dense) for name, each in own.items()} for own in amounts]
+        return GateLearner(start, shares, target.remaining / target.dense, self.schedule)
+
+    def batches(self, samples: int) -> Iterator[Tensor]:
+        """The numbers of every step's samples: again and again all of them, in an order drawn anew each time."""
+        batches = (
+            batch
+            for epoch in count()
+            for batch in torch.randperm(samples, generator=generator_of(self.seed, epoch)).split(self.batch)
+        )
+        return islice(batches, self.steps)
 
     def micro_batch(self, most: int) -> int:
         """Samples in one forward pass of a step."""

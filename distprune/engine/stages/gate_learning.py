@@ -9,9 +9,9 @@ share one constraint.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from math import fsum
 from typing import Any
 
@@ -29,7 +29,7 @@ from distprune.engine.worker.gate_tasks import CloseGated, OpenGated, OpenGatedB
 from distprune.engine.worker.host_tensor import HostTensor, pack_all, unpack, unpack_all
 from distprune.engine.worker.pass_tasks import Backward, CloseLayer, Embed, Sweep
 from distprune.engine.worker.task import Later, Task
-from distprune.gates import GateLearner, Gates, generator_of
+from distprune.gates import Gates
 from distprune.methods import Profile
 from distprune.methods.gated import GatedMethod
 
@@ -126,11 +126,7 @@ class GateLearning:
     ):
         self.context, self.pool, self.method, self.tokens = context, context.pool, method, tokens
         self.journal, self.profiles = context.journal, profiles
-        amounts = [method.gate_amounts(target, index) for index in range(context.layers)]
-        start = [{name: profile[name] for name in own} for profile, own in zip(profiles, amounts, strict=True)]
-        shares = [{name: torch.tensor(each / target.dense) for name, each in own.items()} for own in amounts]
-        self.learner = GateLearner(start, shares, target.remaining / target.dense, method.schedule)
-        self._names = [own.keys() for own in amounts]
+        self.learner = method.learner(target, profiles)
 
     def run(self) -> list[Profile]:
         """Resume where the journal ends. Returns the profiles with what the gates have learnt."""
@@ -139,8 +135,8 @@ class GateLearning:
         if self.learner.steps < steps:
             self._dense = load_states(self.journal, DENSE, self.context.layers)
         self.context.progress.stage("Learning gates", steps, self.learner.steps)
-        for samples in islice(batches(len(self.tokens), self.method), self.learner.steps, steps):
-            divergence = self._learn(samples)
+        for samples in islice(self.method.batches(len(self.tokens)), self.learner.steps, None):
+            divergence = self._learn(samples.numpy())
             if self.learner.steps % KEPT_EVERY == 0 or self.learner.steps == steps:
                 self._keep(divergence)
             self.context.progress.advance()
@@ -151,10 +147,11 @@ class GateLearning:
 
     def _learn(self, samples: np.ndarray) -> float:
         """Take a step. Returns the divergence in nats a token."""
+        gates = self.learner.gates()
         step = GateStep(
             self.pool,
-            [besides(profile, names) for profile, names in zip(self.profiles, self._names, strict=True)],
-            self.learner.gates(),
+            [besides(profile, own) for profile, own in zip(self.profiles, gates, strict=True)],
+            gates,
             HostTensor(self._dense.array[samples], self._dense.dtype),
             self.method.micro_batch(self.context.micro_batch),
         )
@@ -183,13 +180,6 @@ class GateLearning:
         )
 
 
-def besides(profile: Profile, names: Sequence[str]) -> Profile:
-    """What a profile holds under other names."""
-    return {name: profile[name] for name in profile if name not in names}
-
-
-def batches(samples: int, method: GatedMethod) -> Iterator[np.ndarray]:
-    """The samples of every step, without end: all of them in one order after another."""
-    for epoch in count():
-        for batch in torch.randperm(samples, generator=generator_of(method.seed, epoch)).split(method.batch):
-            yield batch.numpy()
+def besides(profile: Profile, gates: Gates) -> Profile:
+    """What a profile holds under other names than those of gates."""
+    return {name: profile[name] for name in profile if name not in gates}
