@@ -7,7 +7,7 @@ predictions with the dense model's, and passes the gradient back; :mod:`distprun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import count, islice
 
 import torch
@@ -45,9 +45,12 @@ class GatedMethod(Method):
 
     def learner(self, target: Target, profiles: Sequence[Profile]) -> GateLearner:
         """The gates of all layers, as they begin."""
-        amounts = [self.gate_amounts(target, index) for index in range(len(profiles))]
-        start = [{name: profile[name] for name in own} for profile, own in zip(profiles, amounts, strict=True)]
-        shares = [{name: torch.tensor(each / target.dense) for name, each in own.items()} for own in amounts]
+        start, shares = [], []
+        for index, profile in enumerate(profiles):
+            amounts = self.gate_amounts(target, index)
+            start.append({name: profile[name] for name in amounts})
+            each = {name: amount / (target.dense * profile[name].numel()) for name, amount in amounts.items()}
+            shares.append({name: torch.tensor(share) for name, share in each.items()})
         return GateLearner(start, shares, target.remaining / target.dense, self.schedule)
 
     def batches(self, samples: int) -> Iterator[Tensor]:
@@ -64,27 +67,28 @@ class GatedMethod(Method):
         return part_of_step(self.batch, most)
 
     def gate_amounts(self, target: Target, index: int) -> Mapping[str, float]:
-        """The names of the gates that dense layer ``index`` has, and what of the target's resource goes when one of
-        that name is closed."""
+        """The names of the gates that dense layer ``index`` has, and what of the target's resource goes when all of
+        that name are closed."""
         raise NotImplementedError
 
-    def with_diagonals(self, layer: DecoderLayer, profile: Profile) -> DecoderLayer:
-        """The dense layer, written such that a diagonal has its place between two matrices; its function stays."""
+    def with_diagonals(self, layer: DecoderLayer, profile: Profile, names: Collection[str]) -> DecoderLayer:
+        """The dense layer, written such that the gates of these names have their diagonals between two matrices."""
         raise NotImplementedError
 
     def gated(self, layer: DecoderLayer, gates: Gates) -> DecoderLayer:
         """What :meth:`with_diagonals` gave, with these values of the gates in it."""
         raise NotImplementedError
 
-    def gate_moments(self, shape: LayerShape) -> Sequence[Moment]:
-        """Moments of the gated layer and its gradients that :meth:`gate_gradients` needs."""
+    def gate_moments(self, shape: LayerShape, names: Collection[str]) -> Sequence[Moment]:
+        """Moments of the gated layer and its gradients that :meth:`gate_gradients` needs, given the dense shape."""
         raise NotImplementedError
 
-    def gate_gradients(self, layer: DecoderLayer, statistics: LayerStatistics) -> Gates:
-        """The gradient in every gate of the loss, summed over the tokens that were seen.
+    def gate_gradients(self, layer: DecoderLayer, statistics: LayerStatistics, names: Collection[str]) -> Gates:
+        """The gradient in every gate of these names of the loss, summed over the tokens that were seen.
 
         Args:
             layer: what :meth:`with_diagonals` gave.
             statistics: of the gated layer.
+            names: of its gates.
         """
         raise NotImplementedError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,9 +23,11 @@ class OpenGatedLayer(OpenLayer):
 
     Attributes:
         ungated: the layer without the gates' values.
+        names: of its gates.
     """
 
     ungated: DecoderLayer | None = None
+    names: Collection[str] = ()
 
     def runner(self, worker: LayerWorker) -> LayerRunner:
         return worker.gate_runner
@@ -41,10 +43,11 @@ def open_gated(
     """
     method, device = gated_method(worker), worker.device
     dense = worker.read_layer(index).to(device)
-    ungated = method.with_diagonals(dense, moved(profile, device))
-    moments = method.gate_moments(dense.shape) if for_gradients else ()
+    ungated = method.with_diagonals(dense, moved(profile, device), gates.keys())
+    moments = method.gate_moments(dense.shape, gates.keys()) if for_gradients else ()
     layer = method.gated(ungated, moved(gates, device))
-    return OpenGatedLayer(index, layer, method, worker.solve_device, None, moments, ungated=ungated)
+    own = {"ungated": ungated, "names": [*gates]}
+    return OpenGatedLayer(index, layer, method, worker.solve_device, None, moments, **own)
 
 
 def gated_method(worker: LayerWorker) -> GatedMethod:
@@ -94,4 +97,4 @@ class CloseGated(Task):
         worker.close()
         assert isinstance(opened, OpenGatedLayer) and opened.ungated is not None
         layer = opened.ungated.to(worker.solve_device)
-        return moved(gated_method(worker).gate_gradients(layer, opened.statistics), "cpu")
+        return moved(gated_method(worker).gate_gradients(layer, opened.statistics, opened.names), "cpu")
