@@ -2,13 +2,12 @@
 
 from distprune.gates.gate_learner import GateLearner, Gates, GateSchedule, generator_of
 from distprune.gates.hard_concrete import open_probability, sample
-from distprune.gates.lagrangian import ascended, penalty, ramped
+from distprune.gates.lagrangian import penalty, ramped
 
 __all__ = [
     "GateLearner",
     "GateSchedule",
     "Gates",
-    "ascended",
     "generator_of",
     "open_probability",
     "penalty",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distprune.gates.hard_concrete import open_probability, sample
-from distprune.gates.lagrangian import ascended, penalty, ramped
+from distprune.gates.lagrangian import penalty, ramped
 from distprune.layers.determinism import threads
 
 #: Gates of one layer, or something about each of them, by name.
@@ -22,7 +23,9 @@ Gates = Mapping[str, Tensor]
 MARGIN = 1e-6
 #: Between the generators of two seeds. torch's on the CPU knows the lower 32 bits of what it is given alone.
 SEEDS_APART = 1_000_003
-#: What Adam knows of the gates.
+#: How much faster the multiplier of what is squared ascends: the square of an excess is little.
+OF_SQUARE = 10
+#: What Adam knows of a parameter.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -33,7 +36,7 @@ class GateSchedule:
     Attributes:
         steps: of the optimizer.
         rate: Adam's learning rate of log α.
-        multiplier_rate: of the ascent on the Lagrangian's multipliers.
+        multiplier_rate: Adam's of the ascent on the Lagrangian's first multiplier.
         ramp: steps until the target is the final one.
         seed: of what is drawn.
     """
@@ -62,8 +65,13 @@ class GateLearner:
             [{name: layer[name].expand(of[name]) for name in of} for layer, of in zip(shares, self._like, strict=True)]
         )
         self._target, self._schedule = target, schedule
-        self._optimizer = torch.optim.Adam([self._log_alpha], schedule.rate)
-        self._multipliers = torch.zeros(2, dtype=torch.float64)
+        self._multipliers = [torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        rates = schedule.multiplier_rate, OF_SQUARE * schedule.multiplier_rate
+        ascending: list[dict[str, Any]] = [
+            {"params": [multiplier], "lr": rate, "maximize": True}
+            for multiplier, rate in zip(self._multipliers, rates, strict=True)
+        ]
+        self._optimizer = torch.optim.Adam([{"params": [self._log_alpha]}, *ascending], schedule.rate)
         self.steps = 0  # that were taken
 
     # ---------------------------------------------------------------- a step
@@ -76,14 +84,13 @@ class GateLearner:
     def learn(self, gradients: Sequence[Gates], tokens: int) -> None:
         """Take a step, given the loss's gradient in each of :meth:`gates`, summed over so many tokens."""
         with threads(1):
-            size = self._size()
-            target = ramped(self._target, self.steps, self._schedule.ramp)
             own = [{name: layer[name] for name in like} for layer, like in zip(gradients, self._like, strict=True)]
-            loss = (joined(own) * self._drawn()).sum() / tokens + penalty(size, target, self._multipliers)
+            target = ramped(self._target, self.steps, self._schedule.ramp)
+            loss = (joined(own) * self._drawn()).sum() / tokens
+            loss = loss + penalty(self._size(), target, torch.cat(self._multipliers))
             self._optimizer.zero_grad()
             loss.backward()
             self._optimizer.step()
-            self._multipliers = ascended(self._multipliers, size, target, self._schedule.multiplier_rate)
         self.steps += 1
 
     def _drawn(self) -> Tensor:
@@ -109,17 +116,25 @@ class GateLearner:
 
     def state(self) -> dict[str, Tensor]:
         """All that :meth:`take_up` needs to go on from here."""
-        moments = self._optimizer.state[self._log_alpha] if self.steps else {}
-        taken = torch.tensor(self.steps)
-        return {"log_alpha": self._log_alpha.detach(), "multipliers": self._multipliers, "steps": taken, **moments}
+        state = {"steps": torch.tensor(self.steps)}
+        for name, parameter in self._parameters.items():
+            moments = self._optimizer.state[parameter]
+            state |= {name: parameter.detach()} | {f"{name}.{key}": value for key, value in moments.items()}
+        return state
 
     def take_up(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a :meth:`state`."""
-        with torch.no_grad():
-            self._log_alpha.copy_(state["log_alpha"])
-        self._multipliers, self.steps = state["multipliers"], int(state["steps"])
-        if self.steps:
-            self._optimizer.state[self._log_alpha] = {name: state[name].clone() for name in MOMENTS}
+        self.steps = int(state["steps"])
+        for name, parameter in self._parameters.items():
+            with torch.no_grad():
+                parameter.copy_(state[name])
+            if self.steps:
+                self._optimizer.state[parameter] = {key: state[f"{name}.{key}"].clone() for key in MOMENTS}
+
+    @property
+    def _parameters(self) -> dict[str, Tensor]:
+        first, second = self._multipliers
+        return {"log_alpha": self._log_alpha, "multiplier": first, "multiplier_of_square": second}
 
     def _parted(self, flat: Tensor) -> list[Gates]:
         sizes = [shape.numel() for layer in self._like for shape in layer.values()]

@@ -1,7 +1,8 @@
 """The augmented Lagrangian that holds an expected size at a target (Wang et al., EMNLP 2020, section 3.3).
 
 With the expected size s and its target t, the penalty λ₁(s - t) + λ₂(s - t)² joins the loss. The loss is minimized in
-what s depends on and maximized in λ₁ and λ₂, so that these grow until s is t.
+what s depends on and maximized in λ₁ and λ₂, so that these move until s is t. λ₁ alone would swing about its value; the
+greater λ₂, the less.
 """
 
 from __future__ import annotations
@@ -13,13 +14,6 @@ def penalty(size: Tensor, target: float, multipliers: Tensor) -> Tensor:
     """λ₁(s - t) + λ₂(s - t)², (), of a size s, (), and multipliers, (2,); differentiable in the size."""
     excess = size - target
     return multipliers[0] * excess + multipliers[1] * excess.square()
-
-
-def ascended(multipliers: Tensor, size: Tensor, target: float, rate: float) -> Tensor:
-    """The multipliers, (2,), after a step of gradient ascent on the penalty."""
-    excess = (size - target).detach()
-    gradient = multipliers.new_tensor([float(excess), float(excess.square())])
-    return multipliers + rate * gradient
 
 
 def ramped(target: float, step: int, steps: int) -> float:

@@ -33,7 +33,7 @@ class GatedMethod(Method):
     steps: int = Field(200, ge=1, description="steps that the gates learn for")
     batch: int = Field(4, ge=1, description="samples a step")
     rate: float = Field(0.1, gt=0, description="learning rate of the gates (Adam)")
-    multiplier_rate: float = Field(10.0, gt=0, description="learning rate of the Lagrangian's multipliers")
+    multiplier_rate: float = Field(0.5, gt=0, description="learning rate of the Lagrangian's multipliers (Adam)")
     ramp: float = Field(0.8, ge=0, le=1, description="share of the steps in which the target falls to its final value")
     seed: int = Field(0, ge=0, description="seed of the gates that are drawn and of the samples' order")
 

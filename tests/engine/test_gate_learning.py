@@ -18,7 +18,7 @@ from distprune.engine.run.states import DENSE
 from distprune.engine.stages import gate_learning
 from distprune.engine.stages.gate_learning import GATES
 
-LEARNING = {"steps": 4, "batch": 4, "rate": 0.5, "multiplier_rate": 20, "ramp": 0.5}
+LEARNING = {"steps": 4, "batch": 4, "rate": 0.5, "ramp": 0.5}
 OPTIONS = {"method": "flop", "sparsity": 0.3, "propagation": 2, "options": LEARNING}
 LAYERS = 4
 
@@ -32,14 +32,28 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+class Adam:
+    """Kingma & Ba, ICLR 2015, algorithm 1."""
+
+    def __init__(self, rate):
+        self.rate, self.count, self.first, self.second = rate, 0, 0.0, 0.0
+
+    def step(self, gradient: np.ndarray) -> np.ndarray:
+        self.count += 1
+        self.first = 0.9 * self.first + 0.1 * gradient
+        self.second = 0.999 * self.second + 0.001 * gradient**2
+        deviation = np.sqrt(self.second / (1 - 0.999**self.count))
+        return self.rate * self.first / (1 - 0.9**self.count) / (deviation + 1e-8)
+
+
 def by_hand(model, tokens: torch.Tensor, sparsity: float) -> np.ndarray:
     """log α of the neurons' gates of all layers, (layers, f), learnt by the whole model's own backward pass."""
     layers = model.model.layers
     size = sum(parameter.numel() for parameter in layers.parameters())
     share = 3 * model.config.hidden_size / size
     log_alpha = np.full((len(layers), model.config.intermediate_size), np.log(9.0))
-    first, second = np.zeros_like(log_alpha), np.zeros_like(log_alpha)
-    multipliers, gates = np.zeros(2), [None] * len(layers)
+    multipliers, of_multipliers, gates = np.zeros(2), Adam(np.array([1, 10]) * 0.5), [None] * len(layers)
+    of_gates = Adam(LEARNING["rate"])
 
     def hook(index):
         return lambda _, given: None if gates[index] is None else (given[0] * gates[index],)
@@ -59,15 +73,13 @@ def by_hand(model, tokens: torch.Tensor, sparsity: float) -> np.ndarray:
         z = np.clip(1.2 * soft - 0.1, 0, 1)
         gates[:] = [torch.tensor(own, dtype=torch.float32).requires_grad_() for own in z]
         F.kl_div(model(batch).logits.log_softmax(-1), wanted, log_target=True, reduction="sum").backward()
-        of_gates = np.stack([own.grad.double().numpy() for own in gates]) / batch.numel()
+        in_gates = np.stack([own.grad.double().numpy() for own in gates]) / batch.numel()
         opened = sigmoid(log_alpha + np.log(11.0))
         excess = 1 - share * (1 - opened).sum() - (1 - sparsity * min(1, (step + 1) / (LEARNING["steps"] / 2)))
-        gradient = of_gates * np.where((z > 0) & (z < 1), 1.2 * soft * (1 - soft), 0)
+        gradient = in_gates * np.where((z > 0) & (z < 1), 1.2 * soft * (1 - soft), 0)
         gradient += (multipliers[0] + 2 * multipliers[1] * excess) * share * opened * (1 - opened)
-        multipliers = multipliers + LEARNING["multiplier_rate"] * np.array([excess, excess**2])
-        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-        scaled = np.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8
-        log_alpha = log_alpha - LEARNING["rate"] * first / (1 - 0.9 ** (step + 1)) / scaled
+        log_alpha = log_alpha - of_gates.step(gradient)
+        multipliers = multipliers + of_multipliers.step(np.array([excess, excess**2]))
     return log_alpha
 
 
