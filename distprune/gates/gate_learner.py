@@ -83,7 +83,7 @@ class GateLearner:
 
     def learn(self, gradients: Sequence[Gates], tokens: int) -> None:
         """Take a step, given the loss's gradient in each of :meth:`gates`, summed over so many tokens."""
-        with threads(1):
+        with torch.enable_grad(), threads(1):
             own = [{name: layer[name] for name in like} for layer, like in zip(gradients, self._like, strict=True)]
             target = ramped(self._target, self.steps, self._schedule.ramp)
             loss = (joined(own) * self._drawn()).sum() / tokens

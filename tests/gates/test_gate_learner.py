@@ -76,3 +76,11 @@ def test_the_number_of_threads_changes_nothing():
             torch.set_num_threads(before)
         found.append(learning.log_alpha[0]["a"])
     assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_it_learns_where_gradients_are_switched_off():
+    learning = learner()
+    before = learning.log_alpha[0]["a"].clone()
+    take(learning, 1)
+    assert not torch.equal(learning.log_alpha[0]["a"], before)
