@@ -42,7 +42,7 @@ class GateStep(Relay):
     """One step's way through the model.
 
     Args:
-        profiles: of every layer, what the dense pass left of it, but for its gates.
+        profiles: what the dense pass left of every layer.
         gates: the values of every layer's gates.
         dense: the dense model's hidden states at its end, (samples, length, d), of the step's samples.
         micro_batch: samples that are never parted.
@@ -58,7 +58,8 @@ class GateStep(Relay):
     ):
         self.end = len(gates)
         super().__init__(pool, 2 * self.end + 1, micro_batch)
-        self._profiles, self._gates, self._dense = profiles, [pool.put(pack_all(one)) for one in gates], dense
+        self._profiles, self._dense = profiles, dense
+        self._names, self._gates = [one.keys() for one in gates], [pool.put(pack_all(one)) for one in gates]
         self._inputs: dict[int, list[Any]] = {}  # of each layer
         self._gradients: dict[int, Gates] = {}
 
@@ -79,7 +80,12 @@ class GateStep(Relay):
         if station == self.end:
             return OpenEnd()
         index, kind = self._layer(station), OpenGated if station < self.end else OpenGatedBackward
-        return kind(index, Later(lambda: pack_all(self._profiles[index])), self._gates[index])
+        return kind(index, Later(partial(self._besides_gates, index)), self._gates[index])
+
+    def _besides_gates(self, index: int) -> Any:
+        """What a layer's profile holds but gates, which is read when its turn comes."""
+        profile, names = self._profiles[index], self._names[index]
+        return pack_all({name: profile[name] for name in profile if name not in names})
 
     def passing(self, station: int, number: int, samples: slice, piece: Any) -> Task:
         index = self._layer(station)
@@ -147,11 +153,10 @@ class GateLearning:
 
     def _learn(self, samples: np.ndarray) -> float:
         """Take a step. Returns the divergence in nats a token."""
-        gates = self.learner.gates()
         step = GateStep(
             self.pool,
-            [besides(profile, own) for profile, own in zip(self.profiles, gates, strict=True)],
-            gates,
+            self.profiles,
+            self.learner.gates(),
             HostTensor(self._dense.array[samples], self._dense.dtype),
             self.method.micro_batch(self.context.micro_batch),
         )
@@ -178,8 +183,3 @@ class GateLearning:
             f"After {self.method.steps} steps the gates are expected to keep {self.learner.size:.1%} of the decoder "
             f"layers; with those that the last step drew, predictions diverge by {divergence:.3g} nats a token"
         )
-
-
-def besides(profile: Profile, gates: Gates) -> Profile:
-    """What a profile holds under other names than those of gates."""
-    return {name: profile[name] for name in profile if name not in gates}
