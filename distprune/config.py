@@ -23,10 +23,16 @@ PLACEMENT = (
 Way = Literal["auto", "shared", "served", "hub"]
 
 
-#: In how many parts the samples of a step go through the model in end-to-end distillation, at least.
+#: In how many parts the samples of a step go through the model, at least.
 PARTS = 4
 #: Other defaults of the objective "logits": a model that is trained whole forgets what the text is not about.
 END_TO_END = {"train": "lora", "rank": 8, "learning_rate": 1e-3, "batch": 16}
+
+
+def part_of_step(batch: int, most: int) -> int:
+    """Samples in one forward pass of a step that goes through the whole model: a step's go from layer to layer in
+    parts, so that several workers have something to do."""
+    return min(most, -(-batch // PARTS))
 
 
 class DistillConfig(BaseModel):
@@ -60,9 +66,8 @@ class DistillConfig(BaseModel):
         return {**END_TO_END, **options} if is_end_to_end else options
 
     def micro_batch(self, most: int) -> int:
-        """Samples in one forward pass of end-to-end distillation: a step's go from layer to layer in parts, so that
-        several workers have something to do."""
-        return min(most, -(-self.batch // PARTS))
+        """Samples in one forward pass of end-to-end distillation."""
+        return part_of_step(self.batch, most)
 
     def end_of_look_ahead(self, index: int, layers: int) -> int:
         """The first layer whose dense form no longer judges the output of layer ``index``."""

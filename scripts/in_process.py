@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distprune.budgets import target_of
+from distprune.budgets import Target, target_of
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
-from distprune.engine.run.preflight import dense_model, stored_dtype, stored_sizes
+from distprune.engine.run.preflight import dense_model, learns_gates, stored_dtype, stored_sizes
 from distprune.engine.worker.distill_task import Distill
+from distprune.engine.worker.end_to_end_tasks import CloseEnd, Diverge, OpenEnd
+from distprune.engine.worker.gate_tasks import CloseGated, OpenGated, OpenGatedBackward, gated_method
 from distprune.engine.worker.layer_worker import Finished, LayerWorker
 from distprune.engine.worker.pass_tasks import (
     Backward,
@@ -33,6 +35,7 @@ from distprune.engine.worker.pass_tasks import (
 )
 from distprune.engine.worker.prune_task import Prune
 from distprune.engine.worker.task import Task
+from distprune.gates import Gates
 from distprune.hardware import AUTO, compute_dtype
 from distprune.layers.determinism import make_cuda_deterministic
 from distprune.layers.parts import DecoderLayer
@@ -91,8 +94,8 @@ class InProcess:
         self.measured: dict[type[Task], Measured] = defaultdict(Measured)
 
     def prune(self, tokens: np.ndarray) -> Result:
-        """The dense pass, the gradient pass where the method has one, the plan, the pruning of all layers, and
-        layer-wise distillation where it is asked for.
+        """The dense pass, the gradient pass and the learning of gates where the method has them, the plan, the pruning
+        of all layers, and layer-wise distillation where it is asked for.
 
         Args:
             tokens: of the calibration set, int32 (samples, length).
@@ -101,6 +104,8 @@ class InProcess:
         dense = self._dense_pass(ids)
         profiles = self._gradient_pass(ids, dense.states) if self.worker.has_gradient_pass else dense.profiles
         target = target_of(self.config, self.model.architecture, stored_sizes(self.model))
+        if learns_gates(self.worker.method, self.config):
+            profiles = self._learn_gates(target, ids, profiles, dense.states[-1])
         plan = self.worker.method.plan(target, profiles, self.config.align)
         pruned = self._pruning_pass(plan, profiles, dense)
         if self.config.distill:
@@ -126,6 +131,29 @@ class InProcess:
             gradient = self._run(Backward(index, 0, states[index], gradient))
             profiles[index], _ = self._run(CloseLayer(index, 1))
         return profiles
+
+    def _learn_gates(self, target: Target, ids: Tensor, profiles: list[Profile], end: Tensor) -> list[Profile]:
+        method = gated_method(self.worker)
+        learner = method.learner(target, profiles)
+        for samples in method.batches(len(ids)):
+            gates = learner.gates()
+            gradients = self._gradients_in_gates(ids[samples], profiles, gates, end[samples])
+            learner.learn(gradients, tokens=ids[samples].numel())
+        return [{**profile, **learnt} for profile, learnt in zip(profiles, learner.log_alpha, strict=True)]
+
+    def _gradients_in_gates(self, ids: Tensor, profiles: list[Profile], gates: list[Gates], end: Tensor) -> list[Gates]:
+        """The gradients of one step: forward through the gated layers, and back."""
+        states, gradients = [self._run(Embed(ids))], list(gates)
+        for index in self.layers:
+            self._run(OpenGated(index, profiles[index], gates[index]))
+            states.append(self._run(Sweep(index, 0, states[-1])))
+        self._run(OpenEnd())
+        gradient, _ = self._run(Diverge(states[-1], end)), self._run(CloseEnd())
+        for index in reversed(self.layers):
+            self._run(OpenGatedBackward(index, profiles[index], gates[index]))
+            gradient = self._run(Backward(index, 0, states[index], gradient))
+            gradients[index] = self._run(CloseGated(index, 1))
+        return gradients
 
     def _pruning_pass(self, plan: list[LayerShape], profiles: list[Profile], dense: DensePass) -> list[DecoderLayer]:
         """Blocks begin on the dense model's hidden states, as in a run."""

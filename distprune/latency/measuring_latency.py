@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from distprune.latency.measured_shapes import filled_grids, measured_grids
 from distprune.latency.random_layers import random_layer
 from distprune.latency.timing_layers import Timer
 from distprune.layers.architecture import Architecture
+from distprune.layers.determinism import threads
 
 #: Told how many of how many rounds are done.
 OnRound = Callable[[int, int], None]
@@ -134,14 +134,3 @@ def kinds_of_layers(model: Architecture) -> tuple[list[int], list[int]]:
         first.setdefault(model.kind(index), index)
         numbers.setdefault(model.kind(index), len(numbers))
     return list(first.values()), [numbers[model.kind(index)] for index in range(model.num_layers)]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Inside, the CPU computes with so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

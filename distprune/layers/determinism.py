@@ -1,4 +1,4 @@
-"""What makes a GPU give the same bytes twice."""
+"""What makes a GPU, or any number of CPU threads, give the same bytes twice."""
 
 from __future__ import annotations
 
@@ -33,3 +33,14 @@ def deterministic_attention() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside, the CPU computes with so many threads: on their number depends in which order sums add up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -23,6 +23,7 @@ OWN = "distprune"
 BUILT_IN = {
     "curvature": "distprune.methods.curvature:Curvature",
     "flap": "distprune.methods.flap:Flap",
+    "flop": "distprune.methods.flop:Flop",
     "heapr": "distprune.methods.heapr:Heapr",
     "llm-pruner": "distprune.methods.llm_pruner:LLMPruner",
     "magnitude": "distprune.methods.magnitude:Magnitude",

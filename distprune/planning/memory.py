@@ -99,8 +99,7 @@ class TaskPeak:
 def task_peaks(scenario: Scenario) -> dict[str, TaskPeak]:
     """The peaks of every kind of task, that of the greatest layer."""
     peaks: dict[str, TaskPeak] = {}
-    for task, rehearsed in _rehearsed(scenario):
-        samples = _samples(scenario, task)
+    for task, rehearsed, samples in _rehearsed(scenario):
 
         def peak(kind: bool, rehearsed: Rehearsed = rehearsed, samples: float = samples) -> float:
             def of(done):
@@ -120,11 +119,27 @@ ON_ALL_SAMPLES = (
 )
 
 
-def _rehearsed(scenario: Scenario) -> Iterator[tuple[type[Task], Rehearsed]]:
-    """All tasks, once of every kind of layer."""
+def _rehearsed(scenario: Scenario) -> Iterator[tuple[type[Task], Rehearsed, float]]:
+    """All tasks, once of every kind of layer, and how many samples one gets at most."""
+    for task, rehearsed in _rehearsed_on_all(scenario):
+        yield task, rehearsed, _samples(scenario, task)
+    if scenario.learns_gates:
+        step = scenario.step_of_gates
+        for index in one_of_each_group(scenario):
+            for passed in scenario.rehearsal.gate_learning(index).values():
+                yield from ((task, rehearsed, step) for task, rehearsed in passed.items())
+
+
+def one_of_each_group(scenario: Scenario) -> list[int]:
+    """A layer of every kind."""
+    return [*{scenario.rehearsal.group(index): index for index in range(scenario.layers)}.values()]
+
+
+def _rehearsed_on_all(scenario: Scenario) -> Iterator[tuple[type[Task], Rehearsed]]:
+    """The tasks of all stages but that in which gates learn."""
     rehearsal = scenario.rehearsal
     yield from rehearsal.ends().items()
-    for index in {rehearsal.group(index): index for index in range(scenario.layers)}.values():
+    for index in one_of_each_group(scenario):
         is_run = {Advance: scenario.config.distill is not None}
         yield from ((task, takes) for task, takes in rehearsal.layer(index).items() if is_run.get(task, True))
         yield from rehearsal.learning(index).items()
@@ -219,7 +234,7 @@ def _disk(scenario: Scenario) -> int:
     states = scenario.hidden_states(scenario.calibration)
     hidden_size = scenario.architecture.hidden_size
     profiles = sum(scenario.method.profile_bytes(hidden_size, shape) for shape in scenario.architecture.dense_shapes)
-    waiting = scenario.layers + 1 if scenario.aiming else scenario.blocks
+    waiting = scenario.layers + 1 if scenario.aiming else scenario.blocks + scenario.learns_gates
     pruning = scenario.bytes_after + waiting * states
     assembling = 2 * scenario.bytes_after + 2 * scenario.outer_bytes
     gradients = (scenario.layers + 1) * states + GRADIENTS_KEPT * scenario.gradients if scenario.needs_gradients else 0

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from distprune.config import PruneConfig
+from distprune.engine.run.preflight import learns_gates
 from distprune.engine.worker.check_tasks import CheckLayer, CheckOuter
 from distprune.engine.worker.dense_model import DenseModel
 from distprune.engine.worker.distill_task import Distill
@@ -33,6 +34,7 @@ from distprune.engine.worker.end_to_end_tasks import (
     StepOptimizer,
 )
 from distprune.engine.worker.expert_pass_tasks import numbers_of_chunks
+from distprune.engine.worker.gate_tasks import CloseGated, OpenGated, OpenGatedBackward, gated_method
 from distprune.engine.worker.layer_worker import LayerWorker
 from distprune.engine.worker.pass_tasks import (
     Advance,
@@ -154,6 +156,14 @@ class Rehearsal:
         key, index = self._like("further round", index, self.kind, self.rough_shape)
         return self._once(key, lambda: self._further_round(index))
 
+    def gate_learning(self, index: int) -> Mapping[type[Task], Takes]:
+        """What both ways through a layer take in which gates learn, by what each of them begins with; nothing where
+        none do."""
+        if not self._learns_gates:
+            return {}
+        key, index = self._like("gates", index, self.kind, self.carries)
+        return self._once(key, lambda: self._gate_learning(index))
+
     def ends(self) -> Takes:
         """What comes before the first layer and after the last."""
         return self._once("ends", self._ends)
@@ -204,11 +214,15 @@ class Rehearsal:
         device = torch.device("cpu") if self.device == "cpu" else IMAGINED_GPU
         model = replace(self.model, checkpoint=ValuelessCheckpoint(self.model.checkpoint))
         worker = LayerWorker(self.config.model_copy(update={"device": self.device}), model, device, ValuelessParts())
-        runner = worker.runner
-        runner.shell.fill(worker._small_tensors)
-        for dtype in {runner.dtype, runner.gradient_dtype}:
-            runner.shell.calls(self.samples, self.length, dtype)
+        for runner in (worker.runner, *([worker.gate_runner] if self._learns_gates else [])):
+            runner.shell.fill(worker._small_tensors)
+            for dtype in {runner.dtype, runner.gradient_dtype}:
+                runner.shell.calls(min(runner.micro_batch, self.samples), self.length, dtype)
         return worker
+
+    @cached_property
+    def _learns_gates(self) -> bool:
+        return learns_gates(make_method(self.config.method, self.config.options), self.config)
 
     @property
     def _sizes(self) -> tuple[int, int]:
@@ -293,7 +307,11 @@ class Rehearsal:
         return self._once(key, lambda: backward(index))
 
     def _passed(
-        self, opening: Task, passing: Callable[[int, int], Task], closed: tuple[Takes, Any] | None
+        self,
+        opening: Task,
+        passing: Callable[[int, int], Task],
+        closed: tuple[Takes, Any] | None,
+        closing: type[Task] = CloseLayer,
     ) -> tuple[Takes, Any]:
         """What a layer takes that is opened, passed by samples and closed; and what closing it gave, if that is not
         known by now."""
@@ -306,8 +324,8 @@ class Rehearsal:
             if closed is not None:
                 known, results = closed
                 return taken | {kind: takes for kind, takes in known.items() if issubclass(kind, CloseLayer)}, results
-            done, results = do(CloseLayer(index, len(pieces)))
-        return taken | {CloseLayer: same(done)}, results
+            done, results = do(closing(index, len(pieces)))
+        return taken | {closing: same(done)}, results
 
     def _passed_in_chunks(self, index: int, run: Callable[[Tensor, Do], tuple[Any, Any]]) -> tuple[Takes, Any]:
         """The same of a layer whose experts come a chunk at a time: ``run`` does the tasks, and gives the profile of
@@ -383,6 +401,16 @@ class Rehearsal:
         backward, _ = self._passed(OpenPlaceOfPruned(index, pruned), passing, self._backward(index))
         return {OpenPruned: forward, OpenPlaceOfPruned: backward}
 
+    def _gate_learning(self, index: int) -> Mapping[type[Task], Takes]:
+        _, (profile, _) = self._forward(index)
+        begun = gated_method(self.worker).even_profile(self.model.architecture.dense_shape(index))
+        gates, gradient = {name: profile[name] for name in begun}, self.worker.runner.gradient_dtype
+        opening = OpenGated(index, profile, gates)
+        forward, _ = self._passed(opening, lambda n, b: Sweep(index, n, self.states(b)), None)
+        passing = lambda n, b: Backward(index, n, self.states(b), self.states(b, gradient))  # noqa: E731
+        backward, _ = self._passed(OpenGatedBackward(index, profile, gates), passing, None, CloseGated)
+        return {OpenGated: forward, OpenGatedBackward: backward}
+
     def _learning(self, index: int) -> Takes:
         """What it takes a pruned layer to learn."""
         options, student = self.config.distill, self._pruned(index)
@@ -441,11 +469,13 @@ class Rehearsal:
                         (2 * TOKENS_AT_ONCE / self.length, 3 * TOKENS_AT_ONCE / self.length),
                     )
                 taken[CloseLoss] = same(do(CloseLoss())[0])
-        if self.config.distill is not None and self.config.distill.objective == "logits":
+        is_end_to_end = self.config.distill is not None and self.config.distill.objective == "logits"
+        if is_end_to_end or self._learns_gates:
             with self._counting() as do:
                 taken[OpenEnd] = same(do(OpenEnd())[0])
-                states = [self._lessons(1)[:, : runs * TOKENS_AT_ONCE] for runs in (1, 2)]
-                sizes = TOKENS_AT_ONCE / self.distillation_length, 2 * TOKENS_AT_ONCE / self.distillation_length
+                states = [self._end_of_sample(runs) for runs in (1, 2)]
+                length = self.distillation_length if is_end_to_end else self.length
+                sizes = TOKENS_AT_ONCE / length, 2 * TOKENS_AT_ONCE / length
                 taken[Diverge] = Rehearsed(*(do(Diverge(some, some))[0] for some in states), sizes)
                 taken[CloseEnd] = same(do(CloseEnd())[0])
         return taken

@@ -13,13 +13,14 @@ from distprune.budgets import StoredSizes, Target, layer_amount, target_of
 from distprune.calibration import open_calibration
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
-from distprune.engine.run.preflight import dense_model, needs_gradients, stored_dtype, stored_sizes
+from distprune.engine.run.preflight import dense_model, learns_gates, needs_gradients, stored_dtype, stored_sizes
 from distprune.engine.stages.context import layers_aiming
 from distprune.engine.worker.dense_model import DenseModel
 from distprune.errors import InputError
 from distprune.layers.architecture import Architecture
 from distprune.layers.shapes import LayerShape
 from distprune.methods import Method, make_method
+from distprune.methods.gated import GatedMethod
 from distprune.planning.cluster import Cluster, Placement, place_workers
 from distprune.planning.rates import Rates, rates_of
 from distprune.planning.rehearsal import Rehearsal
@@ -135,6 +136,17 @@ class Scenario:
     def needs_gradients(self) -> bool:
         """Whether there is a gradient pass."""
         return needs_gradients(self.method, self.architecture)
+
+    @property
+    def learns_gates(self) -> bool:
+        """Whether there is a stage in which gates learn."""
+        return learns_gates(self.method, self.config)
+
+    @property
+    def step_of_gates(self) -> int:
+        """Samples of a step in which gates learn."""
+        assert isinstance(self.method, GatedMethod)
+        return min(self.method.batch, self.calibration.samples)
 
     @property
     def is_end_to_end(self) -> bool:

@@ -19,6 +19,7 @@ from distprune.engine.stages.checking import Check
 from distprune.engine.stages.context import RunContext, mixtures_of
 from distprune.engine.stages.dense_pass import DensePass
 from distprune.engine.stages.end_to_end import Step
+from distprune.engine.stages.gate_learning import GateStep
 from distprune.engine.stages.gradient_pass import GradientPass
 from distprune.engine.stages.layerwise_distillation import LayerwiseDistillation
 from distprune.engine.stages.pruned_passes import measure_again
@@ -37,6 +38,7 @@ from distprune.engine.worker.expert_pass_tasks import (
     RouteTokens,
 )
 from distprune.engine.worker.expert_tasks import PruneAround, PruneExperts
+from distprune.engine.worker.gate_tasks import CloseGated, OpenGated
 from distprune.engine.worker.host_tensor import HostTensor
 from distprune.engine.worker.layer_worker import Finished
 from distprune.engine.worker.pass_tasks import Advance, CloseLayer, CloseLoss, OpenBackward, OpenForward
@@ -118,7 +120,7 @@ class PlannedRuntime(SimulatedRuntime):
         self.tally.written += size
 
     def _done(self, task: Task, worker: SimulatedWorker) -> tuple[list[Any], float, float]:
-        if isinstance(task, (OpenForward, OpenBackward, OpenStudent, OpenDense)):
+        if isinstance(task, (OpenForward, OpenBackward, OpenStudent, OpenDense, OpenGated)):
             worker.opened = type(task)
         rehearsed, samples = self._rehearsed(task, worker), samples_of(task)
         seconds, moved = self.scenario.rates.call_seconds, 0.0
@@ -145,9 +147,9 @@ class PlannedRuntime(SimulatedRuntime):
         rehearsal, kind = self.scenario.rehearsal, type(task)
         if task.layer is None:
             return rehearsal.ends().get(kind)
-        further = rehearsal.further_round(task.layer).get(worker.opened, {})
-        if kind in further:
-            return further[kind]
+        further = {**rehearsal.further_round(task.layer), **rehearsal.gate_learning(task.layer)}
+        if kind in (of_pass := further.get(worker.opened, {})):
+            return of_pass[kind]
         if kind is CloseLayer and worker.opened is OpenForward and self.scenario.needs_gradients:
             kind = CloseAfterForward
         if kind is Forward and worker.opened is OpenStudent:
@@ -202,7 +204,7 @@ def stand_ins(task: Task) -> list[Any]:
             return [finished]
         case CloseLayer():
             return [{}, {}]
-        case StepOptimizer():
+        case StepOptimizer() | CloseGated():
             return [{}]
         case CloseLoss() | CloseEnd():
             return [HostTensor(np.zeros(1), torch.float64)]
@@ -247,10 +249,13 @@ class SimulatedRun:
         if scenario.config.calibration is None:
             self._own_samples()
         with self._stage("dense pass"):
-            profiles = DensePass(self.context, self.tokens, scenario.needs_gradients).run()
+            profiles = DensePass(self.context, self.tokens, scenario.needs_gradients, scenario.learns_gates).run()
         if scenario.needs_gradients:
             with self._stage("gradient pass"):
                 profiles = GradientPass(self.context, self.tokens).run()
+        if scenario.learns_gates:
+            with self._stage("gates"):
+                self._learn_gates()
         rounds = scenario.config.rounds
         with self._stage("prune"):
             PruningPass(self.context, scenario.shapes, profiles, self._keep, is_last=rounds == 1).run(())
@@ -316,14 +321,28 @@ class SimulatedRun:
         micro_batch = options.micro_batch(scenario.batch)
         for rate, times, samples in ((1.0, len(batches), batches[0]), (None, looks, held_out[: options.batch])):
             students = [OpenStudent(index, {}, {}) for index in range(scenario.layers)]
-            tally, self.runtime.tally = self.runtime.tally, Tally()
-            begins = self.runtime.clock
-            Step(self.pool, students, micro_batch, rate).run(rows(TokenSet(len(samples), 1)))
-            self.runtime.clock = begins + times * (self.runtime.clock - begins)
-            self.runtime.tally = tally.plus(self.runtime.tally, times)
+            with self._for_all(times):
+                Step(self.pool, students, micro_batch, rate).run(rows(TokenSet(len(samples), 1)))
         for index in range(scenario.layers):
             self.pool.submit(FoldIn(index, {}, {}), lambda _, index=index: self._keep(index))
         self.pool.run()
+
+    def _learn_gates(self) -> None:
+        """One step stands for all of them."""
+        scenario, nothing = self.scenario, [{} for _ in range(self.scenario.layers)]
+        tokens = rows(TokenSet(scenario.step_of_gates, 1))
+        dense, micro_batch = HostTensor(tokens, torch.int32), scenario.method.micro_batch(scenario.batch)
+        with self._for_all(scenario.method.steps):
+            GateStep(self.pool, nothing, nothing, dense, micro_batch).run(tokens)
+
+    @contextmanager
+    def _for_all(self, times: int) -> Iterator[None]:
+        """What is done inside stands for so many of its like, one after the other."""
+        tally, self.runtime.tally = self.runtime.tally, Tally()
+        begins = self.runtime.clock
+        yield
+        self.runtime.clock = begins + times * (self.runtime.clock - begins)
+        self.runtime.tally = tally.plus(self.runtime.tally, times)
 
     def _assemble(self) -> None:
         """Embedding and head become parts too, and all parts are written anew as shards, on one disk."""

@@ -6,6 +6,7 @@ from distprune.solvers.linear_branch import linear_branch
 from distprune.solvers.low_rank import (
     factor_input_scaled,
     factor_output_scaled,
+    leading_outputs,
     output_projections,
     truncation_errors,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "factor_input_scaled",
     "factor_output_scaled",
     "for_each",
+    "leading_outputs",
     "linear_branch",
     "most_and_least_important",
     "most_important",

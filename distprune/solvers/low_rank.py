@@ -41,6 +41,20 @@ def factor_output_scaled(weight: Tensor, output_scale: Tensor, rank: int) -> tup
     return left.mT, right.mT
 
 
+def leading_outputs(weight: Tensor, gram: Tensor, rank: int) -> Tensor:
+    """The L, (out, rank) with orthonormal columns by falling worth, for which L Lᵀ W truncates W best.
+
+    With H = E[xᵀx] = X Xᵀ, L holds the leading left singular vectors of W X, so that no W' of the rank has a smaller
+    error tr(ΔW H ΔWᵀ), and fewer columns are best for fewer.
+
+    Args:
+        weight: W, (out, in).
+        gram: H, (in, in), positive semidefinite.
+    """
+    weight = weight.double()
+    return leading_eigenvectors(weight @ gram.double() @ weight.mT, rank).float()
+
+
 def output_projections(weight: Tensor, gram: Tensor, metric_root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Projections of the outputs on subspaces that truncate W best where both inputs and outputs have a metric.
 

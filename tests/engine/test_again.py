@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from kinds_of_methods import OF_ALL_MODELS
+from kinds_of_methods import BRIEF, OF_ALL_MODELS
 from safetensors.torch import load_file, save_file
 from without_ray import do_without_ray
 
@@ -63,7 +63,8 @@ def factored(prune_llama, save_model, calibrate, tmp_path_factory):
 @pytest.mark.parametrize("method", OF_ALL_MODELS)
 @torch.no_grad()
 def test_every_method_leaves_factored_attention_as_it_is(prune_here, factored, tmp_path, method):
-    record = prune_here(tmp_path / "twice", factored, method=method, sparsity=0.1, distill=None)
+    options = {"method": method, "options": BRIEF.get(method, {}), "distill": None}
+    record = prune_here(tmp_path / "twice", factored, sparsity=0.1, **options)
     assert record.decoder_parameters_after < record.decoder_parameters_before
     before, after = stored(factored), stored(tmp_path / "twice")
     of_attention = [name for name in before if ".self_attn." in name]

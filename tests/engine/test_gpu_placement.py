@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kinds_of_methods import OF_ALL_MODELS
+from kinds_of_methods import BRIEF, OF_ALL_MODELS
 from pretend_gpu import NAME, pretend_gpu
 
 from distprune import load
@@ -60,10 +60,11 @@ def logits(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", OF_ALL_MODELS)
 def test_every_method_gives_there_what_it_gives_on_the_cpu(prune_here, prune_on_gpu, solved_on, tmp_path, method):
-    prune_here(tmp_path / "cpu", method=method)
+    options = {"method": method, "options": BRIEF.get(method, {})}
+    prune_here(tmp_path / "cpu", **options)
     for offload in (False, True):
         solved_on.clear()
-        prune_on_gpu(tmp_path / f"gpu-{offload}", method=method, offload=offload)
+        prune_on_gpu(tmp_path / f"gpu-{offload}", offload=offload, **options)
         assert solved_on == {"cpu" if offload else NAME}
         torch.testing.assert_close(logits(tmp_path / f"gpu-{offload}"), logits(tmp_path / "cpu"), rtol=1e-3, atol=1e-4)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kinds_of_methods import OF_ALL_MODELS
+from kinds_of_methods import BRIEF, OF_ALL_MODELS
 from safetensors.torch import load_file, save_file
 
 from distprune import load
@@ -94,7 +94,8 @@ def assert_finite(folder: Path) -> None:
 @pytest.mark.parametrize(("kind", "geometry"), KINDS, ids=NAMES)
 @pytest.mark.parametrize("method", OF_ALL_MODELS)
 def test_every_method_takes_what_is_idle(prune_here, idle_model, tmp_path, method, kind, geometry):
-    record = prune_here(tmp_path / "pruned", idle_model(kind, **geometry), method=method, distill=None)
+    options = {"method": method, "options": BRIEF.get(method, {}), "distill": None}
+    record = prune_here(tmp_path / "pruned", idle_model(kind, **geometry), **options)
     assert record.decoder_sparsity == pytest.approx(0.3, abs=0.05)
     assert_finite(tmp_path / "pruned")
 

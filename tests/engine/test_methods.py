@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kinds_of_methods import OF_ALL_MODELS
+from kinds_of_methods import BRIEF, OF_ALL_MODELS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distprune import load
@@ -39,7 +39,8 @@ def saved(save_model) -> Callable[[str], Path]:
 @pytest.mark.parametrize(("family", "method", "count_embeddings"), CASES)
 def test_the_result_opens_generates_and_meets_the_target(run, saved, family, method, count_embeddings):
     family_path = saved(family)
-    folder, record = run(family_path, method=method, sparsity=0.3, count_embeddings=count_embeddings, align=ALIGN)
+    options = {"method": method, "options": BRIEF.get(method, {}), "sparsity": 0.3, "align": ALIGN}
+    folder, record = run(family_path, count_embeddings=count_embeddings, **options)
     dense = AutoModelForCausalLM.from_pretrained(family_path)
     pruned = load(folder)
     prefix = "" if record.layout == "stock" else "Pruned"

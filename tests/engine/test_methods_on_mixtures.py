@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kinds_of_methods import ALL_LAYERS
+from kinds_of_methods import ALL_LAYERS, BRIEF
 from transformers import AutoModelForCausalLM
 
 from distprune import load
@@ -30,9 +30,8 @@ def qwen(save_model):
 @pytest.mark.filterwarnings("ignore::distprune.errors.ConvergenceWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_the_result_opens_and_has_lost_what_the_method_removes(prune_here, qwen, tmp_path, method):
-    record = prune_here(
-        tmp_path / "pruned", qwen, method=method, sparsity=0.2, options=ALL_LAYERS.get(method, {}), distill=None
-    )
+    options = ALL_LAYERS.get(method, {}) | BRIEF.get(method, {})
+    record = prune_here(tmp_path / "pruned", qwen, method=method, sparsity=0.2, options=options, distill=None)
     dense, pruned = AutoModelForCausalLM.from_pretrained(qwen), load(tmp_path / "pruned")
     before, after = (sum(p.numel() for p in model.model.layers.parameters()) for model in (dense, pruned))
     assert (record.decoder_parameters_before, record.decoder_parameters_after) == (before, after)

@@ -90,6 +90,6 @@ def prune_by_each_method(real: PreTrainedModel, names: Iterable[str], sparsity: 
 
 def test_the_page_says_which_methods_offer_which_layout():
     offered = {layout: {name for name in METHODS if layout in METHODS[name].layouts} for layout in LAYOUTS}
-    assert offered["free"] == set(METHODS) and len(METHODS) == 13
+    assert offered["free"] == set(METHODS) and len(METHODS) == 14
     assert offered["heterogeneous"] == set(METHODS) - {"olica"}
     assert offered["stock"] == {"curvature", "magnitude", "mean-router-weight", "reap", "wanda-sp", "z-pruner"}

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from distprune.checkpoint import Checkpoint
 from distprune.config import PruneConfig
 from distprune.engine.run.preflight import dense_model
+from distprune.engine.worker.gate_tasks import CloseGated, OpenGated, OpenGatedBackward
 from distprune.engine.worker.layer_worker import LayerWorker
 from distprune.engine.worker.pass_tasks import Backward, CloseLayer, OpenBackward, OpenForward, Sweep
 from distprune.engine.worker.prune_task import Prune
@@ -103,6 +104,31 @@ def test_the_peaks_of_all_tasks_are_those_of_the_tasks_themselves(wide, method):
         planned = takes[task].on(4 * BATCHES, lambda done: done.counts.peak.get("cpu", 0))
         # LAPACK's own workspace, which the plan counts, is not seen here.
         assert 0.85 * peak - 2**18 <= planned <= 1.25 * peak + 2**20, task
+
+
+def test_the_peaks_of_a_step_in_which_gates_learn_are_those_of_its_tasks(wide):
+    scenario = planned_run(wide, "flop", options={"batch": 4 * BATCHES})
+    index, method = 1, scenario.method
+    worker = LayerWorker(scenario.config, dense_model(Checkpoint.open(wide)), torch.device("cpu"))
+    states = torch.randn(4 * BATCHES, 32, 256).bfloat16()
+    for runner in (worker.runner, worker.gate_runner):
+        runner.shell.calls(runner.micro_batch, 32, torch.bfloat16)
+    OpenForward(index).run(worker)
+    Sweep(index, 0, states).run(worker)
+    profile, _ = CloseLayer(index, 1).run(worker)
+    gates = {name: profile[name] for name in method.even_profile(scenario.architecture.dense_shape(index))}
+    takes, weights = scenario.rehearsal.gate_learning(index), scenario.stored_bytes[index]
+    for opening, passing, closing in (
+        (OpenGated(index, profile, gates), Sweep(index, 0, states), CloseLayer(index, 1)),
+        (OpenGatedBackward(index, profile, gates), Backward(index, 0, states, states), CloseGated(index, 1)),
+    ):
+        with LiveTensors() as counted:
+            for task in (opening, passing, closing):
+                counted.peak = counted.live
+                task.run(worker)
+                planned = takes[type(opening)][type(task)].on(4 * BATCHES, lambda done: done.counts.peak.get("cpu", 0))
+                peak = counted.peak + weights
+                assert 0.85 * peak - 2**18 <= planned <= 1.25 * peak + 2**20, task
 
 
 def test_a_smaller_micro_batch_needs_less(wide):

@@ -9,7 +9,7 @@ import pytest
 import ray
 import torch
 from headers import write_headers
-from kinds_of_methods import OF_ALL_MODELS
+from kinds_of_methods import BRIEF, OF_ALL_MODELS
 from tiny_families import tiny_config
 from typer.testing import CliRunner
 
@@ -42,7 +42,7 @@ def test_what_remains_is_within_one_step_of_what_was_asked_for(plan, small, meth
 
 @pytest.mark.parametrize("method", OF_ALL_MODELS)
 def test_parameters_are_those_that_a_run_reaches(plan, run, dense_path, method):
-    _, record = run(method=method, sparsity=0.3)
+    _, record = run(method=method, options=BRIEF.get(method, {}), sparsity=0.3)
     planned = plan(dense_path, method=method, sparsity=0.3, samples=8, sequence_length=16)
     assert planned.decoder_parameters_before == record.decoder_parameters_before
     assert planned.total_parameters_before == record.total_parameters_before
@@ -271,3 +271,10 @@ def test_auto_is_the_dtype_of_this_machine_s_cpu_and_the_checkpoint_s_on_gpus(pl
     assert (here.dtype, here.dtype_reason, there.dtype) == (of_cpu.name, "as it is", "bfloat16")
     assert f"forward passes in {of_cpu.name}: as it is" in plan_summary(here)
     assert here.memory == plan(dtype=of_cpu.name).memory
+
+
+def test_gates_take_a_step_as_often_as_they_learn(plan, small):
+    once, often = (plan(method="flop", options={"steps": steps}) for steps in (1, 50))
+    assert stage(often, "gates").seconds == pytest.approx(50 * stage(once, "gates").seconds, rel=0.01)
+    assert stage(often, "gates").float32_flops + stage(often, "gates").half_flops > 0
+    assert "gates" not in [each.name for each in plan(method="magnitude").stages]

@@ -16,6 +16,7 @@ from distprune.config import PruneConfig
     [
         {"method": "curvature"},
         {"method": "olica", "propagation": 2},
+        {"method": "flop", "options": {"steps": 3}},
         {"method": "magnitude", "distill": {"learning_rate": 1e-3}},
     ],
     ids=str,

@@ -9,6 +9,7 @@ import torch
 from distprune.solvers import (
     factor_input_scaled,
     factor_output_scaled,
+    leading_outputs,
     output_projections,
     subspace,
     truncation_errors,
@@ -144,3 +145,17 @@ def test_output_projections_truncate_best_in_the_metrics_of_inputs_and_outputs(s
         change = f64(weight) - f64(left)[:, :rank] @ f64(right)[:rank] @ f64(weight)
         error = np.trace(f64(metric) @ change @ f64(gram) @ change.T)
         assert error == pytest.approx(expected[rank], rel=1e-4, abs=1e-6 * expected[0])
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+def test_leading_outputs_truncate_best_on_the_inputs(shape):
+    weight, inputs = randn(*shape), randn(200, shape[1], seed=1) * torch.logspace(-1, 1, shape[1])
+    left = f64(leading_outputs(weight, inputs.mT @ inputs / 200, 7))
+    np.testing.assert_allclose(left.T @ left, np.eye(7), atol=1e-5)
+    outputs = f64(weight) @ f64(inputs).T
+    vectors, values, _ = np.linalg.svd(outputs, full_matrices=False)
+    for rank in (3, 7):
+        kept = left[:, :rank]
+        error = np.linalg.norm(outputs - kept @ (kept.T @ outputs)) ** 2
+        assert error == pytest.approx((values[rank:] ** 2).sum(), rel=1e-4)
+    assert abs(vectors[:, 0] @ left[:, 0]) == pytest.approx(1, abs=1e-4)

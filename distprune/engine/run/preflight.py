@@ -42,6 +42,7 @@ from distprune.layers.architecture import Architecture
 from distprune.layers.module import empty_model
 from distprune.layers.shapes import ExpertsShape
 from distprune.methods import METHODS, Method, make_method
+from distprune.methods.gated import GatedMethod
 from distprune.search import STEPS
 from distprune.storage import Location, is_remote, is_url, location
 from distprune.version import __version__
@@ -82,6 +83,11 @@ class Job:
     def needs_gradients(self) -> bool:
         """Whether there is a gradient pass."""
         return needs_gradients(self.method, self.architecture)
+
+    @property
+    def learns_gates(self) -> bool:
+        """Whether there is a stage in which gates learn."""
+        return learns_gates(self.method, self.config)
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -411,6 +417,11 @@ def check_can_be_split(config: PruneConfig, texts: Sequence[Location | None]) ->
 def needs_gradients(method: Method, architecture: Architecture) -> bool:
     """Whether a method asks for the loss's gradients, of any layer."""
     return any(method.gradient_moments(shape) for shape in architecture.dense_shapes)
+
+
+def learns_gates(method: Method, config: PruneConfig) -> bool:
+    """Whether a run has a stage in which gates learn."""
+    return isinstance(method, GatedMethod) and config.sparsity > 0
 
 
 def check_has_targets(config: PruneConfig) -> None:

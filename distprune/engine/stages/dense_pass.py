@@ -35,10 +35,12 @@ class DensePass(Relay):
     Args:
         tokens: of the calibration set, (samples, length).
         for_gradients: whether a gradient pass follows.
+        keeps_end: whether the hidden states at the model's end are kept; those for a gradient pass are.
     """
 
-    def __init__(self, context: RunContext, tokens: np.ndarray, for_gradients: bool = False):
-        super().__init__(context.pool, context.layers, context.micro_batch, for_gradients, context.in_one_piece)
+    def __init__(self, context: RunContext, tokens: np.ndarray, for_gradients: bool = False, keeps_end: bool = False):
+        keeps_end = keeps_end or for_gradients
+        super().__init__(context.pool, context.layers, context.micro_batch, keeps_end, context.in_one_piece)
         self.context, self.tokens, self.for_gradients = context, tokens, for_gradients
         self.layers, self.journal, self.progress = context.layers, context.journal, context.progress
         self._kind, self._states = PASSED if for_gradients else PROFILE, DENSE
@@ -81,8 +83,11 @@ class DensePass(Relay):
         ChunkedForward(self.pool, station, chunks, profiles, piece, pass_on, close).submit()
 
     def reached(self, station: int, pieces: list[HostTensor]) -> None:
-        if self.for_gradients or self.context.keeps_dense(station) or station % KEPT_EVERY == 0:
+        is_end = station == self.layers
+        if self.for_gradients or is_end or self.context.keeps_dense(station) or station % KEPT_EVERY == 0:
             save_states(self.journal, self._states, station, pieces)
+        if is_end:  # the last layer is not yet closed
+            return
         passed = station - KEPT_EVERY
         if station % KEPT_EVERY == 0 and not (self.for_gradients or self.context.keeps_dense(passed)):
             self.journal.remove(entry_of(DENSE, passed))

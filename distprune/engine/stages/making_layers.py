@@ -19,6 +19,7 @@ from distprune.engine.run.record import CalibrationRecord, forecast
 from distprune.engine.run.work_folder import WorkFolder
 from distprune.engine.stages.context import RunContext
 from distprune.engine.stages.dense_pass import DensePass
+from distprune.engine.stages.gate_learning import GateLearning
 from distprune.engine.stages.gradient_pass import GradientPass
 from distprune.engine.stages.library_pass import LibraryPass
 from distprune.engine.stages.pruned_passes import is_measured, kind_of_round, measure_again
@@ -81,10 +82,13 @@ class MakingLayers:
         """
         context, job, work = self.context, self.job, self.work
         with work.timed("dense pass"):
-            profiles = DensePass(context, tokens, job.needs_gradients).run()
+            profiles = DensePass(context, tokens, job.needs_gradients, job.learns_gates).run()
         if job.needs_gradients:
             with work.timed("gradient pass"):
                 profiles = GradientPass(context, tokens).run()
+        if job.learns_gates:
+            with work.timed("gates"):
+                profiles = GateLearning(context, job.method, job.target, tokens, profiles).run()
         expert_tokens = tokens_by_layer(profiles)
         notes = [*seldom_used(expert_tokens)]
         planned = partial(self._plan, held_out=held_out, calibration=calibration)

@@ -135,7 +135,7 @@ class OpenEnd(Task):
 
     def run(self, worker: LayerWorker) -> None:
         worker.close()
-        worker.open(OpenDivergence(worker.loss_head(worker.student_runner)))
+        worker.open(OpenDivergence(worker.loss_head(worker.runner)))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from distprune.layers.parts import DecoderLayer
 from distprune.layers.runner import LayerRunner
 from distprune.layers.shapes import ExpertsShape, LayerShape
 from distprune.methods import make_method
+from distprune.methods.gated import GatedMethod
 from distprune.statistics import Moment
 
 Opened = TypeVar("Opened")
@@ -87,6 +88,12 @@ class LayerWorker:
     def student_runner(self) -> LayerRunner:
         """Runs layers in the micro-batches of end-to-end distillation."""
         return self._runner_of(self.config.distill.micro_batch(self.config.micro_batch))
+
+    @cached_property
+    def gate_runner(self) -> LayerRunner:
+        """Runs layers in the micro-batches in which gates learn."""
+        assert isinstance(self.method, GatedMethod)
+        return self._runner_of(self.method.micro_batch(self.config.micro_batch))
 
     def _runner_of(self, micro_batch: int) -> LayerRunner:
         return LayerRunner(self.architecture, self.device, getattr(torch, self.config.dtype), micro_batch)

@@ -13,6 +13,7 @@ from torch import Tensor
 from distprune.checks import solving
 from distprune.engine.worker.layer_worker import LayerWorker
 from distprune.layers.parts import DecoderLayer, Experts
+from distprune.layers.runner import LayerRunner
 from distprune.layers.sites import ROUTER_WEIGHT
 from distprune.methods import Method, Profile
 from distprune.statistics import LayerStatistics, Mean, Moment, sites_of
@@ -71,13 +72,17 @@ class OpenLayer:
 
     # ---------------------------------------------------------------- a piece of the samples
 
+    def runner(self, worker: LayerWorker) -> LayerRunner:
+        """What runs it on a worker."""
+        return worker.runner
+
     def forward(self, worker: LayerWorker, hidden_states: Tensor) -> Tensor:
         """The layer's output hidden states."""
-        return worker.runner.run(self.layer, self.index, hidden_states, **self.observation)
+        return self.runner(worker).run(self.layer, self.index, hidden_states, **self.observation)
 
     def backward(self, worker: LayerWorker, hidden_states: Tensor, gradient: Tensor) -> Tensor:
         """The loss's gradient at the layer's input."""
-        return worker.runner.backward(self.layer, self.index, hidden_states, gradient, **self.observation)
+        return self.runner(worker).backward(self.layer, self.index, hidden_states, gradient, **self.observation)
 
     # ---------------------------------------------------------------- the end
 
