@@ -87,13 +87,19 @@ def test_the_dense_model_comes_back_from_a_library(library, llama, tmp_path):
 
 def test_a_library_of_another_run_is_not_taken_for_ones_own(library, prune_here, tmp_path):
     with pytest.raises(InputError, match="holds the library of a run with other options"):
-        prune_here(tmp_path / "again", library=library[0], **SEARCH | {"sparsity": 0.5})
+        prune_here(tmp_path / "again", library=library[0], **SEARCH | {"options": {"refit_damping": 0.1}})
 
 
 def test_a_run_that_is_repeated_takes_the_library_that_is_there(library, prune_here, digests, monkeypatch, tmp_path):
     monkeypatch.setattr(SolvePart, "run", None)  # nothing is solved again
     prune_here(tmp_path / "again", library=library[0], **SEARCH)
     assert digests(tmp_path / "again") == digests(tmp_path / "searched")
+
+
+def test_a_run_of_another_size_takes_the_library_that_is_there(library, prune_here, monkeypatch, tmp_path):
+    monkeypatch.setattr(SolvePart, "run", None)  # nothing is solved again
+    record = prune_here(tmp_path / "again", library=library[0], **SEARCH | {"sparsity": 0.5})
+    assert abs(record.decoder_sparsity - 0.5) < 0.01
 
 
 @pytest.mark.parametrize(

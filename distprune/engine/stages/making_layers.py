@@ -29,10 +29,15 @@ from distprune.engine.worker.host_tensor import pack_all
 from distprune.engine.worker.library_tasks import TakeFromLibrary
 from distprune.engine.worker.task import Later
 from distprune.methods import CostCurve, Plan, Profile
-from distprune.search import affordable_choices, library_options, plan_at_prices, shapes_of
+from distprune.search import PartOptions, affordable_choices, library_options, plan_at_prices, shapes_of
 
 #: Journal entry of what a search has ended with.
 FOUND = "search"
+#: What a run's identity says of the size that is asked for and of what comes after it, and not of how parts are solved.
+OF_THE_SIZE = (
+    *("sparsity", "target", "count_embeddings", "latencies", "search", "propagation"),
+    *("distill", "distillation text", "max_shard_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -142,10 +147,9 @@ class MakingLayers:
         menus = job.method.menus(job.target, profiles, job.config.align)
         parts = library_options(job.target, menus)
         folder = job.config.library or self.work.folder / "library"
-        identity = fingerprint(job.identity(self.device))
         if not journal.has(FOUND):
             files = PartFiles(folder, parts)
-            files.begin(identity)
+            files.begin(self._identity_of(parts))
             with self.work.timed("library"):
                 LibraryPass(self.context, profiles, files).run()
             with self.work.timed("search"):
@@ -156,6 +160,11 @@ class MakingLayers:
             journal.write(FOUND, asdict(found))
         prices = self._found["prices"]
         return plan_at_prices(job.target, menus, parts, prices, job.config.align)
+
+    def _identity_of(self, parts: Sequence[PartOptions]) -> str:
+        """What tells a library from every other: runs that only ask for another size of the model share one."""
+        run = {name: value for name, value in self.job.identity(self.device).items() if name not in OF_THE_SIZE}
+        return fingerprint({**run, "parts": [part.to_json() for part in parts]})
 
     @property
     def _found(self) -> dict[str, Any]:
