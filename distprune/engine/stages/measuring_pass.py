@@ -86,4 +86,5 @@ class MeasuringPass(Relay):
         if station == self.layers:
             [divergences] = results
             self._found = [fsum(of_variant) / self._tokens for of_variant in unpack(divergences).mT.tolist()]
-        self.context.progress.advance()
+        else:
+            self.context.progress.advance()
