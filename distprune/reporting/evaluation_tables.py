@@ -63,7 +63,7 @@ def metric_cell(task: str, metric: str, evaluation: ModelEvaluation, first: Mode
 def memory_table(names: Sequence[str], evaluations: Sequence[ModelEvaluation]) -> Table:
     """Memory of the parameters, of the whole process, and of one token in the KV cache."""
     title = f"memory, in {evaluations[0].speed.dtype}"
-    return filled(table_of(title, "model", *MEMORY_COLUMNS), memory_rows(names, evaluations))
+    return filled(table_of_models(title, *MEMORY_COLUMNS), memory_rows(names, evaluations))
 
 
 def memory_rows(names: Sequence[str], evaluations: Sequence[ModelEvaluation]) -> Iterator[tuple[str, ...]]:
@@ -81,7 +81,7 @@ def memory_rows(names: Sequence[str], evaluations: Sequence[ModelEvaluation]) ->
 
 def speed_table(names: Sequence[str], speeds: Sequence[BatchSpeed], batch: int) -> Table:
     """Tokens a second at one batch size."""
-    return filled(table_of(f"batch {batch}", "model", *SPEED_COLUMNS), speed_rows(names, speeds))
+    return filled(table_of_models(f"batch {batch}", *SPEED_COLUMNS), speed_rows(names, speeds))
 
 
 def speed_rows(names: Sequence[str], speeds: Sequence[BatchSpeed]) -> Iterator[tuple[str, ...]]:
@@ -100,6 +100,15 @@ def table_of(title: str, first: str, *columns: str) -> Table:
     table.add_column(first, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")
+    return table
+
+
+def table_of_models(title: str, *columns: str) -> Table:
+    """A table with a row a model, whose name folds where it would leave numbers no room."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("model", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
