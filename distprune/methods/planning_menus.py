@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from distprune.budgets import Menu, Target, allocate, neurons_amount
+from distprune.budgets import Allocation, Menu, Target, allocate, neurons_amount
 from distprune.layers.shapes import LayerShape
 from distprune.methods.base import Plan
 
@@ -16,13 +16,21 @@ def plan_by_menus(target: Target, menus: Sequence[Menu], align: int) -> Plan:
     Raises:
         InputError: the target can't be reached.
     """
-    shapes = target.dense_shapes
-    rest = target.amount([LayerShape(None, None)] * len(shapes))
-    allocation = allocate([menu.curve for menu in menus], target.remaining - rest)
+    shapes, allocation = target.dense_shapes, allocate_menus(target, menus)
     for menu, choice in zip(menus, allocation.choices, strict=True):
         shapes[menu.layer] = chosen(shapes[menu.layer], menu, choice)
     by_layer = costs_by_layer(menus, allocation.costs, len(shapes))
     return Plan(spend_rest(target, shapes, align), allocation.cost, allocation.gap, by_layer)
+
+
+def allocate_menus(target: Target, menus: Sequence[Menu]) -> Allocation:
+    """Of each menu the option with which the whole costs least within the target.
+
+    Raises:
+        InputError: the smallest options of all menus take more.
+    """
+    rest = target.amount([LayerShape(None, None)] * target.model.num_layers)
+    return allocate([menu.curve for menu in menus], target.remaining - rest)
 
 
 def costs_by_layer(menus: Sequence[Menu], costs: Sequence[float], layers: int) -> list[float]:

@@ -2,7 +2,7 @@
 
 from distprune.search.part_options import STEPS, LayerPart, PartOptions, library_options
 from distprune.search.prices import Change, changed_choices, corrected_prices, part_of_the_way
-from distprune.search.searched_plan import affordable_choices, plan_at_prices, shapes_of
+from distprune.search.searched_plan import affordable_choices, plan_at_prices, plan_of_parts, shapes_of
 
 __all__ = [
     "STEPS",
@@ -15,5 +15,6 @@ __all__ = [
     "library_options",
     "part_of_the_way",
     "plan_at_prices",
+    "plan_of_parts",
     "shapes_of",
 ]

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from distprune.budgets import Menu, Target, allocate
+from distprune.budgets import Menu, Target
 from distprune.layers.shapes import LayerShape
-from distprune.methods import Plan, plan_by_menus
+from distprune.methods import Plan, allocate_menus, costs_by_layer, plan_by_menus
 from distprune.search.part_options import PartOptions
 
 
@@ -18,9 +18,24 @@ def affordable_choices(target: Target, parts: Sequence[PartOptions], prices: Seq
     Raises:
         InputError: the smallest options of all parts take more.
     """
-    rest = target.amount([LayerShape(None, None)] * target.model.num_layers)
-    curves = [part.menu(target, price).curve for part, price in zip(parts, prices, strict=True)]
-    return allocate(curves, target.remaining - rest).choices
+    return allocate_menus(target, menus_at(target, parts, prices)).choices
+
+
+def plan_of_parts(target: Target, parts: Sequence[PartOptions], prices: Sequence[float]) -> tuple[list[int], Plan]:
+    """The choices of :func:`affordable_choices`, and the plan that they are.
+
+    Raises:
+        InputError: the smallest options of all parts take more.
+    """
+    menus = menus_at(target, parts, prices)
+    allocation = allocate_menus(target, menus)
+    by_layer = costs_by_layer(menus, allocation.costs, target.model.num_layers)
+    shapes = shapes_of(target, parts, allocation.choices)
+    return allocation.choices, Plan(shapes, allocation.cost, allocation.gap, by_layer)
+
+
+def menus_at(target: Target, parts: Sequence[PartOptions], prices: Sequence[float]) -> list[Menu]:
+    return [part.menu(target, price) for part, price in zip(parts, prices, strict=True)]
 
 
 def shapes_of(target: Target, parts: Sequence[PartOptions], choices: Sequence[int]) -> list[LayerShape]:

@@ -33,7 +33,7 @@ def with_diagonals(subject, *names: str):
 
 
 def loss(subject, layer) -> float:
-    """Half the squared norm of the layer's output, whose gradient is the output; but for norms and experts, of which
+    """Half the squared norm of the layer's output, whose gradient is the output, except for norms and experts, of which
     there are float32 kernels alone, in float64."""
     dtype = torch.float32 if isinstance(layer.ffn, Experts) else torch.float64
     runner = LayerRunner(subject.model, torch.device("cpu"), dtype, micro_batch=8)

@@ -29,7 +29,7 @@ from distprune.engine.worker.host_tensor import pack_all
 from distprune.engine.worker.library_tasks import TakeFromLibrary
 from distprune.engine.worker.task import Later
 from distprune.methods import CostCurve, Plan, Profile
-from distprune.search import PartOptions, affordable_choices, library_options, plan_at_prices, shapes_of
+from distprune.search import PartOptions, library_options, plan_at_prices, plan_of_parts
 
 #: Journal entry of what a search has ended with.
 FOUND = "search"
@@ -177,16 +177,7 @@ class MakingLayers:
     def from_library(self, library: Library) -> Made:
         """Take all layers from a library: of every part the size with which the whole costs least."""
         job, context = self.job, self.context
-        choices = affordable_choices(job.target, library.parts, library.prices)
-        costs = [
-            price * part.costs[choice]
-            for part, price, choice in zip(library.parts, library.prices, choices, strict=True)
-        ]
-        by_layer = [
-            sum(cost for part, cost in zip(library.parts, costs, strict=True) if part.layer == index)
-            for index in range(context.layers)
-        ]
-        plan = Plan(shapes_of(job.target, library.parts, choices), sum(costs), 0.0, by_layer)
+        choices, plan = plan_of_parts(job.target, library.parts, library.prices)
         files, parts = self._files(plan), PartFiles(job.config.from_library, library.parts)
         missing = sorted(set(range(context.layers)) - files.pruned())
         context.progress.stage("Taking parts from the library", context.layers, context.layers - len(missing))

@@ -61,7 +61,7 @@ class OpenGated(Task):
 
     Attributes:
         index: the layer.
-        profile: what the dense pass left of it, but for the gates.
+        profile: what the dense pass left of it, without the gates.
         gates: their values, by name.
     """
 
