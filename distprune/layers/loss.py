@@ -64,10 +64,8 @@ class LossHead:
 
         def loss_of(places: slice, sample: int) -> Loss:
             with torch.no_grad():
-                wanted = self._log_probabilities(dense[sample, places])
-            return lambda logits: F.kl_div(logits.log_softmax(dim=1), wanted, reduction="none", log_target=True).sum(
-                dim=1
-            )
+                wanted = self._predictions(dense[sample, places])
+            return lambda logits: divergence_from(wanted, logits.log_softmax(dim=1))
 
         return self._through(hidden_states, loss_of)
 
@@ -86,15 +84,15 @@ class LossHead:
         for sample, states in enumerate(variants):
             for start in range(0, states.shape[1], TOKENS_AT_ONCE):
                 places = slice(start, start + TOKENS_AT_ONCE)
-                wanted = self._log_probabilities(dense[sample, places])
+                wanted = self._predictions(dense[sample, places])
                 for variant, own in enumerate(states):
-                    predicted = self._log_probabilities(own[places])
-                    apart = F.kl_div(predicted, wanted, reduction="sum", log_target=True)
-                    found[sample, variant] += apart.double().cpu()
+                    predicted = self._logits(self._placed(own[places])).log_softmax(dim=1)
+                    found[sample, variant] += divergence_from(wanted, predicted).double().sum().cpu()
         return found
 
-    def _log_probabilities(self, hidden_states: Tensor) -> Tensor:
-        return self._logits(self._placed(hidden_states)).log_softmax(dim=1)
+    def _predictions(self, hidden_states: Tensor) -> Predictions:
+        logits = self._logits(self._placed(hidden_states))
+        return Predictions(logits.softmax(dim=1), logits.log_softmax(dim=1))
 
     def sampled(self, hidden_states: Tensor, dense: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Of the loss of predicting tokens that are drawn from the dense model's predictions.
@@ -115,14 +113,13 @@ class LossHead:
 
         def loss_of(places: slice, sample: int) -> Loss:
             with torch.no_grad():
-                wanted = self._log_probabilities(dense[sample, places])
-                drawn = draw(wanted, generators[sample])
+                wanted = self._predictions(dense[sample, places])
+                drawn = draw(wanted.log_probabilities, generators[sample])
 
             def loss(logits: Tensor) -> Tensor:
                 predicted = logits.log_softmax(dim=1)
                 with torch.no_grad():
-                    apart = F.kl_div(predicted, wanted, reduction="sum", log_target=True)
-                    divergences[sample] += apart.double().cpu()
+                    divergences[sample] += divergence_from(wanted, predicted).double().sum().cpu()
                 return F.nll_loss(predicted, drawn, reduction="none")
 
             return loss
@@ -154,6 +151,34 @@ class LossHead:
     def _placed(self, hidden_states: Tensor) -> Tensor:
         # A copy, since what was made in inference mode has no gradients.
         return hidden_states.detach().to(self.runner.device, self.runner.gradient_dtype, copy=True)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model's predictions of tokens.
+
+    Attributes:
+        probabilities: (tokens, vocabulary).
+        log_probabilities: their logarithms.
+    """
+
+    probabilities: Tensor
+    log_probabilities: Tensor
+
+
+def divergence_from(wanted: Predictions, log_probabilities: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence of predictions from others, in nats.
+
+    Both factors are at hand already: exponentiating a vocabulary again, as ``kl_div`` does, takes longer than the
+    logits do.
+
+    Args:
+        log_probabilities: those predicted, (tokens, vocabulary).
+
+    Returns:
+        Of each token, (tokens,).
+    """
+    return torch.linalg.vecdot(wanted.probabilities, wanted.log_probabilities - log_probabilities)
 
 
 def draw(log_probabilities: Tensor, generator: torch.Generator) -> Tensor:
