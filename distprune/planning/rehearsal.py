@@ -419,14 +419,14 @@ class Rehearsal:
         sizes = options.batch + 1, 2 * options.batch + 2
         done = []
         for samples in sizes:
-            states = self._lessons(samples)
+            states = self._distillation_text(samples)
             with self._counting() as do:
                 done.append(do(Distill(index, student, states, states, states))[0])
         return {Distill: Rehearsed(*done, sizes)}
 
     def _end_to_end(self, index: int, student: DecoderLayer) -> Takes:
         batch = self.config.distill.micro_batch(self.samples)
-        small, large = self._lessons(batch), self._lessons(2 * batch)
+        small, large = self._distillation_text(batch), self._distillation_text(2 * batch)
         sizes, taken = (batch, 2 * batch), {}
         with self._counting() as do:
             taken[OpenDense] = same(do(OpenDense(index))[0])
@@ -447,7 +447,7 @@ class Rehearsal:
             taken[FoldIn] = same(do(FoldIn(index, student, parameters))[0])
         return taken
 
-    def _lessons(self, samples: int) -> Tensor:
+    def _distillation_text(self, samples: int) -> Tensor:
         hidden_size, dtype = self.model.architecture.hidden_size, self.worker.runner.dtype
         return torch.empty(samples, self.distillation_length, hidden_size, dtype=dtype)
 

@@ -115,9 +115,9 @@ def test_the_record_tells_how_distillation_went(run):
     folder, record = run(sparsity=0.3, distill={"epochs": 3, "batch": 4, "learning_rate": 1e-3})
     assert "distill" in record.seconds
     for layer in record.layers:
-        lesson = layer.distillation
-        assert len(lesson.training) == 3 * 2
-        assert lesson.kept == (lesson.held_out_after < lesson.held_out_before)
+        learning = layer.distillation
+        assert len(learning.training) == 3 * 2
+        assert learning.kept == (learning.held_out_after < learning.held_out_before)
     assert load_record(folder) == record
 
 
