@@ -2,7 +2,7 @@
 
 from distprune.search.part_options import STEPS, LayerPart, PartOptions, library_options
 from distprune.search.prices import Change, changed_choices, corrected_prices, part_of_the_way
-from distprune.search.searched_plan import affordable_choices, plan_at_prices, plan_of_parts, shapes_of
+from distprune.search.searched_plan import affordable_choices, plan_of_parts, searched_plan, shapes_of
 
 __all__ = [
     "STEPS",
@@ -14,7 +14,7 @@ __all__ = [
     "corrected_prices",
     "library_options",
     "part_of_the_way",
-    "plan_at_prices",
     "plan_of_parts",
+    "searched_plan",
     "shapes_of",
 ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from distprune.budgets import Menu, Target
 from distprune.layers.shapes import LayerShape
-from distprune.methods import Plan, allocate_menus, costs_by_layer, plan_by_menus
+from distprune.methods import Plan, allocate_menus, costs_by_layer, spend_rest
 from distprune.search.part_options import PartOptions
 
 
@@ -34,6 +34,16 @@ def plan_of_parts(target: Target, parts: Sequence[PartOptions], prices: Sequence
     return allocation.choices, Plan(shapes, allocation.cost, allocation.gap, by_layer)
 
 
+def searched_plan(target: Target, parts: Sequence[PartOptions], prices: Sequence[float], align: int) -> Plan:
+    """The plan that a search ends with: its sizes are those that were measured, and not others at the same prices.
+
+    A price holds where it was measured. Of a part with a low one, an option of another kind (fewer heads in place of
+    lower ranks) can look cheap and ruin the model. What the parts' coarse sizes leave of the budget widens FFNs.
+    """
+    _, plan = plan_of_parts(target, parts, prices)
+    return spend_rest(target, plan, align)
+
+
 def menus_at(target: Target, parts: Sequence[PartOptions], prices: Sequence[float]) -> list[Menu]:
     return [part.menu(target, price) for part, price in zip(parts, prices, strict=True)]
 
@@ -45,20 +55,3 @@ def shapes_of(target: Target, parts: Sequence[PartOptions], choices: Sequence[in
         change: dict[str, Any] = {part.part: part.shapes[choice]}
         shapes[part.layer] = replace(shapes[part.layer], **change)
     return shapes
-
-
-def plan_at_prices(
-    target: Target, menus: Sequence[Menu], parts: Sequence[PartOptions], prices: Sequence[float], align: int
-) -> Plan:
-    """The plan that costs least, with all sizes to choose from, and each part at its price.
-
-    Args:
-        menus: of all parts, with all of their sizes.
-        parts: those that have prices.
-        prices: of each of them.
-    """
-    known: Mapping[tuple[int, str], float] = {
-        (part.layer, part.part): price for part, price in zip(parts, prices, strict=True)
-    }
-    priced = [menu.at_price(known[menu.layer, "ffn" if menu.part == "shared" else menu.part]) for menu in menus]
-    return plan_by_menus(target, priced, align)

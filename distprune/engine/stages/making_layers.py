@@ -29,7 +29,7 @@ from distprune.engine.worker.host_tensor import pack_all
 from distprune.engine.worker.library_tasks import TakeFromLibrary
 from distprune.engine.worker.task import Later
 from distprune.methods import CostCurve, Plan, Profile
-from distprune.search import PartOptions, library_options, plan_at_prices, plan_of_parts
+from distprune.search import PartOptions, library_options, plan_of_parts, searched_plan
 
 #: Journal entry of what a search has ended with.
 FOUND = "search"
@@ -142,10 +142,9 @@ class MakingLayers:
     # ---------------------------------------------------------------- with a search
 
     def _searched(self, profiles: Sequence[Profile], held_out: np.ndarray, calibration: CalibrationRecord) -> Plan:
-        """The plan at the prices that a search finds, and the library that it finds them with."""
+        """The plan that a search ends with, and the library that it finds it with."""
         job, journal = self.job, self.work.journal
-        menus = job.method.menus(job.target, profiles, job.config.align)
-        parts = library_options(job.target, menus)
+        parts = library_options(job.target, job.method.menus(job.target, profiles, job.config.align))
         folder = job.config.library or self.work.folder / "library"
         if not journal.has(FOUND):
             files = PartFiles(folder, parts)
@@ -158,8 +157,7 @@ class MakingLayers:
                 settings = job.config.model_dump(mode="json")
                 Library(parts, found.prices, job.model_identity, settings, calibration).write(folder)
             journal.write(FOUND, asdict(found))
-        prices = self._found["prices"]
-        return plan_at_prices(job.target, menus, parts, prices, job.config.align)
+        return searched_plan(job.target, parts, self._found["prices"], job.config.align)
 
     def _identity_of(self, parts: Sequence[PartOptions]) -> str:
         """What tells a library from every other: runs that only ask for another size of the model share one."""
