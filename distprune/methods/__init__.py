@@ -1,7 +1,7 @@
 """Pruning methods, one file or folder each. A plugin brings more: see `registry.py`."""
 
 from distprune.methods.base import ChangeExperts, CostCurve, LayerToPrune, Method, Observe, Paper, Plan, Profile
-from distprune.methods.planning_menus import allocate_menus, costs_by_layer, spend_rest
+from distprune.methods.planning_menus import allocate_menus, costs_by_layer, plan_by_menus
 from distprune.methods.registry import METHODS, make_method
 
 __all__ = [
@@ -17,5 +17,5 @@ __all__ = [
     "allocate_menus",
     "costs_by_layer",
     "make_method",
-    "spend_rest",
+    "plan_by_menus",
 ]

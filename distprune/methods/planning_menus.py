@@ -20,7 +20,7 @@ def plan_by_menus(target: Target, menus: Sequence[Menu], align: int) -> Plan:
     for menu, choice in zip(menus, allocation.choices, strict=True):
         shapes[menu.layer] = chosen(shapes[menu.layer], menu, choice)
     by_layer = costs_by_layer(menus, allocation.costs, len(shapes))
-    return spend_rest(target, Plan(shapes, allocation.cost, allocation.gap, by_layer), align)
+    return Plan(spend_rest(target, shapes, align), allocation.cost, allocation.gap, by_layer)
 
 
 def allocate_menus(target: Target, menus: Sequence[Menu]) -> Allocation:
@@ -48,12 +48,12 @@ def chosen(shape: LayerShape, menu: Menu, choice: int) -> LayerShape:
     return replace(shape, **{menu.part: menu.shapes[choice]})
 
 
-def spend_rest(target: Target, plan: Plan, align: int) -> Plan:
-    """The plan with FFNs wider by single steps of ``align``, as far as the coarser steps of menus have left a budget.
+def spend_rest(target: Target, shapes: Sequence[LayerShape], align: int) -> list[LayerShape]:
+    """Widen FFNs by single steps of ``align`` with what the coarser steps of the menus have left of the budget.
 
     It is less than a step of any menu, so where it goes hardly matters: to the FFNs that have lost most.
     """
-    shapes, left = list(plan), target.remaining - target.amount(plan)
+    shapes, left = list(shapes), target.remaining - target.amount(shapes)
     open_layers = [index for index, shape in enumerate(shapes) if shape.ffn and target.removable(index).neurons]
     for index in sorted(open_layers, key=lambda index: shapes[index].ffn.width):
         full = target.dense_shape(index).ffn.width
@@ -63,4 +63,4 @@ def spend_rest(target: Target, plan: Plan, align: int) -> Plan:
             if step > left:
                 break
             shapes[index], left = shapes[index].with_ffn(width=shapes[index].ffn.width + more), left - step
-    return Plan(shapes, plan.predicted_loss, plan.gap, plan.by_layer)
+    return shapes

@@ -144,7 +144,8 @@ class MakingLayers:
     def _searched(self, profiles: Sequence[Profile], held_out: np.ndarray, calibration: CalibrationRecord) -> Plan:
         """The plan that a search ends with, and the library that it finds it with."""
         job, journal = self.job, self.work.journal
-        parts = library_options(job.target, job.method.menus(job.target, profiles, job.config.align))
+        menus = job.method.menus(job.target, profiles, job.config.align)
+        parts = library_options(job.target, menus)
         folder = job.config.library or self.work.folder / "library"
         if not journal.has(FOUND):
             files = PartFiles(folder, parts)
@@ -157,7 +158,7 @@ class MakingLayers:
                 settings = job.config.model_dump(mode="json")
                 Library(parts, found.prices, job.model_identity, settings, calibration).write(folder)
             journal.write(FOUND, asdict(found))
-        return searched_plan(job.target, parts, self._found["prices"], job.config.align)
+        return searched_plan(job.target, menus, parts, self._found["prices"], job.config.align)
 
     def _identity_of(self, parts: Sequence[PartOptions]) -> str:
         """What tells a library from every other: runs that only ask for another size of the model share one."""
