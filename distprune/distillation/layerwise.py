@@ -26,6 +26,8 @@ from distprune.layers.runner import LayerRunner
 CURVE_POINTS = 20
 # At or below it, the squared norm of a token's hidden state is as good as zero.
 NOTHING = 1e-12
+# From this loss on, a layer learns at the full rate.
+LARGE_LOSS = 0.04
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def distill(
     before = student.mean_loss(samples[held_out])
     if not student.learns:  # no weights, nothing to learn
         return layer, DistillationReport([], before, before, kept=False)
-    losses = student.train(samples[training])
+    losses = student.train(samples[training], rate_for(before, options))
     after = student.mean_loss(samples[held_out])
     report = DistillationReport(averaged(losses, CURVE_POINTS), before, after, kept=after < before)
     return (student.layer() if report.kept else layer), report
@@ -124,11 +126,12 @@ class Student:
         """Whether it has weights to train."""
         return bool(self._trainable.parameters)
 
-    def train(self, samples: Batch) -> list[float]:
-        """Run the optimizer over all epochs. Returns the loss of every step."""
+    def train(self, samples: Batch, learning_rate: float) -> list[float]:
+        """Run the optimizer over all epochs, at a rate that is at its highest ``learning_rate``. Returns the loss of
+        every step."""
         options, losses = self._options, []
         parameters = self._trainable.parameters.values()
-        optimizer = adam_w(parameters, options.learning_rate)
+        optimizer = adam_w(parameters, learning_rate)
         batches = list(shuffled_batches(len(samples), options))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(len(batches)))
         for batch in batches:
@@ -164,6 +167,15 @@ class Student:
     def layer(self) -> DecoderLayer:
         """The layer as it is now."""
         return self._trainable.layer()
+
+
+def rate_for(loss: float, options: DistillConfig) -> float:
+    """The learning rate at which a layer of this loss learns, at its highest.
+
+    AdamW's steps have a size of their own, so weights keep trembling by about the rate, and the loss by about its
+    square. A layer that is nearly right would only get worse at the full rate.
+    """
+    return options.learning_rate * min(1.0, math.sqrt(loss / LARGE_LOSS))
 
 
 def relative_error(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from distprune.config import DistillConfig
-from distprune.distillation.layerwise import Batch, distill, relative_error, split, warmup_and_cosine
+from distprune.distillation import layerwise
+from distprune.distillation.layerwise import Batch, distill, rate_for, relative_error, split, warmup_and_cosine
 from distprune.layers.architecture import Architecture
-from distprune.layers.parts import DecoderLayer
+from distprune.layers.parts import DecoderLayer, Linear
 from distprune.layers.runner import LayerRunner
 from distprune.layers.shapes import LayerShape
 
@@ -205,3 +207,20 @@ def test_the_learning_rate_rises_and_falls_to_zero():
     assert factors[0] == pytest.approx(0.1)
     assert factors.index(max(factors)) == 9
     assert sorted(factors[9:], reverse=True) == factors[9:] and factors[199] < 1e-3
+
+
+@pytest.mark.parametrize(("loss", "share"), [(0.0, 0.0), (0.01, 0.5), (0.04, 1.0), (3.0, 1.0)])
+def test_layers_that_have_lost_little_learn_at_less(loss, share):
+    assert rate_for(loss, DistillConfig(learning_rate=2e-4)) == pytest.approx(share * 2e-4)
+
+
+def test_a_layer_that_is_nearly_right_gets_better_still(hidden_states, monkeypatch):
+    """At the full rate it gets worse, and stays as it was."""
+    dense, options = random_layer(DENSE, 1), DistillConfig(epochs=4, learning_rate=1e-2)
+    near = replace(dense, ffn=replace(dense.ffn, down=Linear(dense.ffn.down.weight * 0.99)))
+    _, report = distill(near, 0, [], alone(hidden_states), make_runner(), options)
+    assert 0 < report.held_out_before < 1e-3
+    assert report.kept and report.held_out_after < 0.9 * report.held_out_before
+    monkeypatch.setattr(layerwise, "rate_for", lambda loss, options: options.learning_rate)
+    _, report = distill(near, 0, [], alone(hidden_states), make_runner(), options)
+    assert not report.kept
