@@ -76,7 +76,10 @@ def main() -> None:
 
 
 def sparsity_table(bench: Bench, method: str) -> None:
-    rows = {f"{sparsity:.0%}": bench.measure(sparsity=sparsity) for sparsity in SPARSITIES}
+    options: dict[str, object] = {"search": True} if bench.arguments.search else {}
+    if bench.arguments.layers_fitted:
+        options["distill"] = {"calibration": bench.calibrate(bench.arguments.layers_fitted, DISTILLATION_SEED)}
+    rows = {f"{sparsity:.0%}": bench.measure(sparsity=sparsity, **options) for sparsity in SPARSITIES}
     show(method, "sparsity", bench.arguments.evaluate, rows)
 
 
@@ -120,6 +123,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", action="append", required=True, help="calibration text; repeatable")
     parser.add_argument("--evaluate", action="append", required=True, help="evaluation text; repeatable")
     parser.add_argument("--sparsity", type=float, default=0.3, help="of the ablation and of distillation")
+    parser.add_argument("--search", action="store_true", help="in the table of sparsities, which share a library")
+    parser.add_argument(
+        "--layers-fitted", type=int, metavar="WINDOWS", help="in that table too: distilled layer by layer, on so many"
+    )
     parser.add_argument("--objective", choices=("layers", "logits"), default="layers", help="of distillation")
     parser.add_argument("--windows", type=int, action="append", help="to distil on; repeatable; 128, 256 and 640")
     parser.add_argument("--samples", type=int, default=128)
@@ -160,11 +167,14 @@ class Bench:
     def measure(self, **options: object) -> list[Measurement]:
         """One configuration with every calibration seed."""
         made = [self._measure(calibration, options) for calibration in self.calibrations]
-        console.print(f"{options}: {'; '.join(listed(one.perplexities) for one in made)}", highlight=False)
+        found = (f"{listed(one.perplexities)} in {one.pruning + one.distilling:.0f} s" for one in made)
+        console.print(f"{options}: {'; '.join(found)}", highlight=False)
         return made
 
     def _measure(self, calibration: Path, options: dict[str, object]) -> Measurement:
         output = self.scratch / "pruned"
+        if options.get("search") and "rounds" not in options:
+            options = options | {"library": self.scratch / f"library-{calibration.stem}"}
         record = distprune.prune(
             self.model,
             output,
