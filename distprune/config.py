@@ -48,7 +48,11 @@ class DistillConfig(BaseModel):
         default=None, description="calibration set to learn from; by default the pruning's own"
     )
     epochs: int = Field(default=1, ge=1, description="how often each sample is learnt from")
-    learning_rate: float = Field(default=5e-4, gt=0, description="at its highest; AdamW with warmup and cosine decay")
+    learning_rate: float = Field(
+        default=5e-4,
+        gt=0,
+        description="peak, of AdamW with warmup and cosine decay; layer-wise, lower for layers that have lost little",
+    )
     train: Literal["full", "lora"] = Field(
         default="full", description="all weights, or low-rank updates folded in at the end"
     )

@@ -26,7 +26,7 @@ from distprune.layers.runner import LayerRunner
 CURVE_POINTS = 20
 # At or below it, the squared norm of a token's hidden state is as good as zero.
 NOTHING = 1e-12
-# From this loss on, a layer learns at the full rate.
+# Layers with this loss or more learn at the full rate.
 LARGE_LOSS = 0.04
 
 
@@ -127,8 +127,7 @@ class Student:
         return bool(self._trainable.parameters)
 
     def train(self, samples: Batch, learning_rate: float) -> list[float]:
-        """Run the optimizer over all epochs, at a rate that is at its highest ``learning_rate``. Returns the loss of
-        every step."""
+        """Run the optimizer over all epochs, with this peak learning rate. Returns the loss of every step."""
         options, losses = self._options, []
         parameters = self._trainable.parameters.values()
         optimizer = adam_w(parameters, learning_rate)
@@ -170,10 +169,10 @@ class Student:
 
 
 def rate_for(loss: float, options: DistillConfig) -> float:
-    """The learning rate at which a layer of this loss learns, at its highest.
+    """The peak learning rate for a layer with this loss before it learns.
 
-    AdamW's steps have a size of their own, so weights keep trembling by about the rate, and the loss by about its
-    square. A layer that is nearly right would only get worse at the full rate.
+    AdamW's steps have a size of their own, so weights keep jittering by about the learning rate, which costs a loss of
+    about its square. A layer that is nearly right would only get worse at the full rate.
     """
     return options.learning_rate * min(1.0, math.sqrt(loss / LARGE_LOSS))
 

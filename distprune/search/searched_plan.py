@@ -38,7 +38,7 @@ def plan_of_parts(target: Target, parts: Sequence[PartOptions], prices: Sequence
 def searched_plan(
     target: Target, menus: Sequence[Menu], parts: Sequence[PartOptions], prices: Sequence[float], align: int
 ) -> Plan:
-    """The plan that a search ends with: that which it measured, in finer sizes.
+    """The plan that a search ends with: the measured one, in finer steps.
 
     A price holds where it was measured. Of a part with a low one, an option of another kind (fewer heads in place of
     lower ranks) would look cheap and could ruin the model. So each part stays between the sizes beside the measured
@@ -46,8 +46,8 @@ def searched_plan(
 
     Args:
         menus: of all parts, with all of their sizes.
-        parts: what of it was measured.
-        prices: of each of them.
+        parts: the same parts with the sizes that the library holds.
+        prices: of the parts.
         align: FFNs are widened by steps of it with what is left of the budget.
     """
     choices = affordable_choices(target, parts, prices)

@@ -210,7 +210,7 @@ def test_the_learning_rate_rises_and_falls_to_zero():
 
 
 @pytest.mark.parametrize(("loss", "share"), [(0.0, 0.0), (0.01, 0.5), (0.04, 1.0), (3.0, 1.0)])
-def test_layers_that_have_lost_little_learn_at_less(loss, share):
+def test_layers_that_have_lost_little_learn_at_a_lower_rate(loss, share):
     assert rate_for(loss, DistillConfig(learning_rate=2e-4)) == pytest.approx(share * 2e-4)
 
 
