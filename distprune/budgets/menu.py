@@ -38,3 +38,12 @@ class Menu:
     def at_price(self, price: float) -> Menu:
         """The same options, each costing ``price`` times as much."""
         return replace(self, costs=[price * cost for cost in self.costs])
+
+    def only(self, places: Sequence[int]) -> Menu:
+        """The options at some places alone."""
+        return replace(
+            self,
+            shapes=[self.shapes[place] for place in places],
+            costs=[self.costs[place] for place in places],
+            amounts=[self.amounts[place] for place in places],
+        )

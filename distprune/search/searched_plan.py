@@ -63,8 +63,7 @@ def around(menu: Menu, part: PartOptions, choice: int) -> Menu:
         for place, shape in enumerate(menu.shapes)
         if shape == chosen or any(lies_between(shape, chosen, other) for other in beside)
     ]
-    taken = ([of_options[place] for place in places] for of_options in (menu.shapes, menu.costs, menu.amounts))
-    return Menu(menu.layer, menu.part, *taken)
+    return menu.only(places)
 
 
 def lies_between(shape: PartShape, one: PartShape, other: PartShape) -> bool:
